@@ -1,0 +1,1 @@
+"""MLflow plugins and flavors; importing any module here loads no torch, transformers or vllm."""

@@ -1,0 +1,440 @@
+"""A DoD from a folder of files: one CSV, JSON Lines or Parquet file per task, and optionally `tasks.jsonl` beside them.
+
+`<task>.csv`, `<task>.jsonl` (each also with `.gz`) and `<task>.parquet` have the columns `input` and `output`, and may
+have `split` (train, validation or test). `tasks.jsonl` has one object per task: `name`, and optionally `kind`, `split`,
+`labels`, `hard_prompts` and `source`. What a record does not say is inferred, always in the same way, so that the same
+files and the same config give the same digest. The readers of the three formats are in `file_rows.py`.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from softprompt_registry.dod.file_rows import ENDINGS, Fault, ending_of, is_text, jsonl_rows, rows_of
+from softprompt_registry.dod.store import DodStore
+from softprompt_registry.dod.task import (
+    PAIR_SPLITS,
+    TASK_KINDS,
+    TASK_SPLITS,
+    Pair,
+    PairSplit,
+    Task,
+    TaskKind,
+    TaskSplit,
+    assign_pair_splits,
+)
+from softprompt_registry.errors import ConfigError, DataError
+from softprompt_registry.fingerprints import digest_of_json
+
+RECORDS_FILE = "tasks.jsonl"
+RECORD_KEYS = ("name", "kind", "split", "labels", "hard_prompts", "source")
+MAX_PROBLEMS = 20
+"""A build stops at this many problems and reports them together."""
+MAX_LABEL_WORDS = 3
+MIN_PAIRS_PER_LABEL = 4
+
+
+@dataclass(frozen=True)
+class FilesConfig:
+    """How a folder of files becomes a DoD."""
+
+    input_column: str = "input"
+    """Column (CSV, Parquet) or key (JSON Lines) that holds the text that goes in."""
+    output_column: str = "output"
+    """Column or key that holds the text that should come out."""
+    max_labels: int = 20
+    """Without a record, a task with more distinct outputs than this is a generation task."""
+    test_share: float = 0.0
+    """Share of tasks, from 0 to 1, that `seed` sends to the test split when their record names no split; adding a task
+    moves no other."""
+    pair_shares: tuple[float, float, float] = (0.8, 0.1, 0.1)
+    """Shares of train, validation and test pairs in a task whose file has no `split`."""
+    max_pairs_per_task: int | None = None
+    """Draw at most this many pairs of each task by `seed`, keeping the balance of labels and splits; None keeps all."""
+    skip_bad_rows: bool = False
+    """Leave out the rows that cannot be used and count them in the report, instead of refusing the whole folder."""
+    seed: int = 0
+    """Seed of every draw; it is combined with the task's name, so tasks do not depend on each other."""
+
+    def __post_init__(self) -> None:
+        columns = (self.input_column, self.output_column, "split")
+        if len(set(columns)) != 3:
+            raise ConfigError(
+                f"reading the config of a DoD from files: input_column is {self.input_column!r} and output_column is "
+                f"{self.output_column!r}; expected two names that differ from each other and from 'split'. Rename one."
+            )
+        if not 0 <= self.test_share <= 1:
+            raise ConfigError(
+                f"reading the config of a DoD from files: test_share is {self.test_share}; expected a share from 0 to "
+                "1. Correct it."
+            )
+        if self.max_pairs_per_task is not None and self.max_pairs_per_task < 1:
+            raise ConfigError(
+                f"reading the config of a DoD from files: max_pairs_per_task is {self.max_pairs_per_task}; expected "
+                "1 or more, or null for all pairs. Correct it."
+            )
+
+
+@dataclass(frozen=True)
+class FilesReport:
+    """What a build made of a folder."""
+
+    path: Path
+    digest: str
+    tasks: int
+    pairs: int
+    duplicates: Mapping[str, int]
+    """File name → dropped rows whose input and output had occurred in that file before; only files that have any."""
+    skipped_rows: Mapping[str, Mapping[str, int]]
+    """File name → reason → number of rows left out by `skip_bad_rows`."""
+
+
+def build_dod_from_files(
+    folder: Path,
+    out: Path,
+    *,
+    config: FilesConfig,
+    overwrite: bool = False,
+    progress: Callable[[str], None] | None = None,
+) -> FilesReport:
+    """Read every task file in `folder` and write the DoD `out`, whole or not at all.
+
+    The DoD grows in `<out>.building` and takes its name in one step at the end; an existing `out` stays as it is until
+    then. Files without a known ending, hidden files and subfolders are ignored.
+
+    Args:
+        folder: the task files and, optionally, `tasks.jsonl`.
+        out: the DoD to write; its folder is made where missing.
+        config: see `FilesConfig`.
+        overwrite: replace `out` if it exists.
+        progress: called with one line of text after each task.
+
+    Raises:
+        DataError: `out` exists, or the files have problems; the first 20 are listed, each with its file and line.
+    """
+    if out.is_dir() or (out.exists() and not overwrite):
+        raise DataError(
+            f"building a DoD from the files in {str(folder)!r}: {str(out)!r} exists already; expected a new name. "
+            "Choose another one, or allow overwriting if it is an old DoD."
+        )
+    problems = _Problems(folder, skip_bad_rows=config.skip_bad_rows)
+    files = _task_files(folder, problems)
+    records = _read_records(folder / RECORDS_FILE, files, problems)
+    duplicates: dict[str, int] = {}
+    num_pairs = 0
+    building = out.with_name(out.name + ".building")
+    _remove_database(building)
+    try:
+        with DodStore.create(building) as store:
+            for name, path in files.items():
+                task, dropped = _read_task(name, path, records.get(name, _Record()), config, problems)
+                if dropped:
+                    duplicates[path.name] = dropped
+                if task is None or problems.found:
+                    continue  # read on, to report the problems of all files at once
+                store.add_task(task)
+                num_pairs += len(task.pairs)
+                if progress is not None:
+                    progress(f"{name}: {task.kind}, {len(task.pairs)} pairs")
+            problems.raise_if_any()
+            digest = store.digest
+        _remove_database(out, journals_only=True)
+        os.replace(building, out)
+    finally:
+        _remove_database(building)
+    return FilesReport(
+        path=out,
+        digest=digest,
+        tasks=len(files),
+        pairs=num_pairs,
+        duplicates=duplicates,
+        skipped_rows={name: dict(reasons) for name, reasons in problems.skipped.items()},
+    )
+
+
+def _remove_database(path: Path, *, journals_only: bool = False) -> None:
+    """Remove a SQLite file and the journals that a killed writer leaves beside it."""
+    for journal in ("-wal", "-shm", "-journal"):
+        path.with_name(path.name + journal).unlink(missing_ok=True)
+    if not journals_only:
+        path.unlink(missing_ok=True)
+
+
+class _Problems:
+    """Collects what is wrong with the files, so that one error can report it all."""
+
+    def __init__(self, folder: Path, *, skip_bad_rows: bool) -> None:
+        self.found: list[str] = []
+        self.skipped: dict[str, Counter[str]] = {}
+        self._folder = folder
+        self._skip_bad_rows = skip_bad_rows
+        self._some_can_be_skipped = False
+
+    def add(self, place: str, fault: Fault) -> None:
+        """Note a problem that no setting can skip."""
+        self.found.append(f"{place}: found {fault.found}; expected {fault.expected}. {fault.advice}")
+        if len(self.found) == MAX_PROBLEMS:
+            self.raise_if_any()
+
+    def add_row(self, path: Path, place: str, fault: Fault) -> None:
+        """Note a bad row, or count it as skipped."""
+        if self._skip_bad_rows and not fault.fatal:
+            self.skipped.setdefault(path.name, Counter())[fault.reason] += 1
+        else:
+            self._some_can_be_skipped |= not fault.fatal
+            self.add(f"{path.name}, {place}", fault)
+
+    def raise_if_any(self) -> None:
+        if not self.found:
+            return
+        count = f"{len(self.found)} problem{'s' if len(self.found) > 1 else ''}"
+        if len(self.found) == MAX_PROBLEMS:
+            count = f"the first {MAX_PROBLEMS} problems"
+        hint = " (skip_bad_rows can leave bad rows out)" if self._some_can_be_skipped else ""
+        lines = "\n".join(f"  {text}" for text in self.found)
+        raise DataError(
+            f"building a DoD from the files in {str(self._folder)!r}: nothing was written because of {count}{hint}:\n{lines}"
+        )
+
+
+def _task_files(folder: Path, problems: _Problems) -> dict[str, Path]:
+    """Task name → its file, in the order of the names."""
+    if not folder.is_dir():
+        raise DataError(
+            f"building a DoD from the files in {str(folder)!r}: there is no such folder; expected one with a file per "
+            "task. Correct the path."
+        )
+    names = sorted(path.name for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
+    files: dict[str, Path] = {}
+    for name in names:
+        ending = ending_of(name)
+        if ending is None or name == RECORDS_FILE:
+            continue
+        task = name[: -len(ending)]
+        if task in files:
+            fault = Fault(
+                "two files",
+                f"a second file for task {task!r}, beside {files[task].name!r}",
+                "one file per task",
+                "Remove or rename one of them.",
+            )
+            problems.add(name, fault)
+        else:
+            files[task] = folder / name
+    if not files:
+        shown = ", ".join(map(repr, names[:8])) or "no files at all"
+        raise DataError(
+            f"building a DoD from the files in {str(folder)!r}: found {shown}{', …' if len(names) > 8 else ''}; "
+            f"expected at least one task file that ends in {', '.join(ENDINGS)}. Add task files or correct the path."
+        )
+    return dict(sorted(files.items()))
+
+
+@dataclass(frozen=True)
+class _Record:
+    """What `tasks.jsonl` says about a task; None where it says nothing."""
+
+    kind: TaskKind | None = None
+    split: TaskSplit | None = None
+    labels: tuple[str, ...] = ()
+    hard_prompts: tuple[str, ...] = ()
+    source: str = ""
+
+
+def _read_records(path: Path, files: Collection[str], problems: _Problems) -> dict[str, _Record]:
+    records: dict[str, _Record] = {}
+    if not path.is_file():
+        return records
+    for line, row in jsonl_rows(path):
+        fault = row if isinstance(row, Fault) else _record_fault(row, files, records)
+        if fault is not None:
+            problems.add(f"{path.name}, line {line}", fault)
+            continue
+        row = cast(dict[str, Any], row)
+        labels = tuple(row.get("labels") or ())
+        records[row["name"]] = _Record(
+            kind=row.get("kind") or ("classification" if labels else None),
+            split=row.get("split"),
+            labels=labels,
+            hard_prompts=tuple(row.get("hard_prompts") or ()),
+            source=row.get("source") or "",
+        )
+    return records
+
+
+def _record_fault(row: Mapping[str, Any], files: Collection[str], seen: Collection[str]) -> Fault | None:
+    """What is wrong with one line of `tasks.jsonl`; an optional key may also be null."""
+    unknown = sorted(set(row) - set(RECORD_KEYS))
+    if unknown:
+        return Fault("unknown key", f"unknown keys {unknown}", f"only {list(RECORD_KEYS)}", "Correct or remove them.")
+    name = row.get("name")
+    if not isinstance(name, str):
+        return Fault("name", f"name {name!r}", "the name of a task as a string", "Correct it.")
+    if name in seen:
+        return Fault("name", f"a second record for task {name!r}", "one record per task", "Remove one of them.")
+    if name not in files:
+        known = sorted(files)
+        shown = f"{known[:8]}{' and more' if len(known) > 8 else ''}"
+        return Fault(
+            "unknown task",
+            f"task {name!r}, for which the folder has no file",
+            f"one of the tasks with a file, {shown}",
+            f"Correct the name or add {name + '.jsonl'!r}.",
+        )
+    for key, words in (("kind", TASK_KINDS), ("split", TASK_SPLITS)):
+        if row.get(key) is not None and row[key] not in words:
+            return Fault(key, f"{key} {row[key]!r}", f"one of {list(words)}", "Correct it.")
+    for key in ("labels", "hard_prompts"):
+        texts = row.get(key)
+        if texts is not None and not (isinstance(texts, list) and all(is_text(text) for text in texts)):
+            return Fault(key, f"{key} {texts!r}", "a list of strings that are not empty", "Correct it.")
+    labels = row.get("labels") or []
+    if labels and (len(set(labels)) < 2 or len(set(labels)) != len(labels)):
+        return Fault("labels", f"labels {labels!r}", "at least two labels, each once", "Correct the list.")
+    if labels and row.get("kind") == "generation":
+        return Fault(
+            "labels", "labels on a generation task", "labels on classification tasks only", "Remove labels or the kind."
+        )
+    if row.get("source") is not None and not is_text(row["source"]):
+        return Fault("source", f"source {row['source']!r}", "a string that is not empty", "Correct it.")
+    return None
+
+
+def _read_task(
+    name: str, path: Path, record: _Record, config: FilesConfig, problems: _Problems
+) -> tuple[Task | None, int]:
+    """The task in `path`, or None if it has problems, and the number of dropped duplicates."""
+    found_before = len(problems.found)
+    splits: dict[tuple[str, str], str | None] = {}  # (input, output) → split; a dict keeps the order of the file
+    duplicates = 0
+    file_has_splits: bool | None = None  # as the first usable row says
+    unit = "row" if path.name.lower().endswith(".parquet") else "line"
+    for line, row in rows_of(path, (config.input_column, config.output_column)):
+        fault = row if isinstance(row, Fault) else _row_fault(row, record.labels, file_has_splits, config)
+        if fault is not None:
+            problems.add_row(path, f"{unit} {line}", fault)
+            continue
+        row = cast(dict[str, Any], row)
+        split = row.get("split")
+        file_has_splits = split is not None
+        pair = (row[config.input_column], row[config.output_column])
+        duplicates += pair in splits
+        splits.setdefault(pair, split)
+    if len(problems.found) > found_before:
+        return None, duplicates
+    if not splits:
+        fault = Fault("no pairs", "no usable rows", "at least one pair", "Fill the file or remove it.")
+        problems.add(path.name, fault)
+        return None, duplicates
+
+    kind = record.kind or _infer_kind(splits, config.max_labels)
+    labels: tuple[str, ...] = ()
+    if kind == "classification":
+        labels = record.labels or tuple(sorted({output for _, output in splits}))
+    pairs = _draw(splits, kind, config.max_pairs_per_task, _seed_of("pairs", config.seed, name))
+    if file_has_splits:
+        pair_splits = [cast(PairSplit, splits[pair]) for pair in pairs]
+    else:
+        pair_splits = assign_pair_splits(len(pairs), config.pair_shares, _seed_of("splits", config.seed, name))
+    try:
+        task = Task(
+            name=name,
+            kind=kind,
+            split=record.split or _draw_task_split(name, config),
+            labels=labels,
+            hard_prompts=record.hard_prompts,
+            source=record.source,
+            pairs=tuple(Pair(*pair, split) for pair, split in zip(pairs, pair_splits, strict=True)),
+        )
+    except DataError as error:
+        problems.found.append(f"{path.name}: {error}")
+        return None, duplicates
+    return task, duplicates
+
+
+def _row_fault(
+    row: Mapping[str, Any], labels: Collection[str], file_has_splits: bool | None, config: FilesConfig
+) -> Fault | None:
+    """What is wrong with one row, or None."""
+    for column in (config.input_column, config.output_column):
+        if column not in row:
+            return Fault(
+                "missing column",
+                f"no {column!r} among {sorted(row)}",
+                f"{config.input_column!r} and {config.output_column!r}",
+                "Add it, or name the right column in the config.",
+            )
+        value = row[column]
+        if value is None or (isinstance(value, str) and not value.strip()):
+            return Fault(f"empty {column}", f"an empty {column!r}", "some text", "Fill it or remove the row.")
+        if not isinstance(value, str):
+            shown = repr(value) if len(repr(value)) <= 40 else repr(value)[:40] + "…"
+            advice = f'Write it as a string, "{value}".' if isinstance(value, int | float) else "Write it as a string."
+            return Fault("not a string", f"{type(value).__name__} {shown} as {column!r}", "a string", advice)
+        if not is_text(value):
+            return Fault(
+                "not UTF-8", f"characters in {column!r} that are not Unicode", "UTF-8 text", "Save the file as UTF-8."
+            )
+    output = row[config.output_column]
+    if labels and output not in labels:
+        return Fault(
+            "unknown label",
+            f"output {output!r}",
+            f"one of the task's labels {list(labels)}",
+            f"Correct it, or the labels in {RECORDS_FILE!r}.",
+        )
+    split = row.get("split")
+    if split is not None and split not in PAIR_SPLITS:
+        return Fault("wrong split", f"split {split!r}", f"one of {list(PAIR_SPLITS)}", "Correct the word.")
+    if file_has_splits is not None and file_has_splits != (split is not None):
+        found, others = ("no split", "a split") if file_has_splits else (f"split {split!r}", "no split")
+        return Fault("mixed splits", found, f"{others}, as in the rows above", "Give every row a split, or none.")
+    return None
+
+
+def _infer_kind(pairs: Collection[tuple[str, str]], max_labels: int) -> TaskKind:
+    """Classification if the outputs look like labels: few, short and often repeated."""
+    outputs = {output for _, output in pairs}
+    few = 2 <= len(outputs) <= max_labels and len(pairs) >= MIN_PAIRS_PER_LABEL * len(outputs)
+    short = all(len(output.split()) <= MAX_LABEL_WORDS for output in outputs)
+    return "classification" if few and short else "generation"
+
+
+def _draw(
+    splits: Mapping[tuple[str, str], str | None], kind: TaskKind, count: int | None, seed: int
+) -> list[tuple[str, str]]:
+    """At most `count` of the pairs, in their order, with the shares of labels and splits kept.
+
+    A stratum is what shares split and (in classification) label. Its i-th of n shuffled pairs gets the key i / n, and
+    the smallest keys are drawn: first one pair of every stratum, then of each in proportion.
+    """
+    pairs = list(splits)
+    if count is None or len(pairs) <= count:
+        return pairs
+    strata: dict[tuple[str, str], list[int]] = {}
+    for position, pair in enumerate(pairs):
+        stratum = (splits[pair] or "", pair[1] if kind == "classification" else "")
+        strata.setdefault(stratum, []).append(position)
+    generator = random.Random(seed)
+    keyed: list[tuple[float, tuple[str, str], int]] = []
+    for stratum in sorted(strata):
+        positions = strata[stratum]
+        generator.shuffle(positions)
+        keyed += [(i / len(positions), stratum, position) for i, position in enumerate(positions)]
+    return [pairs[position] for position in sorted(position for _, _, position in sorted(keyed)[:count])]
+
+
+def _draw_task_split(name: str, config: FilesConfig) -> TaskSplit:
+    """Hashes the name instead of shuffling the names, so that a new task moves no other to the other side."""
+    return "test" if _seed_of("tasks", config.seed, name) / 16**13 < config.test_share else "train"
+
+
+def _seed_of(purpose: str, seed: int, name: str) -> int:
+    """A number below 16^13 (exact as a float) from the config's seed and a task's name."""
+    return int(digest_of_json([purpose, seed, name])[:13], 16)

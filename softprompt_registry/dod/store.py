@@ -1,0 +1,230 @@
+"""A dataset of datasets in one SQLite file.
+
+Three tables: `datasets` (a row per task), `labels` (a row per label, in order) and `examples` (a row per pair). A task
+is added in one transaction, so a killed writer leaves whole tasks only. The format is specified in docs/formats.md.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Any, cast
+
+from softprompt_registry.dod.task import Pair, PairSplit, Task, TaskKind, TaskSplit
+from softprompt_registry.errors import DataError
+from softprompt_registry.fingerprints import digest_of_dod
+
+FORMAT_VERSION = 1
+APPLICATION_ID = (
+    0x44_6F_44_31  # "DoD1" in the SQLite header, so that `file` and we can tell a DoD from another database
+)
+
+SCHEMA = """
+CREATE TABLE datasets (
+    id INTEGER PRIMARY KEY,
+    name TEXT NOT NULL UNIQUE,
+    kind TEXT NOT NULL CHECK (kind IN ('classification', 'generation')),
+    split TEXT NOT NULL CHECK (split IN ('train', 'test')),
+    hard_prompts TEXT NOT NULL,
+    source TEXT NOT NULL,
+    num_pairs INTEGER NOT NULL,
+    digest TEXT NOT NULL
+) STRICT;
+CREATE TABLE labels (
+    dataset_id INTEGER NOT NULL REFERENCES datasets (id),
+    position INTEGER NOT NULL,
+    label TEXT NOT NULL,
+    PRIMARY KEY (dataset_id, position)
+) STRICT, WITHOUT ROWID;
+CREATE TABLE examples (
+    dataset_id INTEGER NOT NULL REFERENCES datasets (id),
+    position INTEGER NOT NULL,
+    split TEXT NOT NULL CHECK (split IN ('train', 'validation', 'test')),
+    input TEXT NOT NULL,
+    output TEXT NOT NULL,
+    PRIMARY KEY (dataset_id, position)
+) STRICT, WITHOUT ROWID;
+"""
+
+
+class DodStore:
+    """An open DoD. Use as a context manager; `create` writes a new file, `open` reads one.
+
+    Raises:
+        DataError: the file is missing, is not a DoD, has another format version, or a task name is taken or unknown.
+    """
+
+    def __init__(self, path: Path, connection: sqlite3.Connection, *, writable: bool = False) -> None:
+        self.path = path
+        self._connection = connection
+        self._writable = writable
+
+    @classmethod
+    def create(cls, path: Path) -> DodStore:
+        """A new, empty DoD at `path`, which must not exist yet."""
+        if path.exists():
+            raise DataError(f"creating DoD {str(path)!r}: the file exists already. Choose another name or remove it.")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        connection = sqlite3.connect(path, isolation_level=None)
+        connection.execute("PRAGMA journal_mode = WAL")
+        connection.execute("PRAGMA synchronous = NORMAL")
+        connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+        connection.execute(f"PRAGMA user_version = {FORMAT_VERSION}")
+        connection.executescript(f"BEGIN; {SCHEMA} COMMIT;")
+        return cls(path, connection, writable=True)
+
+    @classmethod
+    def open(cls, path: Path) -> DodStore:
+        """An existing DoD, read only; also from a folder that cannot be written."""
+        if not path.is_file():
+            raise DataError(f"opening DoD {str(path)!r}: there is no such file. Build one with `softprompt build-dod`.")
+        # SQLite cannot make the shared-memory file of a WAL database in a read-only folder; there the file cannot
+        # change either, which is what `immutable` promises.
+        mode = "mode=ro" if os.access(path.resolve().parent, os.W_OK) else "immutable=1"
+        connection = sqlite3.connect(f"{path.resolve().as_uri()}?{mode}", uri=True, isolation_level=None)
+        try:
+            application_id = connection.execute("PRAGMA application_id").fetchone()[0]
+            version = connection.execute("PRAGMA user_version").fetchone()[0]
+        except sqlite3.DatabaseError as error:
+            connection.close()
+            raise DataError(
+                f"opening DoD {str(path)!r}: SQLite cannot read it ({error}); expected a file written by "
+                "`softprompt build-dod`. Build it again."
+            ) from error
+        if application_id != APPLICATION_ID or version != FORMAT_VERSION:
+            connection.close()
+            raise DataError(
+                f"opening DoD {str(path)!r}: found application id {application_id:#x} and format version {version}; "
+                f"expected {APPLICATION_ID:#x} and {FORMAT_VERSION}. Build it with this version of softprompt-registry."
+            )
+        return cls(path, connection)
+
+    def close(self) -> None:
+        """Close the file; after writing, leave it as one plain file.
+
+        A reader of a WAL database would make `-wal` and `-shm` files beside it and, being read-only, never remove them.
+        """
+        if self._writable:
+            self._writable = False  # closing twice is fine
+            with suppress(sqlite3.OperationalError):  # another connection is reading; it stays a WAL database then
+                self._connection.execute("PRAGMA journal_mode = DELETE")
+        self._connection.close()
+
+    def __enter__(self) -> DodStore:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    @contextmanager
+    def _transaction(self) -> Iterator[None]:
+        self._connection.execute("BEGIN IMMEDIATE")
+        try:
+            yield
+        except BaseException:
+            self._connection.execute("ROLLBACK")
+            raise
+        self._connection.execute("COMMIT")
+
+    def add_task(self, task: Task) -> None:
+        """Store a task whole or not at all."""
+        with self._transaction():
+            if self._connection.execute("SELECT 1 FROM datasets WHERE name = ?", (task.name,)).fetchone():
+                raise DataError(
+                    f"adding task {task.name!r} to DoD {self.name!r}: a task of that name is there already; names are "
+                    "unique in a DoD. Rename one of them."
+                )
+            cursor = self._connection.execute(
+                "INSERT INTO datasets (name, kind, split, hard_prompts, source, num_pairs, digest) "
+                "VALUES (?, ?, ?, ?, ?, ?, ?)",
+                (
+                    task.name,
+                    task.kind,
+                    task.split,
+                    json.dumps(task.hard_prompts, ensure_ascii=False),
+                    task.source,
+                    len(task.pairs),
+                    task.digest,
+                ),
+            )
+            dataset_id = cursor.lastrowid
+            self._connection.executemany(
+                "INSERT INTO labels VALUES (?, ?, ?)",
+                ((dataset_id, position, label) for position, label in enumerate(task.labels)),
+            )
+            self._connection.executemany(
+                "INSERT INTO examples VALUES (?, ?, ?, ?, ?)",
+                (
+                    (dataset_id, position, pair.split, pair.input, pair.output)
+                    for position, pair in enumerate(task.pairs)
+                ),
+            )
+
+    @property
+    def name(self) -> str:
+        """The file's name without its ending."""
+        return self.path.stem
+
+    @property
+    def digest(self) -> str:
+        """Order-independent digest of the whole DoD, from the tasks' stored digests."""
+        rows = self._connection.execute("SELECT name, split, digest FROM datasets").fetchall()
+        return digest_of_dod({row[0]: row[2] for row in rows}, {row[0]: row[1] for row in rows})
+
+    def task_names(self, split: TaskSplit | None = None) -> list[str]:
+        """Names of the tasks in the order they were added."""
+        query = "SELECT name FROM datasets WHERE ? IS NULL OR split = ? ORDER BY id"
+        return [row[0] for row in self._connection.execute(query, (split, split))]
+
+    def task(self, name: str) -> Task:
+        """One task with all its pairs."""
+        row = self._connection.execute(
+            "SELECT id, name, kind, split, hard_prompts, source FROM datasets WHERE name = ?", (name,)
+        ).fetchone()
+        if row is None:
+            known = self.task_names()
+            shown = ", ".join(known[:8]) + (", …" if len(known) > 8 else "")
+            raise DataError(
+                f"reading task {name!r} of DoD {self.name!r}: there is no task of that name among its {len(known)} "
+                f"({shown}). Correct the name."
+            )
+        labels = self._connection.execute("SELECT label FROM labels WHERE dataset_id = ? ORDER BY position", (row[0],))
+        examples = self._connection.execute(
+            "SELECT input, output, split FROM examples WHERE dataset_id = ? ORDER BY position", (row[0],)
+        )
+        return Task(
+            name=row[1],
+            kind=cast(TaskKind, row[2]),
+            split=cast(TaskSplit, row[3]),
+            hard_prompts=tuple(json.loads(row[4])),
+            source=row[5],
+            labels=tuple(label for (label,) in labels),
+            pairs=tuple(Pair(text, output, cast(PairSplit, split)) for text, output, split in examples),
+        )
+
+    def tasks(self, split: TaskSplit | None = None) -> Iterator[Task]:
+        """The tasks one after the other; only one is in memory at a time."""
+        for name in self.task_names(split):
+            yield self.task(name)
+
+    def manifest(self) -> dict[str, Any]:
+        """What a DoD is made of, without its examples: the record that MLflow keeps."""
+        rows = self._connection.execute(
+            "SELECT name, kind, split, num_pairs, digest, source FROM datasets ORDER BY name"
+        ).fetchall()
+        columns = ("name", "kind", "split", "num_pairs", "digest", "source")
+        return {
+            "format_version": FORMAT_VERSION,
+            "name": self.name,
+            "digest": self.digest,
+            "num_tasks": len(rows),
+            "num_pairs": sum(row[3] for row in rows),
+            "tasks": [dict(zip(columns, row, strict=True)) for row in rows],
+        }

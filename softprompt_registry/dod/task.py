@@ -1,0 +1,138 @@
+"""A task: one dataset of (input, output) pairs, its labels and its ground-truth hard prompts."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal, get_args
+
+from softprompt_registry.errors import DataError
+from softprompt_registry.fingerprints import digest_of_task
+
+TaskKind = Literal["classification", "generation"]
+TaskSplit = Literal["train", "test"]
+"""Which side of the DoD a task is on: `train` tasks teach the translator, `test` tasks only measure it."""
+PairSplit = Literal["train", "validation", "test"]
+"""Inside a task: `train` pairs tune the soft prompt, `validation` pairs stop it, `test` pairs only measure it."""
+
+TASK_KINDS: tuple[str, ...] = get_args(TaskKind)
+TASK_SPLITS: tuple[str, ...] = get_args(TaskSplit)
+PAIR_SPLITS: tuple[str, ...] = get_args(PairSplit)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One example: what goes in and what should come out."""
+
+    input: str
+    output: str
+    split: PairSplit = "train"
+
+
+@dataclass(frozen=True)
+class Task:
+    """One dataset with what is known about it.
+
+    A classification task has at least two distinct labels, and every output is one of them.
+
+    Raises:
+        DataError: the name is empty, a label list contradicts the outputs, or there is no pair at all.
+    """
+
+    name: str
+    kind: TaskKind
+    pairs: tuple[Pair, ...]
+    labels: tuple[str, ...] = ()
+    hard_prompts: tuple[str, ...] = ()
+    split: TaskSplit = "train"
+    source: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.name.strip() or "#" in self.name or self.name != self.name.strip():
+            raise DataError(
+                f"reading a task: its name is {self.name!r}; a name is not empty, has no '#' (that separates a bank "
+                "from its member) and no spaces around it. Rename the task."
+            )
+        if self.kind not in TASK_KINDS or self.split not in TASK_SPLITS:
+            raise DataError(
+                f"reading task {self.name!r}: found kind {self.kind!r} and split {self.split!r}; "
+                f"kinds are {list(TASK_KINDS)}, splits are {list(TASK_SPLITS)}. Correct the task's record."
+            )
+        if not self.pairs:
+            raise DataError(f"reading task {self.name!r}: it has no pairs; at least one is needed. Remove or fill it.")
+        if self.kind == "classification":
+            self._check_labels()
+
+    def _check_labels(self) -> None:
+        if len(set(self.labels)) != len(self.labels) or len(self.labels) < 2:
+            raise DataError(
+                f"reading task {self.name!r}: its labels are {list(self.labels)}; a classification task needs at least "
+                "two distinct ones. Correct the labels, or make it a generation task."
+            )
+        unknown = {pair.output for pair in self.pairs} - set(self.labels)
+        if unknown:
+            raise DataError(
+                f"reading task {self.name!r}: outputs {sorted(unknown)[:5]!r} are not among its labels "
+                f"{list(self.labels)}. Correct the outputs or the label list."
+            )
+
+    @cached_property
+    def digest(self) -> str:
+        """Order-independent digest of the task's content (see `fingerprints.digest_of_task`)."""
+        return digest_of_task(
+            name=self.name,
+            kind=self.kind,
+            labels=self.labels,
+            hard_prompts=self.hard_prompts,
+            pairs=((pair.split, pair.input, pair.output) for pair in self.pairs),
+        )
+
+    def pairs_of(self, split: PairSplit) -> list[Pair]:
+        """The pairs of one split, in stored order."""
+        return [pair for pair in self.pairs if pair.split == split]
+
+    @property
+    def ground_truth(self) -> str:
+        """What a perfect verbalization would say: the label list for classification (paper section 4.3), else the
+        first hard prompt; empty when neither is known."""
+        if self.kind == "classification":
+            return ", ".join(self.labels)
+        return self.hard_prompts[0] if self.hard_prompts else ""
+
+    @property
+    def template(self) -> str:
+        """The frame that the soft prompt was tuned in (paper section A.4); the target follows after one space."""
+        return TEMPLATES[self.kind]
+
+
+TEMPLATES: dict[str, str] = {"classification": "Sentence: {x} Label:", "generation": "Input: {x}\nOutput:"}
+
+
+def fill_template(template: str, text: str) -> str:
+    """Put `text` in place of `{x}`; other braces in either string are left alone."""
+    return template.replace("{x}", text)
+
+
+def assign_pair_splits(count: int, shares: Sequence[float], seed: int) -> list[PairSplit]:
+    """Split labels for `count` pairs by the shares (train, validation, test), shuffled by `seed`.
+
+    A split with a share above zero gets at least one pair as soon as there are three pairs.
+    """
+    if len(shares) != 3 or min(shares) < 0 or not 0.999 < sum(shares) < 1.001:
+        raise DataError(
+            f"splitting pairs: shares are {list(shares)}; expected three numbers >= 0 that add up to 1. Correct them."
+        )
+    least = [1 if share > 0 and count >= 3 else 0 for share in shares]
+    validation = max(round(count * shares[1]), least[1])
+    test = max(round(count * shares[2]), least[2])
+    # Rounding both up can take the last training pair, or more pairs than there are.
+    while validation + test > count - least[0]:
+        validation, test = (validation - 1, test) if validation >= test else (validation, test - 1)
+    train = count - validation - test
+    splits: list[PairSplit] = ["train"] * train
+    splits += ["validation"] * validation
+    splits += ["test"] * test
+    random.Random(seed).shuffle(splits)
+    return splits

@@ -1,0 +1,1 @@
+"""How good a verbalization is and what it does: metrics, statistics, portability studies and the report."""

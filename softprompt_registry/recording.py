@@ -1,0 +1,108 @@
+"""Where stages report to. The science knows this protocol only; MLflow's side of it is `mlflow_plugins.recording`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from rich.progress import Progress
+
+
+class ProgressBar(Protocol):
+    """One line of progress."""
+
+    def advance(self, steps: int = 1, note: str = "") -> None:
+        """Move on by `steps`; `note` is shown beside the bar until the next one."""
+
+
+class Recorder(Protocol):
+    """Takes what a stage has to say."""
+
+    def params(self, prefix: str, values: Mapping[str, Any]) -> None:
+        """Settings, kept under `prefix.key`."""
+
+    def metric(self, name: str, value: float, step: int = 0) -> None:
+        """One point of a curve."""
+
+    def figure(self, name: str, figure: Figure) -> None:
+        """A matplotlib figure; `name` ends in .png or .svg."""
+
+    def table(self, name: str, columns: Mapping[str, Sequence[Any]]) -> None:
+        """Rows for people; `name` ends in .json."""
+
+    def artifact(self, path: Path) -> None:
+        """A file, or a folder with all it holds."""
+
+    def progress(self, title: str, total: int) -> AbstractContextManager[ProgressBar]:
+        """A progress bar that lives as long as the block."""
+
+
+class _SilentBar:
+    def advance(self, steps: int = 1, note: str = "") -> None:
+        return None
+
+    def __enter__(self) -> _SilentBar:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        return None
+
+
+class NullRecorder:
+    """Forgets everything; the default in library use."""
+
+    def params(self, prefix: str, values: Mapping[str, Any]) -> None:
+        return None
+
+    def metric(self, name: str, value: float, step: int = 0) -> None:
+        return None
+
+    def figure(self, name: str, figure: Figure) -> None:
+        return None
+
+    def table(self, name: str, columns: Mapping[str, Sequence[Any]]) -> None:
+        return None
+
+    def artifact(self, path: Path) -> None:
+        return None
+
+    def progress(self, title: str, total: int) -> AbstractContextManager[ProgressBar]:
+        return _SilentBar()
+
+
+class _RichBar:
+    def __init__(self, progress: Progress, title: str, total: int) -> None:
+        self._progress = progress
+        self._task = progress.add_task(title, total=total, note="")
+
+    def advance(self, steps: int = 1, note: str = "") -> None:
+        self._progress.update(self._task, advance=steps, note=note)
+
+    def __enter__(self) -> _RichBar:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._progress.stop()
+
+
+class ConsoleRecorder(NullRecorder):
+    """Shows progress bars on stderr and forgets the rest. On a pipe or in a log file, one line at the end of each bar."""
+
+    def progress(self, title: str, total: int) -> AbstractContextManager[ProgressBar]:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+        progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[note]}"),
+            console=Console(stderr=True),
+        )
+        return _RichBar(progress, title, total)

@@ -1,0 +1,1 @@
+"""Registering, promoting and tracing soft prompts and translators in MLflow."""

@@ -1,0 +1,1 @@
+"""Soft prompts: the artifact, banks of many, and how they are tuned."""

@@ -1,0 +1,89 @@
+"""How files get onto the disk: whole or not at all, and by one process at a time."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from softprompt_registry.errors import ArtifactError, BusyError
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write under a temporary name, then rename, so that a reader never sees half a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    with partial.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path, what: str) -> dict[str, Any]:
+    """The JSON object in `path`; `what` names it in the error."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ArtifactError(
+            f"reading {what}: {str(path)!r} is missing; expected a folder written by softprompt-registry. "
+            "Check the path, or make the artifact again."
+        ) from None
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ArtifactError(f"reading {what}: {str(path)!r} is not JSON ({error}). Make the artifact again.") from error
+    if not isinstance(value, dict):
+        raise ArtifactError(f"reading {what}: {str(path)!r} holds a {type(value).__name__}, not an object.")
+    return value
+
+
+def check_format_version(record: dict[str, Any], supported: int, what: str) -> None:
+    found = record.get("format_version")
+    if found != supported:
+        raise ArtifactError(
+            f"reading {what}: its format_version is {found!r}; this version of softprompt-registry reads {supported}. "
+            "Use the version that wrote it, or make it again."
+        )
+
+
+@contextlib.contextmanager
+def folder_written_whole(folder: Path) -> Iterator[Path]:
+    """A temporary folder that takes the place of `folder` when the block ends without an error."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    try:
+        yield partial
+        if folder.exists():
+            shutil.rmtree(folder)
+        partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold `folder` for this process; the kernel frees the lock however the process ends.
+
+    Raises:
+        BusyError: another process holds it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise BusyError(
+                f"writing to {str(folder)!r}: another process is working there. Wait for it to end, or choose "
+                "another output."
+            ) from None
+        yield

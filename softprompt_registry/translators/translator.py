@@ -1,0 +1,220 @@
+"""The translator as an artifact: a LoRA adapter on the base model that turns a soft prompt into text.
+
+The base model object is shared: its adapter layers are in place but switched off, and switched on only while this
+translator reads. So one loaded model serves tuning, translating and measuring.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from softprompt_registry.base_models import SEQUENCE_LAYOUT, BaseModel, BaseModelRef, require_same_base
+from softprompt_registry.errors import ArtifactError
+from softprompt_registry.fingerprints import SHORT, digest_of_file
+from softprompt_registry.soft_prompts.soft_prompt import SoftPrompt
+from softprompt_registry.storage import check_format_version, folder_written_whole, read_json, write_json
+
+if TYPE_CHECKING:
+    import torch
+    from peft import LoraConfig
+
+FORMAT_VERSION = 1
+ADAPTER_FILE = "adapter_model.safetensors"
+ADAPTER_CONFIG_FILE = "adapter_config.json"
+RECORD_FILE = "translator.json"
+
+
+@dataclass(frozen=True)
+class TranslatorRecord:
+    """What is known about a translator besides its weights."""
+
+    base_model: BaseModelRef
+    num_virtual_tokens: int
+    """K of the soft prompts it was trained on."""
+    bank_digest: str | None = None
+    dod_name: str | None = None
+    dod_digest: str | None = None
+    train_tasks: tuple[str, ...] = ()
+    """Names of the tasks it saw; evaluating on them is not a test."""
+    training: dict[str, Any] = field(default_factory=dict)
+    metrics: dict[str, float] = field(default_factory=dict)
+    layout: str = SEQUENCE_LAYOUT
+
+    def to_json(self) -> dict[str, Any]:
+        return {**asdict(self), "train_tasks": list(self.train_tasks), "base_model": self.base_model.to_json()}
+
+    @classmethod
+    def from_json(cls, record: dict[str, Any]) -> TranslatorRecord:
+        values = {item.name: record[item.name] for item in fields(cls) if item.name in record}
+        values["base_model"] = BaseModelRef.from_json(record["base_model"])
+        values["train_tasks"] = tuple(record.get("train_tasks", ()))
+        return cls(**values)
+
+
+@dataclass(frozen=True)
+class Translation:
+    """Text that a translator wrote for a soft prompt."""
+
+    text: str
+    """Prefill and continuation."""
+    prefill: str
+    log_likelihood: float
+    """Mean over the continuation's tokens and EOS, in nats per token, under the translator."""
+
+
+class Translator:
+    """A translator on a loaded base model.
+
+    Raises:
+        BaseModelMismatch: the base model, or a soft prompt handed in later, is another one than the translator's.
+    """
+
+    def __init__(self, base_model: BaseModel, record: TranslatorRecord, adapter_name: str) -> None:
+        require_same_base(
+            "loading a translator", "the translator", record.base_model, "the loaded model", base_model.ref
+        )
+        self.base_model = base_model
+        self.record = record
+        self.adapter_name = adapter_name
+
+    @classmethod
+    def load(cls, folder: Path, base_model: BaseModel) -> Translator:
+        """Put the adapter in `folder` onto `base_model`, switched off until it is used."""
+        from peft import LoraConfig, set_peft_model_state_dict
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        record = read_record(folder)
+        adapter_name = f"translator_{digest_of_file(folder / ADAPTER_FILE)[:SHORT]}"
+        translator = cls(base_model, record, adapter_name)
+        try:
+            weights = load_file(folder / ADAPTER_FILE)
+            if adapter_name not in getattr(base_model.model, "peft_config", {}):
+                add_adapter(base_model, LoraConfig.from_pretrained(str(folder)), adapter_name)
+            outcome: Any = set_peft_model_state_dict(base_model.model, weights, adapter_name=adapter_name)
+        except (OSError, SafetensorError, RuntimeError) as error:
+            raise ArtifactError(
+                f"reading translator {str(folder)!r}: its adapter cannot be put on {base_model.ref} ({error}). "
+                "Train it again."
+            ) from error
+        if outcome.unexpected_keys:
+            raise ArtifactError(
+                f"reading translator {str(folder)!r}: the adapter holds weights that {base_model.ref} has no place for "
+                f"({outcome.unexpected_keys[:3]}). Train it again."
+            )
+        return translator
+
+    def save(self, folder: Path) -> None:
+        """Write adapter and record whole or not at all. The base model's weights are never part of it."""
+        from peft import get_peft_model_state_dict
+        from safetensors.torch import save_file
+
+        model = self.base_model.model
+        weights = get_peft_model_state_dict(model, adapter_name=self.adapter_name, save_embedding_layers=False)
+        config = model.peft_config[self.adapter_name]
+        with folder_written_whole(folder) as partial:
+            save_file(
+                {key: tensor.detach().cpu().contiguous() for key, tensor in weights.items()}, partial / ADAPTER_FILE
+            )
+            stored = config.to_dict() | {"base_model_name_or_path": self.record.base_model.name, "inference_mode": True}
+            write_json(partial / ADAPTER_CONFIG_FILE, {key: _plain(value) for key, value in sorted(stored.items())})
+            write_json(partial / RECORD_FILE, {"format_version": FORMAT_VERSION, **self.record.to_json()})
+
+    @property
+    def id(self) -> str:
+        return self.adapter_name
+
+    @contextlib.contextmanager
+    def reading(self) -> Iterator[None]:
+        """Switch this adapter on for the block."""
+        model = self.base_model.model
+        model.set_adapter(self.adapter_name)
+        model.enable_adapters()
+        try:
+            yield
+        finally:
+            model.disable_adapters()
+
+    def translate(
+        self,
+        soft_prompts: Sequence[SoftPrompt],
+        *,
+        prefill: str = "",
+        max_new_tokens: int = 64,
+        temperature: float = 0.0,
+        seed: int = 0,
+    ) -> list[Translation]:
+        """Write each soft prompt out as text: [soft tokens][BOS][prefill] and on until EOS or the cap.
+
+        Args:
+            soft_prompts: B prompts of this base model, all with the same K.
+            prefill: the beginning of every text (paper, appendix A.10), kept in the result.
+            max_new_tokens: cap on the continuation.
+            temperature: 0 is greedy.
+            seed: of the sampling.
+        """
+        import torch
+
+        for soft_prompt in soft_prompts:
+            require_same_base(
+                "translating",
+                f"soft prompt {soft_prompt.record.task!r}",
+                soft_prompt.record.base_model,
+                "this translator",
+                self.record.base_model,
+            )
+        base = self.base_model
+        soft = torch.stack([soft_prompt.embeddings for soft_prompt in soft_prompts]).to(base.device)  # (B, K, D)
+        head = base.bos + (base.tokenize(prefill) if prefill else [])
+        with self.reading(), torch.no_grad():
+            rows = base.generate(
+                soft,
+                [head] * len(soft_prompts),
+                max_new_tokens=max_new_tokens,
+                temperature=temperature,
+                seed=seed,
+            )
+            scores = base.score_targets(soft, [head] * len(rows), [[*row, base.eos_id] for row in rows])
+        means = (scores.log_likelihood / scores.num_tokens).tolist()
+        return [
+            Translation((prefill + base.decode(row)).strip(), prefill, mean)
+            for row, mean in zip(rows, means, strict=True)
+        ]
+
+
+def read_record(folder: Path) -> TranslatorRecord:
+    """The record alone, without loading any model."""
+    record = read_json(folder / RECORD_FILE, "a translator")
+    check_format_version(record, FORMAT_VERSION, f"translator {str(folder)!r}")
+    return TranslatorRecord.from_json(record)
+
+
+def add_adapter(base_model: BaseModel, config: LoraConfig, adapter_name: str) -> None:
+    """Put a new LoRA adapter into the base model, frozen and switched off; the base's own weights stay as they are."""
+    import torch
+
+    with torch.random.fork_rng():
+        base_model.model.add_adapter(config, adapter_name)
+    for parameter in adapter_parameters(base_model, adapter_name).values():
+        parameter.requires_grad_(False)
+    base_model.model.disable_adapters()
+
+
+def adapter_parameters(base_model: BaseModel, adapter_name: str) -> dict[str, torch.nn.Parameter]:
+    """The adapter's own parameters by name."""
+    return {
+        name: parameter
+        for name, parameter in base_model.model.named_parameters()
+        if "lora_" in name and f".{adapter_name}." in name
+    }
+
+
+def _plain(value: Any) -> Any:
+    """PEFT configs hold sets and enums, which JSON does not know."""
+    if isinstance(value, (set, frozenset)):
+        return sorted(value)
+    return getattr(value, "value", value)

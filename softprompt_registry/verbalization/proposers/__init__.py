@@ -1,0 +1,1 @@
+"""What writes candidate texts for a soft prompt."""

@@ -1,0 +1,597 @@
+"""The real `openai` client against a real HTTP server on this machine whose replies each test writes down."""
+
+from __future__ import annotations
+
+import json
+import logging
+import random
+import re
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from email.utils import formatdate
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import pytest
+
+from softprompt_registry.errors import ConfigError, LanguageModelError
+from softprompt_registry.language_models import (
+    Completion,
+    CompletionRequest,
+    OpenAICompatible,
+    OpenAICompatibleConfig,
+    Prices,
+    Usage,
+    usage_of,
+)
+
+KEY = "sk-test-0123456789abcdef"
+
+
+@dataclass(frozen=True)
+class Reply:
+    status: int = 200
+    body: Any = None
+    """Sent as JSON, or as it is when it is bytes; None: the prompt in upper case, as a chat completion."""
+    headers: dict[str, str] = field(default_factory=dict)
+    delay_s: float = 0.0
+    cut: bool = False
+    """Close the connection in the middle of the body."""
+    drip: bool = False
+    """Send a space every 50 ms, as some providers do to keep a connection open, and never an answer."""
+
+
+@dataclass(frozen=True)
+class Received:
+    path: str
+    authorization: str | None
+    body: dict[str, Any]
+    at: float
+
+
+class LlmServer(ThreadingHTTPServer):
+    """Answers with `replies` in order, then by upper-casing; or by the prompt, where `reply_to` is set."""
+
+    daemon_threads = False  # server_close() waits for every handler, so no socket outlives the test
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.replies: list[Reply] = []
+        self.reply_to: Callable[[str], Reply] | None = None
+        self.received: list[Received] = []
+        self.most_at_once = 0
+        self.at_once = 0
+        self.lock = threading.Lock()
+        self.stopping = threading.Event()
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        if not isinstance(sys.exception(), ConnectionError):  # the client hung up: several tests want that
+            super().handle_error(request, client_address)
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}/v1"
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: LlmServer
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *arguments: Any) -> None:
+        pass
+
+    def do_POST(self) -> None:
+        server = self.server
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        prompt = body["prompt"] if "prompt" in body else body["messages"][-1]["content"]
+        with server.lock:
+            server.received.append(Received(self.path, self.headers["Authorization"], body, time.monotonic()))
+            server.at_once += 1
+            server.most_at_once = max(server.most_at_once, server.at_once)
+            if server.reply_to is not None:
+                reply = server.reply_to(prompt)
+            else:
+                reply = server.replies.pop(0) if server.replies else Reply()
+        server.stopping.wait(reply.delay_s)
+        with server.lock:
+            server.at_once -= 1  # before the answer leaves: after it the client may already send the next request
+        self._send(reply, prompt)
+
+    def _send(self, reply: Reply, prompt: str) -> None:
+        content = chat(prompt.upper()) if reply.body is None else reply.body
+        if not isinstance(content, bytes):
+            content = json.dumps(content).encode()
+        self.send_response(reply.status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(content) if not reply.drip else 1_000_000))
+        for name, value in reply.headers.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if reply.cut:
+            self.wfile.write(content[: len(content) // 2])
+            self.close_connection = True
+        elif reply.drip:
+            while not self.server.stopping.wait(0.05):
+                self.wfile.write(b" ")
+        else:
+            self.wfile.write(content)
+
+
+def chat(
+    text: str | None, *, finish_reason: str = "stop", prompt_tokens: int = 7, completion_tokens: int = 3
+) -> dict[str, Any]:
+    return {
+        "id": "chatcmpl-1",
+        "object": "chat.completion",
+        "created": 0,
+        "model": "tiny",
+        "choices": [
+            {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": finish_reason},
+        ],
+        "usage": {
+            "prompt_tokens": prompt_tokens,
+            "completion_tokens": completion_tokens,
+            "total_tokens": prompt_tokens + completion_tokens,
+        },
+    }
+
+
+def error_body(message: str, code: str | None = None) -> dict[str, Any]:
+    return {"error": {"message": message, "type": "error", "code": code}}
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[LlmServer]:
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    with LlmServer() as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        yield server
+        server.stopping.set()
+        server.shutdown()
+        thread.join()
+
+
+def model_at(server: LlmServer, **settings: Any) -> OpenAICompatible:
+    defaults: dict[str, Any] = {
+        "model": "tiny",
+        "base_url": server.url,
+        "initial_backoff_s": 0.01,
+        "max_backoff_s": 0.02,
+    }
+    return OpenAICompatible(OpenAICompatibleConfig(**(defaults | settings)), jitter=random.Random(0))
+
+
+def ask(server: LlmServer, prompt: str = "hello", **settings: Any) -> Completion | LanguageModelError:
+    with model_at(server, **settings) as model:
+        [result] = model.complete([CompletionRequest(prompt)])
+    return result
+
+
+def ask_in_vain(server: LlmServer, **settings: Any) -> LanguageModelError:
+    result = ask(server, **settings)
+    assert isinstance(result, LanguageModelError)
+    return result
+
+
+# --- Answers ---
+
+
+def test_a_chat_completion(server: LlmServer) -> None:
+    request = CompletionRequest("hello", system="Be brief.", max_tokens=5, temperature=0.5, stop=("\n", "END"))
+    with model_at(server) as model:
+        assert model.name == "tiny"
+        [result] = model.complete([request])
+    assert isinstance(result, Completion)
+    assert 0 < result.latency_s < 5
+    assert result == Completion("HELLO", 7, 3, result.latency_s, "stop", attempts=1)
+    [received] = server.received
+    assert received.path == "/v1/chat/completions"
+    assert received.authorization == f"Bearer {KEY}"
+    assert received.body == {
+        "model": "tiny",
+        "messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "hello"}],
+        "max_tokens": 5,
+        "temperature": 0.5,
+        "stop": ["\n", "END"],
+    }
+
+
+def test_the_completions_endpoint_joins_system_and_prompt(server: LlmServer) -> None:
+    server.replies = [Reply(body={"choices": [{"text": " world", "finish_reason": "length"}]})]
+    with model_at(server, endpoint="completions") as model:
+        [result] = model.complete([CompletionRequest("hello", system="Be brief.", max_tokens=5)])
+    assert isinstance(result, Completion)
+    assert (result.text, result.finish_reason) == (" world", "length")
+    [received] = server.received
+    assert received.path == "/v1/completions"
+    assert received.body == {"model": "tiny", "prompt": "Be brief.\n\nhello", "max_tokens": 5, "temperature": 0.0}
+
+
+def test_settings_for_models_that_refuse_max_tokens_and_temperature(server: LlmServer) -> None:
+    ask(server, max_tokens_parameter="max_completion_tokens", send_temperature=False)
+    assert server.received[0].body == {
+        "model": "tiny",
+        "messages": [{"role": "user", "content": "hello"}],
+        "max_completion_tokens": 256,
+    }
+
+
+@pytest.mark.parametrize(
+    ("body", "finish_reason"),
+    [
+        (chat("", finish_reason="length"), "length"),
+        (chat(None, finish_reason="content_filter"), "content_filter"),
+        ({"choices": [{"message": {"refusal": "I cannot help."}, "finish_reason": "stop"}]}, "stop"),
+        ({"choices": [{"message": {"content": None}}]}, None),
+    ],
+)
+def test_an_empty_or_refused_answer_is_kept(server: LlmServer, body: Any, finish_reason: str | None) -> None:
+    server.replies = [Reply(body=body)]
+    result = ask(server)
+    assert isinstance(result, Completion)
+    assert (result.text, result.finish_reason) == ("", finish_reason)
+
+
+@pytest.mark.parametrize("usage", [None, {}, {"prompt_tokens": None, "completion_tokens": "3"}, [1]])
+def test_missing_usage_counts_as_no_tokens(server: LlmServer, usage: Any) -> None:
+    server.replies = [Reply(body=chat("yes") | {"usage": usage})]
+    result = ask(server)
+    assert isinstance(result, Completion)
+    assert (result.text, result.prompt_tokens, result.completion_tokens) == ("yes", 0, 0)
+
+
+# --- Tries and waits ---
+
+
+@pytest.mark.parametrize(
+    "failures",
+    [
+        [Reply(500), Reply(503, body=b"<html>Service Unavailable</html>")],
+        [Reply(429, body=error_body("slow down")), Reply(408)],
+        [Reply(body=b'{"choices": [')],
+        [Reply(body=b"\xff\xfe\x00garbage")],
+        [Reply(body=b"")],
+        [Reply(body=["not", "an", "object"])],
+        [Reply(body={"id": "chatcmpl-1"}), Reply(body={"choices": []})],
+        [Reply(body={"choices": [{"finish_reason": "stop"}]})],
+        [Reply(body={"choices": [{"message": {"role": "assistant"}}]})],
+        [Reply(body={"choices": [{"message": {"content": [{"text": "in parts"}]}}]})],
+        [Reply(cut=True)],
+    ],
+)
+def test_a_passing_failure_is_tried_again(server: LlmServer, failures: list[Reply]) -> None:
+    server.replies = list(failures)
+    result = ask(server)
+    assert isinstance(result, Completion)
+    assert (result.text, result.attempts) == ("HELLO", len(failures) + 1)
+
+
+def test_latency_is_that_of_the_last_try(server: LlmServer) -> None:
+    server.replies = [Reply(500, delay_s=0.6)]
+    result = ask(server)
+    assert isinstance(result, Completion)
+    assert result.latency_s < 0.5
+
+
+@pytest.mark.parametrize(
+    ("retry_after", "shortest_s"),
+    [
+        (lambda: "0.3", 0.3),
+        (lambda: formatdate(time.time() + 1.5, usegmt=True), 0.4),  # a date has whole seconds
+        (lambda: formatdate(time.time() + 1.5), 0.4),  # zone "-0000"
+        (lambda: "soon", 0),
+        (lambda: "-5", 0),
+        (lambda: "inf", 0),
+        (lambda: "Wed, 21 Oct 99999999999999999999 07:28:00 GMT", 0),
+    ],
+    ids=["seconds", "date", "date without zone", "words", "negative", "infinite", "impossible date"],
+)
+def test_retry_after_is_obeyed(server: LlmServer, retry_after: Callable[[], str], shortest_s: float) -> None:
+    first_then_well = iter([lambda: Reply(429, headers={"Retry-After": retry_after()}), Reply])
+    server.reply_to = lambda prompt: next(first_then_well)()
+    result = ask(server)
+    assert isinstance(result, Completion) and result.attempts == 2
+    first, second = server.received
+    assert shortest_s <= second.at - first.at < 10
+
+
+def test_waits_are_drawn_from_a_range_that_doubles_up_to_its_limit(server: LlmServer) -> None:
+    ranges = []
+
+    class NoWait(random.Random):
+        def uniform(self, a: float, b: float) -> float:
+            ranges.append((a, b))
+            return 0.0
+
+    server.replies = [Reply(500)] * 4
+    config = OpenAICompatibleConfig("tiny", server.url, initial_backoff_s=1.0, max_backoff_s=3.0)
+    with OpenAICompatible(config, jitter=NoWait()) as model:
+        model.complete([CompletionRequest("hello")])
+    assert ranges == [(0, 1.0), (0, 2.0), (0, 3.0), (0, 3.0)]
+
+
+def test_a_lasting_failure_ends_after_max_attempts(server: LlmServer) -> None:
+    server.reply_to = lambda prompt: Reply(500, body=error_body("out\nof \x1b[31m memory"))
+    error = ask_in_vain(server, max_attempts=3)
+    assert len(server.received) == 3
+    assert error.retryable
+    assert str(error) == (
+        f"asking model 'tiny' at '127.0.0.1:{server.server_port}' (3 tries): found HTTP 500 (out of [31m memory). "
+        "The server is in trouble: read its log if it is yours, else try again later."
+    )
+
+
+def test_a_silent_server_times_out(server: LlmServer) -> None:
+    server.reply_to = lambda prompt: Reply(delay_s=5)
+    error = ask_in_vain(server, timeout_s=0.1, max_attempts=2)
+    assert len(server.received) == 2
+    assert error.retryable
+    assert "(2 tries): found no reply within 0.1 s." in str(error)
+    assert "timeout_s" in error.hint
+
+
+def test_no_server_at_all(server: LlmServer) -> None:
+    error = ask_in_vain(server, base_url="http://127.0.0.1:1/v1", max_attempts=2)
+    assert error.retryable
+    assert "at '127.0.0.1:1' (2 tries): found the connection failed (" in str(error)
+    assert "Connection refused" in str(error)
+
+
+def test_broken_replies_for_ever(server: LlmServer) -> None:
+    server.reply_to = lambda prompt: Reply(body={"error": {"message": "upstream is down"}})
+    error = ask_in_vain(server, max_attempts=2)
+    assert error.retryable
+    assert "found an unusable reply (no choices; upstream is down)." in str(error)
+
+
+# --- Failures that stay ---
+
+
+@pytest.mark.parametrize(
+    ("reply", "words"),
+    [
+        (Reply(400, body=error_body("'max_tokens' is not supported")), "max_tokens_parameter="),
+        (Reply(422, body={"detail": "temperature too high"}), "HTTP 422 (temperature too high)"),
+        (Reply(401, body=error_body("no such key")), "variable OPENAI_API_KEY"),
+        (Reply(403, body=error_body("not for you")), "may not use this model"),
+        (Reply(404, body=error_body("The model `tiny` does not exist")), "Check the model name 'tiny'"),
+        (Reply(413, body=b"Payload Too Large"), "HTTP 413 (Payload Too Large)"),
+        (Reply(429, body=error_body("pay first", "insufficient_quota")), "plan and billing"),
+    ],
+)
+def test_a_failure_that_stays_is_not_tried_again(server: LlmServer, reply: Reply, words: str) -> None:
+    server.replies = [reply]
+    error = ask_in_vain(server)
+    assert len(server.received) == 1
+    assert not error.retryable
+    assert words in str(error)
+    assert f"HTTP {reply.status} (" in str(error)
+
+
+def test_a_long_provider_message_is_cut(server: LlmServer) -> None:
+    server.replies = [Reply(400, body=error_body("too long " * 1000))]
+    quoted = re.search(r"HTTP 400 \((.*)\)\. Check", str(ask_in_vain(server)))
+    assert quoted is not None
+    assert len(quoted[1]) == 200 and quoted[1].endswith("…")
+
+
+def test_one_bad_request_does_not_spoil_the_others(server: LlmServer) -> None:
+    server.reply_to = lambda prompt: Reply(400, body=error_body("no")) if prompt == "bad" else Reply()
+    with model_at(server) as model:
+        results = model.complete([CompletionRequest(prompt) for prompt in ("a", "bad", "\ud800", "b")])
+    assert [result.text if isinstance(result, Completion) else None for result in results] == ["A", None, None, "B"]
+    assert "not valid Unicode" in str(results[2])
+
+
+def test_an_empty_batch(server: LlmServer) -> None:
+    with model_at(server) as model:
+        assert model.complete([]) == []
+
+
+# --- The key ---
+
+
+def chain(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+@pytest.mark.parametrize(
+    ("reply", "has_cause"),
+    [
+        (Reply(401, body=error_body(f"Incorrect API key provided: {KEY}.")), False),
+        (Reply(401, body=error_body("x" * 190 + KEY)), False),  # the cut would fall into the key
+        (Reply(401, body=error_body("no such key") | {"key": KEY}), False),
+        (Reply(500, body=b"Authorization: Bearer " + KEY.encode()), False),
+        (Reply(body={"error": {"message": f"bad key {KEY}"}}), False),
+        (Reply(401, body=error_body("no such key")), True),
+        (Reply(cut=True), True),
+    ],
+)
+def test_the_key_is_in_no_error_and_no_log(
+    server: LlmServer, caplog: pytest.LogCaptureFixture, reply: Reply, has_cause: bool
+) -> None:
+    caplog.set_level(logging.DEBUG)
+    server.reply_to = lambda prompt: reply
+    error = ask_in_vain(server, max_attempts=2)
+    assert (error.__cause__ is not None) == has_cause
+    for link in chain(error):
+        shown = f"{link} {link!r} {vars(link)}"
+        assert KEY[:-4] not in shown
+        assert link.__traceback__ is None  # its frames hold the client
+        for owner in (link, getattr(link, "response", None)):
+            assert not getattr(getattr(owner, "request", None), "headers", None)
+    assert KEY[:-4] not in caplog.text
+
+
+def test_the_echoed_key_is_masked(server: LlmServer) -> None:
+    server.replies = [Reply(401, body=error_body(f"Incorrect API key provided: {KEY}."))]
+    assert "HTTP 401 (Incorrect API key provided: ***.)" in str(ask_in_vain(server))
+
+
+def test_a_short_made_up_key_hides_only_itself(server: LlmServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "x")
+    server.replies = [Reply(400, body=error_body("max_tokens exceeded for key x"))]
+    assert "(max_tokens exceeded for key ***)" in str(ask_in_vain(server))
+
+
+def test_the_key_comes_from_the_named_variable(server: LlmServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MY_KEY", " other-key\n")
+    with model_at(server, api_key_env="MY_KEY") as model:
+        model.complete([CompletionRequest("hello")])
+        assert "other-key" not in f"{model!r} {model.config!r}"
+    assert server.received[0].authorization == "Bearer other-key"
+
+
+@pytest.mark.parametrize("value", [None, "", "  \n"])
+def test_a_missing_key_is_named(server: LlmServer, monkeypatch: pytest.MonkeyPatch, value: str | None) -> None:
+    monkeypatch.delenv("MY_KEY", raising=False)
+    if value is not None:
+        monkeypatch.setenv("MY_KEY", value)
+    with pytest.raises(LanguageModelError, match="MY_KEY is not set. Set MY_KEY .* to any value") as caught:
+        model_at(server, api_key_env="MY_KEY")
+    assert not caught.value.retryable
+
+
+def test_a_key_that_no_header_can_carry(server: LlmServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-sécret")
+    with pytest.raises(LanguageModelError, match="outside ASCII") as caught:
+        model_at(server)
+    assert "cret" not in str(caught.value)
+
+
+# --- Many requests at once ---
+
+
+def test_concurrency_is_bounded_and_results_keep_their_order(server: LlmServer) -> None:
+    delays = random.Random(0)
+    server.reply_to = lambda prompt: Reply(delay_s=delays.uniform(0.03, 0.08))
+    prompts = [f"prompt {number}" for number in range(24)]
+    with model_at(server, max_concurrency=3) as model:
+        results = model.complete([CompletionRequest(prompt) for prompt in prompts])
+    assert [result.text for result in results if isinstance(result, Completion)] == [p.upper() for p in prompts]
+    assert server.most_at_once == 3
+
+
+def test_the_deadline_ends_the_batch(server: LlmServer) -> None:
+    server.reply_to = lambda prompt: Reply(delay_s=0 if prompt == "quick" else 5)
+    started = time.monotonic()
+    with model_at(server, max_concurrency=2, deadline_s=0.5) as model:
+        results = model.complete([CompletionRequest(prompt) for prompt in ("quick", "slow", "slow", "never sent")])
+    assert time.monotonic() - started < 2
+    assert isinstance(results[0], Completion)
+    for result in results[1:]:
+        assert isinstance(result, LanguageModelError) and result.retryable
+        assert f"deadline of 0.5 s reached before model 'tiny' at '127.0.0.1:{server.server_port}'" in str(result)
+    assert "never sent" not in [received.body["messages"][-1]["content"] for received in server.received]
+
+
+def test_a_wait_that_ends_after_the_deadline_is_not_begun(server: LlmServer) -> None:
+    server.replies = [Reply(429, body=error_body("slow down"), headers={"Retry-After": "60"})]
+    started = time.monotonic()
+    error = ask_in_vain(server, deadline_s=30)
+    assert time.monotonic() - started < 5
+    assert error.retryable
+    assert "deadline of 30 s reached" in str(error) and "HTTP 429 (slow down)" in str(error)
+
+
+def test_a_dripping_answer_does_not_outlast_the_deadline(server: LlmServer) -> None:
+    """Each byte restarts the client's timeout, so only the deadline ends this; close() ends the connection."""
+    server.reply_to = lambda prompt: Reply(drip=True)
+    started = time.monotonic()
+    error = ask_in_vain(server, timeout_s=0.3, deadline_s=0.5)
+    assert time.monotonic() - started < 2
+    assert "deadline of 0.5 s reached" in str(error)
+
+
+def test_close_ends_waits_and_may_be_called_twice(server: LlmServer) -> None:
+    server.reply_to = lambda prompt: Reply(500, headers={"Retry-After": "60"})
+    model = model_at(server)
+    results: list[Completion | LanguageModelError] = []
+    thread = threading.Thread(target=lambda: results.extend(model.complete([CompletionRequest("hello")])))
+    thread.start()
+    while not server.received:
+        time.sleep(0.01)
+    time.sleep(0.1)
+    model.close()
+    model.close()
+    thread.join(timeout=5)
+    assert not thread.is_alive()
+    assert "HTTP 500" in str(results[0])
+
+
+# --- Usage and cost ---
+
+
+def test_usage_and_cost_are_summed(server: LlmServer) -> None:
+    server.replies = [
+        Reply(body=chat("a", prompt_tokens=1000, completion_tokens=100)),
+        Reply(body=chat("b", prompt_tokens=2000, completion_tokens=300)),
+        Reply(401),
+    ]
+    settings = {"price_per_million_prompt_tokens": 0.5, "price_per_million_completion_tokens": 2.0}
+    with model_at(server, max_concurrency=1, **settings) as model:
+        results = model.complete([CompletionRequest("hello")] * 3)
+        prices = model.config.prices
+    assert prices == Prices(0.5, 2.0)
+    usage = usage_of(results, prices)
+    assert usage == Usage(requests=3, prompt_tokens=3000, completion_tokens=400, cost=usage.cost)
+    assert usage.cost == pytest.approx(0.0015 + 0.0008)
+    assert sum([usage_of([result], prices) for result in results], Usage()) == usage
+
+
+def test_a_cost_without_prices_is_unknown() -> None:
+    unknown = usage_of([Completion("a", 5, 1, 0.1, "stop", 1)], None)
+    assert unknown == Usage(1, 5, 1, None)
+    assert (unknown + Usage(1, 1, 1, 0.25)).cost is None
+    assert Usage(1, 2, 3, 0.25) + Usage(1, 2, 3, 0.5) == Usage(2, 4, 6, 0.75)
+
+
+# --- Settings ---
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"model": ""}, "model is empty"),
+        ({"api_key_env": ""}, "api_key_env is empty"),
+        ({"base_url": "localhost:8000/v1"}, "base_url is not a usable address"),
+        ({"base_url": "http://[::1/v1"}, "base_url is not a usable address"),
+        ({"base_url": "http://host:99999/v1"}, "base_url is not a usable address"),
+        ({"base_url": "https://me:hunter2@host/v1"}, "for host 'host' carries credentials"),
+        ({"base_url": "https://host/v1?key=hunter2"}, "for host 'host' carries credentials, a query"),
+        ({"endpoint": "responses"}, r"endpoint is 'responses'; choose one of \['chat', 'completions'\]"),
+        ({"max_tokens_parameter": "limit"}, "choose one of .*'max_completion_tokens'"),
+        ({"timeout_s": 0}, "timeout_s is 0; it must be a number of seconds above 0"),
+        ({"deadline_s": float("nan")}, "deadline_s is nan"),
+        ({"max_backoff_s": float("inf")}, "max_backoff_s is inf"),
+        ({"initial_backoff_s": 60.0}, r"initial_backoff_s \(60.0\) is above max_backoff_s \(30.0\)"),
+        ({"max_attempts": 0}, "max_attempts is 0; it must be 1 or more"),
+        ({"max_concurrency": -1}, "max_concurrency is -1"),
+        ({"price_per_million_prompt_tokens": 1.0}, "only one of the two prices is set"),
+        (
+            {"price_per_million_prompt_tokens": 1.0, "price_per_million_completion_tokens": -1.0},
+            r"\(1.0, -1.0\); they must be numbers from 0 up",
+        ),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(settings: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError, match=words) as caught:
+        OpenAICompatibleConfig(**({"model": "tiny"} | settings))
+    assert "hunter2" not in str(caught.value)
+
+
+def test_importing_loads_no_client() -> None:
+    program = (
+        "import sys, softprompt_registry.language_models\n"
+        "print([name for name in ('openai', 'torch', 'mlflow', 'transformers') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
