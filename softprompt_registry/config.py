@@ -87,10 +87,17 @@ def _converted(hint: Any, value: Any, where: str) -> Any:
         if value not in typing.get_args(hint):
             raise ConfigError(f"reading {where}: found {value!r}, expected one of {list(typing.get_args(hint))}.")
         return value
+    if origin in (dict, Mapping):
+        if not isinstance(value, Mapping):
+            raise ConfigError(f"reading {where}: found {value!r}, expected a mapping.")
+        inner = typing.get_args(hint)[1]
+        return {str(key): _converted(inner, item, f"{where}, {key!r}") for key, item in value.items()}
     if origin is tuple:
         if not isinstance(value, (list, tuple)):
             raise ConfigError(f"reading {where}: found {value!r}, expected a list.")
         return tuple(_converted(typing.get_args(hint)[0], item, where) for item in value)
+    if hint is Any:
+        return value
     if hint is float and isinstance(value, str):
         # YAML 1.1 reads `1e-4` as text; people write learning rates that way.
         try:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -90,10 +92,40 @@ class _RichBar:
         self._progress.stop()
 
 
+class _LineBar:
+    """Progress for log files: a line when something happened, at most one in `SECONDS`, and one at the end."""
+
+    SECONDS = 10.0
+
+    def __init__(self, title: str, total: int) -> None:
+        self._title, self._total = title, total
+        self._done, self._note = 0, ""
+        self._started = self._printed = time.monotonic()
+
+    def advance(self, steps: int = 1, note: str = "") -> None:
+        self._done += steps
+        self._note = note
+        if time.monotonic() - self._printed >= self.SECONDS:
+            self._print()
+
+    def _print(self) -> None:
+        self._printed = time.monotonic()
+        seconds = self._printed - self._started
+        print(f"{self._title} {self._done}/{self._total} {seconds:.0f} s {self._note}", file=sys.stderr, flush=True)
+
+    def __enter__(self) -> _LineBar:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._print()
+
+
 class ConsoleRecorder(NullRecorder):
-    """Shows progress bars on stderr and forgets the rest. On a pipe or in a log file, one line at the end of each bar."""
+    """Shows progress on stderr and forgets the rest: bars on a terminal, now and then a line in a pipe or a file."""
 
     def progress(self, title: str, total: int) -> AbstractContextManager[ProgressBar]:
+        if not sys.stderr.isatty():
+            return _LineBar(title, total)
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 

@@ -45,6 +45,15 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
     return value
 
 
+def require_same_origin(what: str, folder: Path, found: str | None, expected: str) -> None:
+    """Refuse to take over, or to overwrite, a finished output that was made from other inputs or settings."""
+    if found != expected:
+        raise ArtifactError(
+            f"writing {what} to {str(folder)!r}: one made from other inputs or settings is there already, and nothing is "
+            "overwritten. Choose another output, or remove that folder."
+        )
+
+
 def check_format_version(record: dict[str, Any], supported: int, what: str) -> None:
     found = record.get("format_version")
     if found != supported:

@@ -10,6 +10,8 @@ from pathlib import Path
 from softprompt_registry.dod.files import FilesConfig, build_dod_from_files
 
 SAMPLE_FOLDER = Path(__file__).parent / "dod"
+DEMO_CONFIG = Path(__file__).parent / "demo.yaml"
+"""Settings of `softprompt demo`."""
 
 
 def build_sample_dod(out: Path) -> Path:

@@ -37,8 +37,11 @@ class SoftPromptBank:
         self.base_model = BaseModelRef.from_json(self.header["base_model"])
 
     @classmethod
-    def save(cls, soft_prompts: Sequence[SoftPrompt], folder: Path) -> SoftPromptBank:
-        """Write a bank whole or not at all. All members share base model and K."""
+    def save(cls, soft_prompts: Sequence[SoftPrompt], folder: Path, *, made_from: str | None = None) -> SoftPromptBank:
+        """Write a bank whole or not at all. All members share base model and K.
+
+        `made_from` is a digest of what the members were tuned from, by which a second start finds its own result.
+        """
         import torch
         from safetensors.torch import save_file
 
@@ -75,6 +78,7 @@ class SoftPromptBank:
             "num_soft_prompts": len(soft_prompts),
             "K": first.num_virtual_tokens,
             "D": int(first.embeddings.shape[1]),
+            "made_from": made_from,
             "digest": digest_of_json([[soft_prompt.record.task, soft_prompt.id] for soft_prompt in soft_prompts]),
         }
         with folder_written_whole(folder) as partial:

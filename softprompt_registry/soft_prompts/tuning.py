@@ -22,7 +22,7 @@ from softprompt_registry.recording import NullRecorder, ProgressBar, Recorder
 from softprompt_registry.soft_prompts.bank import SoftPromptBank
 from softprompt_registry.soft_prompts.performance import Trial, measure
 from softprompt_registry.soft_prompts.soft_prompt import SoftPrompt, SoftPromptRecord
-from softprompt_registry.storage import locked
+from softprompt_registry.storage import locked, require_same_origin
 
 if TYPE_CHECKING:
     import torch
@@ -121,16 +121,23 @@ def tune_soft_prompts(
     """Tune one soft prompt per task and write the bank to `out`.
 
     Finished groups are kept in `<out>.tuning`; a second start with the same tasks, settings and base model takes them
-    from there. Curves (`train_loss`, `validation_loss`: means over prompts by epoch) go to the recorder.
+    from there, and takes a finished bank as it is. Curves (means over prompts by epoch) go to the recorder.
 
     Raises:
         DataError: a task has no train pair, or a name occurs twice.
+        ArtifactError: `out` holds a bank made from other tasks, settings or base model.
         BusyError: another process tunes into `out`.
     """
     recorder = recorder or NullRecorder()
     _check_tasks(tasks)
+    made_from = _key(base_model, tasks, config)
     work = out.with_name(f"{out.name}.tuning")
     with locked(work):
+        if out.exists():
+            bank = SoftPromptBank(out)
+            require_same_origin("a bank", out, bank.header.get("made_from"), made_from)
+            _record_curves(bank, recorder)
+            return bank
         finished: dict[str, SoftPrompt] = {}
         with recorder.progress("tune soft prompts", len(tasks)) as bar:
             for group in _groups(base_model, tasks, config):
@@ -142,7 +149,7 @@ def tune_soft_prompts(
                 else:
                     bar.advance(len(group), "taken from an earlier start")
                 finished.update({soft_prompt.record.task: soft_prompt for soft_prompt in kept})
-        bank = SoftPromptBank.save([finished[task.name] for task in tasks], out)
+        bank = SoftPromptBank.save([finished[task.name] for task in tasks], out, made_from=made_from)
         _record_curves(bank, recorder)
         _forget(work)
     return bank
@@ -212,7 +219,7 @@ def _groups(base_model: BaseModel, tasks: Sequence[Task], config: TuningConfig) 
 
 
 def _key(base_model: BaseModel, group: Sequence[Task], config: TuningConfig) -> str:
-    """What a stored group must agree on to be taken over."""
+    """What stored work must agree on to be taken over."""
     return digest_of_json([base_model.ref.fingerprint, asdict(config), [task.digest for task in group]])[:SHORT]
 
 

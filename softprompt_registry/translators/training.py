@@ -16,8 +16,13 @@ from softprompt_registry.fingerprints import SHORT, digest_of_json
 from softprompt_registry.recording import NullRecorder, Recorder
 from softprompt_registry.soft_prompts.bank import SoftPromptBank
 from softprompt_registry.soft_prompts.soft_prompt import SoftPrompt
-from softprompt_registry.storage import locked, read_json, write_json
-from softprompt_registry.translators.translator import Translator, TranslatorRecord, adapter_parameters
+from softprompt_registry.storage import locked, read_json, require_same_origin, write_json
+from softprompt_registry.translators.translator import (
+    Translator,
+    TranslatorRecord,
+    adapter_parameters,
+    read_record,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -105,6 +110,7 @@ def train_translator(
     Raises:
         BaseModelMismatch: bank and base model do not belong together.
         DataError: no task of the bank is in `tasks`, or one has no ground truth.
+        ArtifactError: `out` holds a translator made from another bank or other settings.
         BusyError: another process trains into `out`.
     """
     import torch
@@ -126,7 +132,16 @@ def train_translator(
         )
     held_out = _validation_names(names, config)
     soft_prompts = {name: bank.member(name) for name in names}
+    made_from = digest_of_json([bank.digest, names, asdict(config), base_model.ref.fingerprint])
     work = out.with_name(f"{out.name}.training")
+    if out.exists():
+        finished = read_record(out)
+        require_same_origin("a translator", out, finished.training.get("made_from"), made_from)
+        for epoch, losses in enumerate(
+            zip(finished.training["train_losses"], finished.training["validation_losses"], strict=True)
+        ):
+            _record_epoch(recorder, epoch, *losses)
+        return Translator.load(out, base_model)
     adapter_name = f"training_{digest_of_json([str(out), asdict(config)])[:SHORT]}"
     if adapter_name in getattr(base_model.model, "peft_config", {}):
         base_model.model.delete_adapter(adapter_name)
@@ -152,7 +167,7 @@ def train_translator(
             train_tasks=tuple(names),
             training=asdict(config),
         )
-        checkpoint = _Checkpoint(work, digest_of_json([bank.digest, names, asdict(config), base_model.ref.fingerprint]))
+        checkpoint = _Checkpoint(work, made_from)
         translator = Translator(base_model, record, adapter_name)
         try:
             state = checkpoint.load(parameters, optimizer) or _State(0, [], [])
@@ -185,6 +200,7 @@ def train_translator(
             record,
             training={
                 **record.training,
+                "made_from": made_from,
                 "validation_tasks": sorted(held_out),
                 "train_losses": state.train_losses,
                 "validation_losses": state.validation_losses,

@@ -1,0 +1,375 @@
+"""The servable model: a soft prompt in, a hard prompt that any LLM can read out. Contract: docs/serving.md.
+
+The model holds a translator; its base model is loaded when the server starts, so that a wrong one fails the start.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import math
+import tempfile
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import mlflow
+from mlflow.models import Model
+from mlflow.models.model import ModelInfo
+from mlflow.models.signature import ModelSignature
+from mlflow.types.schema import AnyType, Array, ColSpec, DataType, Object, ParamSchema, ParamSpec, Property, Schema
+
+from mlflow_plugins import flavor_parts
+from mlflow_plugins.scoring_server import guard_scoring_server
+from mlflow_plugins.serving_requests import (
+    RequestParams,
+    RequestRefused,
+    Row,
+    ServingConfig,
+    check_rows,
+    internal_error,
+    read_params,
+    read_row,
+    shortened,
+)
+from mlflow_plugins.serving_soft_prompts import soft_prompt_from_payload, soft_prompt_from_registry
+from mlflow_plugins.serving_target import TargetModel
+from softprompt_registry.base_models import load_base_model_for, require_same_base
+from softprompt_registry.errors import ArtifactError, SoftPromptError
+from softprompt_registry.fingerprints import SHORT, digest_of_file, digest_of_json
+from softprompt_registry.language_models import (
+    Completion,
+    Usage,
+    usage_of,
+)
+from softprompt_registry.soft_prompts.soft_prompt import SoftPrompt
+from softprompt_registry.translators.translator import (
+    ADAPTER_CONFIG_FILE,
+    ADAPTER_FILE,
+    FORMAT_VERSION,
+    RECORD_FILE,
+    Translator,
+    TranslatorRecord,
+    read_record,
+)
+from softprompt_registry.verbalization.proposers.translator import TranslatorProposer
+from softprompt_registry.verbalization.verbalizer import VerbalizationConfig, verbalize
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+FLAVOR_NAME = "softprompt_portable_prompt"
+DEFAULT_MODEL_CONFIG: dict[str, Any] = ServingConfig().to_model_config()
+
+
+# --- The flavor ---
+
+
+def get_default_pip_requirements() -> list[str]:
+    """What serving the model needs, pinned."""
+    return [*flavor_parts.default_pip_requirements(), f"openai=={importlib.metadata.version('openai')}"]
+
+
+def get_default_conda_env() -> dict[str, Any]:
+    """The same as a conda environment."""
+    env = flavor_parts.default_conda_env()
+    env["dependencies"][-1]["pip"] = [*env["dependencies"][-1]["pip"], get_default_pip_requirements()[-1]]
+    return env
+
+
+def default_signature() -> ModelSignature:
+    """Columns, outputs and parameters by name.
+
+    `inputs` is typed as anything although it must be a list of strings: MLflow refuses a whole request, quoting it, when
+    one row of a typed list is not one. The text columns let any object through, so a bad row gets its own error.
+    """
+    defaults = RequestParams()
+    types = {int: "long", float: "double", str: "string", bool: "boolean"}
+    candidate = [Property("text", "string"), Property("proposer", "string"), Property("score", "double", False)]
+    answer = [Property("input", "string"), Property("answer", "string", False), Property("error", "string", False)]
+    usage = [
+        *(Property(name, "long") for name in ("requests", "prompt_tokens", "completion_tokens")),
+        Property("cost", "double", False),
+    ]
+    return ModelSignature(
+        inputs=Schema(
+            [
+                ColSpec("string", "soft_prompt"),
+                ColSpec(AnyType(), "inputs", required=False),  # type: ignore[no-untyped-call]
+                ColSpec("string", "task_pairs", required=False),
+            ]
+        ),
+        outputs=Schema(
+            [
+                ColSpec("string", "hard_prompt", required=False),
+                ColSpec("double", "faithfulness", required=False),
+                ColSpec("boolean", "abstained", required=False),
+                ColSpec("string", "reason", required=False),
+                ColSpec(Array(Object(candidate)), "candidates"),
+                ColSpec(Array(Object(answer)), "answers", required=False),
+                ColSpec(Object(usage), "usage"),
+                ColSpec(DataType.string, "base_fingerprint"),
+                ColSpec(DataType.string, "translator"),
+                ColSpec("string", "error", required=False),
+            ]
+        ),
+        params=ParamSchema(
+            [
+                ParamSpec(field.name, types[type(getattr(defaults, field.name))], getattr(defaults, field.name))
+                for field in fields(RequestParams)
+            ]
+        ),
+    )
+
+
+def save_model(
+    artifact: str | Path,
+    path: str | Path,
+    mlflow_model: Model | None = None,
+    signature: ModelSignature | None = None,
+    input_example: Any = None,
+    pip_requirements: Sequence[str] | str | None = None,
+    extra_pip_requirements: Sequence[str] | str | None = None,
+    metadata: dict[str, Any] | None = None,
+    model_config: Mapping[str, Any] | None = None,
+    **kwargs: Any,
+) -> None:
+    """Write the translator folder `artifact` as a servable MLflow model; no base model is loaded or stored.
+
+    Args:
+        model_config: laid over `DEFAULT_MODEL_CONFIG`.
+    """
+    folder = Path(artifact)
+    record = read_record(folder)
+    # A wrong setting fails here, not where the model is served.
+    config = ServingConfig.from_model_config(model_config)
+    mlflow_model = mlflow_model or Model()
+    # Set here: handed to pyfunc without an input example it brings a warning that asks for one.
+    mlflow_model.signature = signature or default_signature()
+    mlflow_model.add_flavor(
+        FLAVOR_NAME,
+        data="data/translator",
+        **flavor_parts.facts_of(
+            record.base_model,
+            num_virtual_tokens=record.num_virtual_tokens,
+            digest=digest_of_file(folder / ADAPTER_FILE),
+            format_version=FORMAT_VERSION,
+        ),
+    )
+    if pip_requirements is None and kwargs.get("conda_env") is None:
+        # Without requirements of ours MLflow would load the model, base model included, to find out what it imports.
+        extra = extra_pip_requirements or []
+        extra_lines = [f"-r {Path(extra).resolve()}"] if isinstance(extra, str) else list(extra)
+        pip_requirements, extra_pip_requirements = [*get_default_pip_requirements(), *extra_lines], None
+    kwargs.pop("validate_serving_input", None)  # meant for `Model.log`, which hands it on
+    with tempfile.TemporaryDirectory() as temporary:
+        copy = Path(temporary) / "translator"
+        flavor_parts.copy_files(folder, copy, [ADAPTER_FILE, ADAPTER_CONFIG_FILE, RECORD_FILE])
+        mlflow.pyfunc.save_model(
+            path=str(path),
+            loader_module=__name__,
+            data_path=str(copy),
+            mlflow_model=mlflow_model,
+            input_example=input_example,
+            pip_requirements=pip_requirements,
+            extra_pip_requirements=extra_pip_requirements,
+            metadata=metadata,
+            model_config=config.to_model_config(),
+            **kwargs,
+        )
+
+
+def log_model(
+    translator_folder: str | Path,
+    *,
+    name: str,
+    model_id: str | None = None,
+    params: Mapping[str, Any] | None = None,
+    tags: Mapping[str, Any] | None = None,
+    model_config: Mapping[str, Any] | None = None,
+    registered_model_name: str | None = None,
+    **kwargs: Any,
+) -> ModelInfo:
+    """Log a translator folder as a servable LoggedModel: a new one, or the one that `model_id` names."""
+    labels: dict[str, Any] = {"name": name, "model_id": model_id, "params": params, "tags": tags}
+    kwargs = {"model_config": model_config, "registered_model_name": registered_model_name, **kwargs}
+    return flavor_parts.log(__name__, translator_folder, **labels, **kwargs)
+
+
+@dataclass(frozen=True)
+class PortablePrompt:
+    """What a logged model holds, read without loading the base model."""
+
+    translator_folder: Path
+
+    @property
+    def record(self) -> TranslatorRecord:
+        return read_record(self.translator_folder)
+
+
+def load_model(model_uri: str, dst_path: str | None = None) -> PortablePrompt:
+    """The translator in a logged or saved model. To run it: `Translator.load(handle.translator_folder, base_model)`."""
+    return PortablePrompt(flavor_parts.artifact_folder(model_uri, FLAVOR_NAME, dst_path))
+
+
+def _load_pyfunc(path: str, model_config: Mapping[str, Any] | None = None) -> _ServedTranslator:
+    config = ServingConfig.from_model_config(model_config)
+    served = _ServedTranslator(Path(path), config)
+    guard_scoring_server(__name__, config)
+    return served
+
+
+# --- The served model ---
+
+
+class _ServedTranslator:
+    """Columns and parameters of `default_signature`. Safe to call from several threads."""
+
+    def __init__(self, folder: Path, config: ServingConfig) -> None:
+        self._config = config
+        self._target = TargetModel(config)
+        record = read_record(folder)
+        base_model = load_base_model_for(record.base_model, override=config.base_model, dtype=config.dtype)
+        self._translator = Translator.load(folder, base_model)
+        # One row at a time: a text then depends on its own row alone, whoever shares the request.
+        self._proposer = TranslatorProposer(self._translator, rows_per_batch=1)
+        # The server answers in threads, while reading switches the adapter on in the one shared model.
+        self._lock = threading.Lock()
+
+    def predict(self, model_input: pd.DataFrame, params: Mapping[str, Any] | None = None) -> pd.DataFrame:
+        """One result per row, in order.
+
+        Raises:
+            RequestRefused: the request, or every row of it, is unusable; or an unexpected error occurred.
+        """
+        import pandas as pd
+
+        try:
+            records = model_input.to_dict(orient="records")
+            check_rows(records, self._config)
+            request = read_params(params, self._config)
+            if request.answer:
+                self._target.require()
+            with self._trace(records, request) as results:
+                results += [self._verbalize_or_error(record, request) for record in records]
+                errors = [str(result["error"]) for result in results if result["error"] is not None]
+                if len(errors) == len(results):
+                    many = "" if len(errors) == 1 else f"none of the {len(errors)} rows can be used; the first: "
+                    raise RequestRefused(many + errors[0])
+                if request.answer:
+                    self._answer(records, results)
+        except RequestRefused:
+            raise
+        except Exception:
+            raise internal_error() from None
+        # As objects: pandas would turn the null of a column of texts or numbers into NaN, which is not JSON.
+        return pd.DataFrame(results, index=model_input.index, dtype=object)
+
+    @contextlib.contextmanager
+    def _trace(self, records: Sequence[Mapping[Any, Any]], request: RequestParams) -> Iterator[list[dict[str, Any]]]:
+        """A list to put the results in; they are recorded as a span where the setting `trace` is on."""
+        results: list[dict[str, Any]] = []
+        if not self._config.trace:
+            yield results
+            return
+        # By hand, not with `mlflow.trace`: that would record every payload.
+        with mlflow.start_span("portable_prompt", span_type="CHAIN") as span:
+            digests = [digest_of_json(str(record.get("soft_prompt")))[:SHORT] for record in records]
+            span.set_inputs({"soft_prompt_digests": digests, "params": asdict(request)})
+            yield results
+            span.set_outputs([{key: result[key] for key in ("hard_prompt", "usage", "error")} for result in results])
+
+    def _verbalize_or_error(self, record: Mapping[Any, Any], request: RequestParams) -> dict[str, Any]:
+        result: dict[str, Any] = {
+            "hard_prompt": None,
+            "faithfulness": None,
+            "abstained": None,
+            "reason": None,
+            "candidates": [],
+            "answers": None,
+            "usage": asdict(Usage()),
+            "base_fingerprint": self._translator.record.base_model.fingerprint,
+            "translator": self._translator.id,
+            "error": None,
+        }
+        try:
+            row = read_row(record, request, self._config)
+            made = self._verbalize(self._load(row), request)
+        except SoftPromptError as error:
+            result["error"] = shortened(str(error))
+        else:
+            result |= made
+        return result
+
+    def _load(self, row: Row) -> SoftPrompt:
+        """The soft prompt of a row, checked against this translator's base model."""
+        record = self._translator.record
+        if isinstance(row.soft_prompt, str):
+            loaded = soft_prompt_from_registry(row.soft_prompt)
+            reference = repr(shortened(row.soft_prompt, 100))
+            require_same_base(
+                "reading soft_prompt", reference, loaded.record.base_model, "this translator", record.base_model
+            )
+        else:
+            loaded = soft_prompt_from_payload(row.soft_prompt, record.base_model)
+        if loaded.num_virtual_tokens > self._config.max_virtual_tokens:
+            raise ArtifactError(
+                f"reading soft_prompt: it has K={loaded.num_virtual_tokens} virtual tokens, expected at most "
+                f"{self._config.max_virtual_tokens}. Send a shorter one."
+            )
+        return loaded
+
+    def _verbalize(self, loaded: SoftPrompt, request: RequestParams) -> dict[str, Any]:
+        base = self._translator.base_model
+        config = VerbalizationConfig(
+            num_candidates=request.num_candidates,
+            prefill=request.prefill,
+            max_new_tokens=request.max_new_tokens,
+            temperature=request.temperature,
+            seed=request.seed,
+        )
+        with self._lock:
+            length = loaded.num_virtual_tokens + len(base.bos) + len(base.tokenize(request.prefill))
+            if length + request.max_new_tokens > base.max_positions:
+                raise ArtifactError(
+                    f"reading soft_prompt: its {loaded.num_virtual_tokens} virtual tokens and the prefill leave room for "
+                    f"{max(base.max_positions - length, 0)} new tokens of base model {base.ref}, but max_new_tokens is "
+                    f"{request.max_new_tokens}. Lower it."
+                )
+            made = verbalize([loaded], self._proposer, config, translator_id=self._translator.id)[0]
+        return {
+            "hard_prompt": made.text,
+            "faithfulness": made.faithfulness,
+            "abstained": made.abstained,
+            "reason": made.reason,
+            "candidates": [
+                {"text": one.text, "proposer": one.proposer, "score": _finite(one.score)} for one in made.candidates
+            ],
+        }
+
+    def _answer(self, records: Sequence[Mapping[Any, Any]], results: Sequence[dict[str, Any]]) -> None:
+        """Write `answers` and `usage` into the good rows; all their questions share one deadline."""
+        request = RequestParams(answer=True)
+        good = [
+            (result, read_row(record, request, self._config).inputs or ())
+            for record, result in zip(records, results, strict=True)
+            if result["error"] is None
+        ]
+        questions = [(str(result["hard_prompt"]), text) for result, inputs in good for text in inputs]
+        replies = iter(self._target.ask(questions))
+        for result, inputs in good:
+            own = [next(replies) for _ in inputs]
+            result["answers"] = [
+                {"input": text, "answer": reply.text, "error": None}
+                if isinstance(reply, Completion)
+                else {"input": text, "answer": None, "error": shortened(str(reply))}
+                for text, reply in zip(inputs, own, strict=True)
+            ]
+            result["usage"] = asdict(usage_of(own, self._target.config.prices if self._target.config else None))
+
+
+def _finite(score: float | None) -> float | None:
+    """NaN and infinity are not JSON."""
+    return score if score is not None and math.isfinite(score) else None

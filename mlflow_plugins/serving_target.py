@@ -1,0 +1,80 @@
+"""The target LLM that a served hard prompt is used on, when a request asks for answers."""
+
+from __future__ import annotations
+
+import os
+import re
+import threading
+import weakref
+from collections.abc import Mapping, Sequence
+
+from mlflow_plugins.serving_requests import RequestRefused, ServingConfig
+from softprompt_registry.errors import LanguageModelError
+from softprompt_registry.language_models import (
+    Completion,
+    CompletionRequest,
+    OpenAICompatible,
+    OpenAICompatibleConfig,
+)
+
+TARGET_MODEL_VARIABLE = "SOFTPROMPT_TARGET_MODEL"
+
+
+class TargetModel:
+    """The target LLM, connected when it is first asked. One for all threads, so that its concurrency is bounded."""
+
+    def __init__(self, config: ServingConfig) -> None:
+        self._serving = config
+        self._lock = threading.Lock()
+        self._client: OpenAICompatible | None = None
+        model = config.target_model or os.environ.get(TARGET_MODEL_VARIABLE)
+        self.config = model and OpenAICompatibleConfig(
+            model=model,
+            base_url=config.target_base_url,
+            api_key_env=config.target_api_key_env,
+            endpoint=config.target_endpoint,
+            timeout_s=config.target_timeout_s,
+            deadline_s=config.target_deadline_s,
+            max_attempts=config.target_max_attempts,
+            max_concurrency=config.target_max_concurrency,
+            price_per_million_prompt_tokens=config.target_price_per_million_prompt_tokens,
+            price_per_million_completion_tokens=config.target_price_per_million_completion_tokens,
+        )
+
+    def require(self) -> OpenAICompatibleConfig:
+        """Raises `RequestRefused` where no target LLM is configured."""
+        if not self.config:
+            raise RequestRefused(
+                f"answering inputs: this server has no target LLM; expected model_config target_model or the environment "
+                f"variable {TARGET_MODEL_VARIABLE}. Ask its operator to set one, or send answer=false."
+            )
+        return self.config
+
+    def ask(self, questions: Sequence[tuple[str, str]]) -> Sequence[Completion | LanguageModelError]:
+        """One reply per (hard prompt, input)."""
+        serving = self._serving
+        requests = [
+            CompletionRequest(
+                _fill(serving.prompt_template, {"hard_prompt": hard_prompt, "input": text}),
+                system=serving.system_prompt,
+                max_tokens=serving.target_max_tokens,
+            )
+            for hard_prompt, text in questions
+        ]
+        try:
+            client = self._connected()
+        except LanguageModelError as error:  # no key: the hard prompts are still worth sending
+            return [error] * len(requests)
+        return client.complete(requests)
+
+    def _connected(self) -> OpenAICompatible:
+        with self._lock:
+            if self._client is None:
+                self._client = OpenAICompatible(self.require())
+                weakref.finalize(self, self._client.close)
+            return self._client
+
+
+def _fill(template: str, values: Mapping[str, str]) -> str:
+    """In one pass, so that braces in a hard prompt or an input stay as they are."""
+    return re.sub(r"\{(hard_prompt|input)\}", lambda match: values[match[1]], template)

@@ -1,0 +1,113 @@
+"""MLflow flavor of a bank. As a pyfunc it answers each input with its base model under the soft prompt of a task."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mlflow.models import Model
+from mlflow.models.model import ModelInfo
+from mlflow.models.signature import ModelSignature
+
+from mlflow_plugins import flavor_parts
+from softprompt_registry.soft_prompts.bank import (
+    FORMAT_VERSION,
+    HEADER_FILE,
+    RECORDS_FILE,
+    TENSORS_FILE,
+    SoftPromptBank,
+)
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+FLAVOR_NAME = "softprompt_bank"
+
+
+def get_default_pip_requirements() -> list[str]:
+    """What loading the model needs, pinned."""
+    return flavor_parts.default_pip_requirements()
+
+
+def get_default_conda_env() -> dict[str, Any]:
+    """The same as a conda environment."""
+    return flavor_parts.default_conda_env()
+
+
+def save_model(
+    artifact: SoftPromptBank,
+    path: str | Path,
+    mlflow_model: Model | None = None,
+    signature: ModelSignature | None = None,
+    input_example: Any = None,
+    pip_requirements: Sequence[str] | str | None = None,
+    extra_pip_requirements: Sequence[str] | str | None = None,
+    metadata: dict[str, Any] | None = None,
+    **kwargs: Any,
+) -> None:
+    """Write a bank as an MLflow model: its files are copied, its tensors never read."""
+    facts = flavor_parts.facts_of(
+        artifact.base_model,
+        num_virtual_tokens=int(artifact.header["K"]),
+        digest=artifact.digest,
+        format_version=FORMAT_VERSION,
+    )
+    files = [TENSORS_FILE, RECORDS_FILE, HEADER_FILE]
+    flavor_parts.save(
+        FLAVOR_NAME,
+        __name__,
+        lambda folder: flavor_parts.copy_files(artifact.folder, folder, files),
+        path,
+        folder_name="bank",
+        facts={"num_soft_prompts": len(artifact), **facts},
+        default_signature=flavor_parts.signature_of(["task", "input"], ["output"]),
+        default_requirements=get_default_pip_requirements(),
+        mlflow_model=mlflow_model,
+        signature=signature,
+        input_example=input_example,
+        pip_requirements=pip_requirements,
+        extra_pip_requirements=extra_pip_requirements,
+        metadata=metadata,
+        **kwargs,
+    )
+
+
+def log_model(
+    artifact: SoftPromptBank,
+    *,
+    name: str,
+    model_id: str | None = None,
+    params: Mapping[str, Any] | None = None,
+    tags: Mapping[str, Any] | None = None,
+    registered_model_name: str | None = None,
+    **kwargs: Any,
+) -> ModelInfo:
+    """Log a bank as a LoggedModel: a new one, or the one that `model_id` names."""
+    labels: dict[str, Any] = {"name": name, "model_id": model_id, "params": params, "tags": tags}
+    return flavor_parts.log(__name__, artifact, **labels, registered_model_name=registered_model_name, **kwargs)
+
+
+def load_model(model_uri: str, dst_path: str | None = None) -> SoftPromptBank:
+    """The bank in a logged or saved model."""
+    return SoftPromptBank(flavor_parts.artifact_folder(model_uri, FLAVOR_NAME, dst_path))
+
+
+def _load_pyfunc(path: str, model_config: Mapping[str, Any] | None = None) -> _AnsweringBank:
+    return _AnsweringBank(SoftPromptBank(Path(path)), model_config)
+
+
+class _AnsweringBank:
+    """Columns `task` and `input` → column `output`."""
+
+    def __init__(self, bank: SoftPromptBank, model_config: Mapping[str, Any] | None) -> None:
+        self._bank = bank
+        self._base = flavor_parts.ServedBaseModel(bank.base_model, model_config)
+
+    def predict(self, model_input: pd.DataFrame, params: Mapping[str, Any] | None = None) -> pd.DataFrame:
+        import pandas as pd
+
+        members = {task: self._bank.member(str(task)) for task in dict.fromkeys(model_input["task"])}
+        soft_prompts = [members[task] for task in model_input["task"]]
+        answers = self._base.answer(soft_prompts, [str(text) for text in model_input["input"]], params)
+        return pd.DataFrame({"output": answers}, index=model_input.index)

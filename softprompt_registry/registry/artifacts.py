@@ -1,0 +1,99 @@
+"""From what a user names (a folder, `models:/…`, `runs:/…`, `…#task`) to files on this disk."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import mlflow
+from mlflow.exceptions import MlflowException
+
+from softprompt_registry.errors import RegistryError
+from softprompt_registry.soft_prompts.bank import SoftPromptBank
+from softprompt_registry.soft_prompts.soft_prompt import SoftPrompt
+
+MARKERS = {"bank": "bank.json", "soft prompt": "soft_prompt.json", "translator": "translator.json"}
+"""The file whose presence tells what a folder holds."""
+
+_SCHEMES = ("models:/", "runs:/", "mlflow-artifacts:/")
+
+
+@dataclass(frozen=True)
+class FoundArtifact:
+    """An artifact on the local disk."""
+
+    folder: Path
+    member: str | None
+    """The task after `#`, for a member of a bank."""
+    model_id: str | None
+    """The LoggedModel it belongs to; None for a plain folder."""
+
+
+def find_artifact(uri: str, kind: str) -> FoundArtifact:
+    """Find (and download where needed) a `bank`, `soft prompt` or `translator`.
+
+    Raises:
+        RegistryError: nothing is there, or what is there is something else.
+    """
+    location, _, member = uri.partition("#")
+    model_id = None
+    if location.startswith(_SCHEMES):
+        model_id = model_id_of(location)
+        try:
+            root = Path(mlflow.artifacts.download_artifacts(artifact_uri=location))
+        except (MlflowException, OSError) as error:
+            raise RegistryError(
+                f"fetching {kind} {uri!r}: MLflow could not ({str(error).splitlines()[0][:200]}). Check the name with "
+                "`softprompt list`, and that MLFLOW_TRACKING_URI points to the store that holds it."
+            ) from error
+    else:
+        root = Path(location)
+        if not root.is_dir():
+            raise RegistryError(
+                f"opening {kind} {uri!r}: there is no such folder; expected a folder, models:/…, or runs:/…. Check the path."
+            )
+    marker = MARKERS[kind]
+    # A flavor puts the artifact some folders down, among MLflow's own files.
+    found = next((place.parent for place in sorted(root.rglob(marker), key=lambda place: len(place.parts))), None)
+    if found is None:
+        other = [name for name, file in MARKERS.items() if next(iter(root.rglob(file)), None)]
+        raise RegistryError(
+            f"opening {kind} {uri!r}: it holds no {marker}; it is {f'a {other[0]}' if other else 'nothing of ours'}. "
+            f"Name a {kind}."
+        )
+    return FoundArtifact(found, member or None, model_id)
+
+
+def model_id_of(uri: str) -> str | None:
+    """The LoggedModel behind a model URI, as far as the store knows it."""
+    name = uri.removeprefix("models:/").split("#")[0]
+    if not uri.startswith("models:/"):
+        return None
+    if name.startswith("m-") and "/" not in name and "@" not in name:
+        return name
+    client = mlflow.MlflowClient()
+    try:
+        if "@" in name:
+            version = client.get_model_version_by_alias(*name.rsplit("@", 1))
+        elif "/" in name:
+            version = client.get_model_version(*name.rsplit("/", 1))
+        else:
+            return None
+    except MlflowException as error:
+        raise RegistryError(
+            f"looking up {uri!r}: the registry has no such version ({str(error).splitlines()[0][:200]}). "
+            "`softprompt list` shows what there is."
+        ) from error
+    source = str(version.source)
+    return source.removeprefix("models:/") if source.startswith("models:/m-") else None
+
+
+def find_soft_prompts(uri: str) -> list[SoftPrompt]:
+    """The soft prompts that `uri` names: one, one member of a bank (`…#task`), or all members of a bank."""
+    location, _, member = uri.partition("#")
+    if member:
+        return [SoftPromptBank(find_artifact(location, "bank").folder).member(member)]
+    try:
+        return [SoftPrompt.load(find_artifact(location, "soft prompt").folder)]
+    except RegistryError:
+        return list(SoftPromptBank(find_artifact(location, "bank").folder))

@@ -1,0 +1,68 @@
+"""Fixtures for tests that need a real MLflow store or a base model on the disk."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+# Read by the libraries when they are imported: tests ask no server for anything.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
+
+
+@pytest.fixture(scope="session")
+def _empty_mlflow_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An SQLite store with all of MLflow's tables; making them takes seconds, copying the file does not."""
+    import mlflow
+
+    path = tmp_path_factory.mktemp("mlflow") / "empty.db"
+    mlflow.MlflowClient(tracking_uri=f"sqlite:///{path}").search_experiments()
+    return path
+
+
+@pytest.fixture
+def mlflow_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, _empty_mlflow_database: Path) -> Iterator[str]:
+    """A real, empty tracking store and registry with a fresh experiment; yields the tracking URI.
+
+    Database, artifacts and the current folder all lie below `tmp_path`.
+    """
+    import mlflow
+
+    database = tmp_path / "mlflow.db"
+    shutil.copyfile(_empty_mlflow_database, database)
+    uri = f"sqlite:///{database}"
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    monkeypatch.delenv("MLFLOW_RUN_ID", raising=False)
+    _end_runs()
+    mlflow.set_tracking_uri(uri)
+    experiment_id = mlflow.create_experiment("test", artifact_location=(tmp_path / "artifacts").as_uri())
+    mlflow.set_experiment(experiment_id=experiment_id)
+    yield uri
+    _end_runs()
+    mlflow.set_tracking_uri(None)
+
+
+def _end_runs() -> None:
+    import mlflow
+
+    while mlflow.active_run() is not None:
+        mlflow.end_run()
+
+
+@pytest.fixture(scope="session")
+def _tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from tiny_llm import save_tiny_model
+
+    return save_tiny_model(tmp_path_factory.mktemp("base") / "tiny")
+
+
+@pytest.fixture
+def tiny_folder(_tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The tiny base model (seed 0) on the disk, and the place where artifacts find their base model."""
+    monkeypatch.setenv("SOFTPROMPT_BASE_MODEL", str(_tiny_folder))
+    return _tiny_folder
