@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from softprompt_registry.soft_prompts.soft_prompt import SoftPrompt
 
 DISTRIBUTION = "softprompt-registry"
-LIBRARIES = ("torch", "transformers", "peft", "safetensors")
+LIBRARIES = ("torch", "transformers", "peft", "safetensors", "platformdirs", "pyyaml")
 
 MODEL_CONFIG: dict[str, Any] = {"base_model": None, "max_new_tokens": 64}
 """Settings of a loaded pyfunc. MLflow lets a server override only keys that were logged, so all of them are."""
@@ -41,12 +41,25 @@ ROWS_PER_BATCH = 16
 
 
 def default_pip_requirements() -> list[str]:
-    """Our own distribution and the libraries that its artifacts were written with, pinned.
+    """What our artifacts need where they are loaded, pinned; our own distribution first, if an index has it.
 
     Local labels (`+cpu`) are left out: no index serves them, and the machine that serves may have a GPU.
     """
     versions = {name: importlib.metadata.version(name).partition("+")[0] for name in LIBRARIES}
-    return [f"{DISTRIBUTION}=={__version__}", *(f"{name}=={version}" for name, version in versions.items())]
+    own = [] if own_source() else [f"{DISTRIBUTION}=={__version__}"]
+    return [*own, *(f"{name}=={version}" for name, version in versions.items())]
+
+
+def own_source() -> list[str] | None:
+    """Folders of our packages, to travel inside a model (`code_paths`); None where an index can give them.
+
+    An installation from a folder or a repository (PEP 610) is a version that no index has, so an environment that is
+    rebuilt from the model's requirements could not get it.
+    """
+    if importlib.metadata.distribution(DISTRIBUTION).read_text("direct_url.json") is None:
+        return None
+    root = Path(__file__).resolve().parent.parent
+    return [str(root / "softprompt_registry"), str(root / "mlflow_plugins")]
 
 
 def default_conda_env() -> dict[str, Any]:
@@ -154,7 +167,7 @@ def save(
             extra_pip_requirements=extra_pip_requirements,
             metadata=metadata,
             model_config=model_config,
-            **kwargs,
+            **{"code_paths": own_source(), **kwargs},
         )
 
 
@@ -172,7 +185,7 @@ def log(
     """Log an artifact through the flavor in `module_name`, as a new LoggedModel or into the one that `model_id` names.
 
     MLflow takes `params` and `tags` for a new model only; here an existing one gets them as well. An input example is
-    kept but never predicted on: that would load the base model.
+    kept but, unless `validate_serving_input=True`, not predicted on: that would load the base model.
     """
     if model_id is not None:
         add_model_params(model_id, params or {})
@@ -187,10 +200,9 @@ def log(
         params=dict(params or {}),
         tags=dict(tags or {}),
         registered_model_name=registered_model_name,
-        validate_serving_input=False,
         # MLflow copies the run's metrics of this step onto the LoggedModel, where ours already are: name a step without any.
         step=-1,
-        **{"model_type": flavor.FLAVOR_NAME, **kwargs},
+        **{"model_type": flavor.FLAVOR_NAME, "validate_serving_input": False, **kwargs},
     )
     return info
 

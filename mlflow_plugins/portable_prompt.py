@@ -177,7 +177,7 @@ def save_model(
             extra_pip_requirements=extra_pip_requirements,
             metadata=metadata,
             model_config=config.to_model_config(),
-            **kwargs,
+            **{"code_paths": flavor_parts.own_source(), **kwargs},
         )
 
 

@@ -152,9 +152,8 @@ def build_dod_files(
         _print_json(dataclasses.asdict(report))
         return
     click.echo(f"{report.path}: {report.tasks} tasks, {report.pairs} pairs, digest {report.digest[:12]}")
-    click.echo(
-        f"dropped {report.duplicates} duplicate pairs, skipped {sum(map(len, report.skipped_rows.values()))} rows"
-    )
+    skipped = sum(map(len, report.skipped_rows.values()))
+    click.echo(f"dropped {sum(report.duplicates.values())} duplicate pairs, skipped {skipped} rows")
 
 
 @main.command()

@@ -46,10 +46,17 @@ def apply_overrides(values: Mapping[str, Any], overrides: Sequence[str]) -> dict
         *sections, key = path.split(".")
         place = result
         for section in sections:
-            place = place.setdefault(section, {})
+            if place.get(section) is None:  # missing, or `section:` with nothing below it
+                place[section] = {}
+            place = place[section]
             if not isinstance(place, dict):
                 raise ConfigError(f"reading the setting {override!r}: {section!r} is a value, not a section.")
-        place[key] = yaml.safe_load(text)
+        try:
+            place[key] = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise ConfigError(
+                f"reading the setting {override!r}: what follows '=' is not YAML ({error}). Quote it."
+            ) from error
     return result
 
 
@@ -65,7 +72,7 @@ def build_config(cls: type[ConfigT], values: Mapping[str, Any], where: str = "th
     """
     hints = typing.get_type_hints(cls)
     known = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
-    unknown = sorted(set(values) - set(known))
+    unknown = sorted(set(values) - set(known), key=str)
     if unknown:
         raise ConfigError(f"reading {where}: unknown {', '.join(map(repr, unknown))}; known are {', '.join(known)}.")
     arguments = {key: _converted(hints[key], value, f"{where}, {key!r}") for key, value in values.items()}

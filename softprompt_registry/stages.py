@@ -13,13 +13,13 @@ from typing import Any
 
 import mlflow
 from mlflow.entities import LoggedModelInput, LoggedModelStatus
-from mlflow_plugins.dod_dataset import DodDataset, from_dod
-from mlflow_plugins.recording import MlflowRecorder
-from mlflow_plugins.run_context import set_base_fingerprint
 
 from mlflow_plugins import portable_prompt as portable_prompt_flavor
 from mlflow_plugins import soft_prompt_bank as bank_flavor
 from mlflow_plugins import translator as translator_flavor
+from mlflow_plugins.dod_dataset import DodDataset, from_dod
+from mlflow_plugins.recording import MlflowRecorder
+from mlflow_plugins.run_context import set_base_fingerprint
 from softprompt_registry import figures
 from softprompt_registry.base_models import BaseModel, BaseModelRef, require_same_base
 from softprompt_registry.config import flatten

@@ -67,16 +67,19 @@ def check_format_version(record: dict[str, Any], supported: int, what: str) -> N
 def folder_written_whole(folder: Path) -> Iterator[Path]:
     """A temporary folder that takes the place of `folder` when the block ends without an error."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    partial, replaced = (folder.with_name(f".{folder.name}.{suffix}") for suffix in ("partial", "replaced"))
+    for rest in (partial, replaced):
+        shutil.rmtree(rest, ignore_errors=True)
     partial.mkdir()
     try:
         yield partial
+        # The old folder is moved away whole: deleting it in place, a kill would leave half of it under its name.
         if folder.exists():
-            shutil.rmtree(folder)
+            folder.rename(replaced)
         partial.rename(folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+    shutil.rmtree(replaced, ignore_errors=True)
 
 
 @contextlib.contextmanager

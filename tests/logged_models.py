@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import functools
-import shutil
-import tempfile
 from dataclasses import dataclass
-from pathlib import Path
 
 import mlflow
 from mlflow import MlflowClient
@@ -15,26 +11,6 @@ from mlflow.entities import Dataset, DatasetInput, InputTag, LoggedModelInput
 FINGERPRINT = "1f2e" * 16
 OTHER_FINGERPRINT = "9c0d" * 16
 DOD_DIGEST = "5a" * 32
-
-
-@functools.cache
-def _empty_database() -> Path:
-    """Made once: creating MLflow's tables takes seconds, copying the file takes none."""
-    path = Path(tempfile.mkdtemp()) / "mlflow.db"
-    mlflow.set_tracking_uri(f"sqlite:///{path}")
-    MlflowClient().search_experiments()
-    return path
-
-
-def open_store(folder: Path) -> MlflowClient:
-    """A real SQLite store in `folder`, as MLflow's current one, with an experiment that keeps its files there too."""
-    shutil.copy(_empty_database(), folder / "mlflow.db")
-    mlflow.set_tracking_uri(f"sqlite:///{folder / 'mlflow.db'}")
-    client = MlflowClient()
-    mlflow.set_experiment(
-        experiment_id=client.create_experiment("tests", artifact_location=(folder / "artifacts").as_uri())
-    )
-    return client
 
 
 @dataclass(frozen=True)
@@ -51,8 +27,8 @@ class Chain:
         return f"models:/{self.translator_id}"
 
 
-def log_dod(run_id: str, name: str = "sample", digest: str = DOD_DIGEST) -> None:
-    dataset = Dataset(name=name, digest=digest[:36], source_type="dod", source='{"uri": "dod:sample.dod"}')
+def log_dataset(run_id: str, name: str = "sample", digest: str = DOD_DIGEST, source_type: str = "dod") -> None:
+    dataset = Dataset(name=name, digest=digest[:36], source_type=source_type, source='{"uri": "dod:sample.dod"}')
     tags = [InputTag("mlflow.data.context", "training")]
     MlflowClient().log_inputs(run_id, datasets=[DatasetInput(dataset, tags)])
 
@@ -65,7 +41,8 @@ def log_model(model_type: str, name: str, **params: str) -> str:
 def log_evaluation(model_id: str, **metrics: float) -> str:
     """Id of an `evaluate` run whose child holds the metrics, as the stage does it."""
     with mlflow.start_run(nested=True, run_name="evaluate", tags={"softprompt.stage": "evaluate"}) as run:
-        log_dod(run.info.run_id)
+        log_dataset(run.info.run_id)
+        mlflow.log_input(model=LoggedModelInput(model_id))
         with mlflow.start_run(nested=True, tags={"softprompt.stage": "evaluate-method"}):
             for metric, value in metrics.items():
                 mlflow.log_metric(f"evaluation.{metric}", value, model_id=model_id)
@@ -76,14 +53,14 @@ def log_chain(*, fingerprint: str = FINGERPRINT, base: str = "tiny-llama", **met
     """A bank tuned, a translator trained on it and evaluated."""
     lineage = {"base_fingerprint": fingerprint, "base_model": base, "dod_name": "sample", "dod_digest": DOD_DIGEST}
     with mlflow.start_run(run_name="tune", tags={"softprompt.stage": "tune"}) as tune:
-        log_dod(tune.info.run_id)
+        log_dataset(tune.info.run_id)
         base_name = f"base-model-{fingerprint[:12]}"
         base_id = log_model("base_model", base_name, base_fingerprint=fingerprint, base_model=base)
         mlflow.log_input(model=LoggedModelInput(base_id))
         bank_id = log_model("bank", "bank", **lineage, bank_digest="ba" * 32, artifact_digest="ba" * 32)
         mlflow.log_metric("validation_loss", 1.5, model_id=bank_id)
     with mlflow.start_run(run_name="train-translator", tags={"softprompt.stage": "train-translator"}) as train:
-        log_dod(train.info.run_id)
+        log_dataset(train.info.run_id)
         for upstream in (base_id, bank_id):
             mlflow.log_input(model=LoggedModelInput(upstream))
         digests = {"bank_digest": "ba" * 32, "artifact_digest": "7a" * 32}

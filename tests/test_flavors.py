@@ -23,7 +23,7 @@ from mlflow_plugins import soft_prompt as soft_prompt_flavor
 from mlflow_plugins import soft_prompt_bank as bank_flavor
 from mlflow_plugins import translator as translator_flavor
 from softprompt_registry import __version__
-from softprompt_registry.base_models import BaseModel, load_base_model
+from softprompt_registry.base_models import BaseModel, BaseModelRef, load_base_model, load_base_model_for
 from softprompt_registry.dod.task import TEMPLATES, fill_template
 from softprompt_registry.errors import ArtifactError, BaseModelMismatch, ConfigError, DataError, RegistryError
 from softprompt_registry.fingerprints import digest_of_directory, digest_of_file
@@ -138,7 +138,7 @@ def test_bank_round_trip(
     answers = model.predict(frame, params={"max_new_tokens": 3})
     assert list(answers["output"]) == [answer_alone(base_model, sp, text, 3) for sp, text in rows]
 
-    with pytest.raises(ArtifactError, match="'mood.*topic"):
+    with pytest.raises(ArtifactError, match="'colour' of bank .*(mood, topic, length)"):
         model.predict(pd.DataFrame({"task": ["mood", "colour"], "input": ["a", "b"]}))
 
 
@@ -235,16 +235,17 @@ def test_files(saved: Path) -> None:
         "translator": {"adapter_config.json", "adapter_model.safetensors", "translator.json"},
     }
     for name, files in expected.items():
-        found = {str(path.relative_to(saved / name)) for path in (saved / name).rglob("*") if path.is_file()}
+        paths = [path.relative_to(saved / name) for path in (saved / name).rglob("*") if path.is_file()]
+        found = {str(path) for path in paths if path.parts[0] != "code"}
         assert found == around | {f"data/{name}/{file}" for file in files}
 
 
 def test_absent_things(saved: Path, base_model: BaseModel) -> None:
     """No absolute path, no pickle, no weight of the base model, in any file."""
     base_shapes = {tuple(tensor.shape) for tensor in base_model.model.state_dict().values()}
-    for path in (item for item in saved.rglob("*") if item.is_file()):
+    for path in (item for item in saved.rglob("*") if item.is_file() and "code" not in item.parts):
         content = path.read_bytes()
-        assert not re.search(rb"(^|[\s\"':=])/(tmp|home|root|work|usr|var|private)", content), path
+        assert not re.search(rb"(^|[\s\"':=]|file://)/(tmp|home|root|work|usr|var|private)", content), path
         assert not content.startswith((b"\x80", b"PK")), path
         if path.suffix == ".safetensors":
             header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
@@ -291,31 +292,50 @@ def test_signatures(saved: Path) -> None:
         assert [(param.name, param.default) for param in signature.params] == [("max_new_tokens", None)]
 
 
-def test_requirements(saved: Path, bank: SoftPromptBank, tmp_path: Path) -> None:
-    lines = (saved / "translator" / "requirements.txt").read_text().splitlines()
-    assert lines[0] == f"mlflow=={mlflow.__version__}"
-    assert lines[1:] == translator_flavor.get_default_pip_requirements()
-    assert lines[1] == f"softprompt-registry=={__version__}"
-    assert [line.split("==")[0] for line in lines[2:]] == ["torch", "transformers", "peft", "safetensors"]
-    assert not any("+" in line for line in lines)
-    dependencies = yaml.safe_load((saved / "translator" / "conda.yaml").read_text())["dependencies"]
-    assert dependencies == translator_flavor.get_default_conda_env()["dependencies"]
-
-    bank_flavor.save_model(bank, tmp_path / "more", extra_pip_requirements=["sentencepiece"])
-    assert (tmp_path / "more" / "requirements.txt").read_text().splitlines() == [*lines, "sentencepiece"]
-    bank_flavor.save_model(bank, tmp_path / "other", pip_requirements=["softprompt-registry"])
-    assert (tmp_path / "other" / "requirements.txt").read_text().splitlines() == [lines[0], "softprompt-registry"]
-
-
-def test_input_example_is_kept_and_never_predicted_on(
-    mlflow_store: str, soft_prompts: list[SoftPrompt], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("on_an_index", [True, False])
+def test_requirements(
+    translator_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, on_an_index: bool
 ) -> None:
-    # A prediction would have to load this base model, and MLflow would log that it failed.
-    monkeypatch.setenv("SOFTPROMPT_BASE_MODEL", "/nowhere")
+    """Our own distribution is pinned where an index has it; otherwise its source travels with the model."""
+    source = [str(Path(flavor_parts.__file__).parent)]
+    monkeypatch.setattr(flavor_parts, "own_source", lambda: None if on_an_index else source)
+
+    def requirements(folder: str, **kwargs: Any) -> list[str]:
+        translator_flavor.save_model(translator_folder, tmp_path / folder, **kwargs)
+        return (tmp_path / folder / "requirements.txt").read_text().splitlines()
+
+    first, *lines = requirements("plain")
+    assert first == f"mlflow=={mlflow.__version__}"
+    assert lines == translator_flavor.get_default_pip_requirements()
+    assert (lines[0] == f"softprompt-registry=={__version__}") is on_an_index
+    assert (tmp_path / "plain" / "code" / "mlflow_plugins" / "translator.py").is_file() is not on_an_index
+    assert {"torch", "transformers", "peft", "safetensors"} <= {line.split("==")[0] for line in lines}
+    assert not any("+" in line for line in lines)
+    dependencies = yaml.safe_load((tmp_path / "plain" / "conda.yaml").read_text())["dependencies"]
+    assert dependencies == translator_flavor.get_default_conda_env()["dependencies"]
+    assert requirements("more", extra_pip_requirements=["sentencepiece"]) == [first, *lines, "sentencepiece"]
+    (tmp_path / "extra.txt").write_text("sentencepiece\n")
+    monkeypatch.chdir(tmp_path)
+    assert requirements("file", extra_pip_requirements="extra.txt") == [first, *lines, "sentencepiece"]
+    assert requirements("other", pip_requirements=["softprompt-registry"]) == [first, "softprompt-registry"]
+
+
+def test_input_example_is_kept_and_not_predicted_on(
+    mlflow_store: str, tiny_folder: Path, soft_prompts: list[SoftPrompt], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded: list[str] = []
+
+    def load(ref: BaseModelRef, override: str | None = None) -> BaseModel:
+        loaded.append(ref.name)
+        return load_base_model_for(ref, override=override)
+
+    monkeypatch.setattr(flavor_parts, "load_base_model_for", load)
     example = pd.DataFrame({"input": [TEXT]})
     info = soft_prompt_flavor.log_model(soft_prompts[0], name="mood", input_example=example)
-    assert mlflow.pyfunc.load_model(info.model_uri).input_example.equals(example)
-    assert "validate serving input" not in caplog.text
+    assert list(mlflow.pyfunc.load_model(info.model_uri).input_example["input"]) == [TEXT]
+    assert loaded == []
+    soft_prompt_flavor.log_model(soft_prompts[0], name="mood", input_example=example, validate_serving_input=True)
+    assert loaded == ["tiny"]
 
 
 # --- What is refused ---

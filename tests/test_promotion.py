@@ -4,26 +4,25 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import mlflow
 import pytest
-from logged_models import FINGERPRINT, OTHER_FINGERPRINT, log_chain, log_evaluation, open_store
+from logged_models import FINGERPRINT, OTHER_FINGERPRINT, log_chain, log_evaluation
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
 from softprompt_registry.errors import ConfigError, PromotionRefused, RegistryError
 from softprompt_registry.registry import promotion
+from softprompt_registry.registry.lookup import aliases_of
 from softprompt_registry.registry.promotion import Policy, RuleResult, promote, read_policy
 from softprompt_registry.registry.registration import register
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> Iterator[MlflowClient]:
-    yield open_store(tmp_path)
-    mlflow.set_tracking_uri(None)
+def store(mlflow_store: str) -> MlflowClient:
+    return MlflowClient()
 
 
 def register_translator(**chain: Any) -> str:
@@ -32,11 +31,11 @@ def register_translator(**chain: Any) -> str:
 
 
 def champion(store: MlflowClient) -> int | None:
-    return store.get_registered_model("translator").aliases.get("champion")
+    return (aliases_of(store, "translator") or {}).get("champion")
 
 
 def promotion_runs(store: MlflowClient) -> list[Run]:
-    experiment = store.get_experiment_by_name("tests")
+    experiment = store.get_experiment_by_name("test")
     assert experiment is not None
     condition = "tags.`softprompt.stage` = 'promote'"
     return list(store.search_runs([experiment.experiment_id], condition, order_by=["attributes.start_time"]))

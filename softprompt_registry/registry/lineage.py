@@ -260,11 +260,15 @@ class _Walk:
         self._add_datasets(run, node_id)
         products = {model.model_id for model in self._products(run)}
         for item in (run.inputs.model_inputs if run.inputs else None) or []:
-            model = None if item.model_id in products else find_logged_model(self.client, item.model_id)
+            if item.model_id in products:
+                continue
+            model = find_logged_model(self.client, item.model_id)
             if model is not None:
                 self._link(self._add_model(model), node_id, "input")
-            elif item.model_id not in products:
-                self._link(self._add("model", item.model_id, f"model {item.model_id} {UNKNOWN}", {}), node_id, "input")
+                continue
+            if item.model_id not in self.nodes:
+                self._add("model", item.model_id, f"model {item.model_id} {UNKNOWN}", {})
+            self._link(item.model_id, node_id, "input")
         return node_id
 
     def _add_datasets(self, run: Run, node_id: str) -> None:
@@ -296,7 +300,7 @@ class _Walk:
         node_id = f"dod:{digest}"
         known = self.nodes[node_id].facts if node_id in self.nodes else {}
         facts = {"name": name, "digest": digest, **known, **facts}
-        return self._add("DoD", node_id, f"DoD {facts['name']!r} {digest[:SHORT]}", facts)
+        return self._add("DoD", node_id, f"DoD {_name(facts['name'])} {digest[:SHORT]}", facts)
 
     def _add_base(self, params: Mapping[str, str], facts: Mapping[str, str]) -> str:
         """One node per fingerprint, though each experiment has its own LoggedModel of it."""
@@ -309,7 +313,7 @@ class _Walk:
             **facts,
             **known,
         }
-        title = f"base model {facts[PARAM_BASE_MODEL]!r} {fingerprint[:SHORT]}"
+        title = f"base model {_name(facts[PARAM_BASE_MODEL])} {fingerprint[:SHORT]}"
         return self._add("base model", node_id, title, facts)
 
     def _add_version(self, version: ModelVersion) -> str:
@@ -343,10 +347,15 @@ class _Walk:
         run = find_run(self.client, run_id) if run_id else None
         target = gone
         if run is not None:
+            # First, because MLflow lists the gone model among the run's inputs (see `_add_run`).
+            self._link(f"run:{run_id}", gone, "made")
             target = self._add_run(run)
-            self._link(target, gone, "made")
         self._add_sources(target, gone, params, model_type)
         return node_id
+
+
+def _name(name: str) -> str:
+    return name if name == UNKNOWN else repr(name)
 
 
 def _kind_of(model_type: str | None) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TypeVar
@@ -116,11 +116,14 @@ def aliases_of(client: MlflowClient, name: str) -> dict[str, int] | None:
 
 
 def quoted(value: str) -> str:
-    """`value` as a string of MLflow's filter language, which has two kinds of quotes and no escape."""
-    if '"' not in value:
-        return f'"{value}"'
+    """`value` as a string of MLflow's filter language, which has no escape.
+
+    Double quotes only where they must be: a search of LoggedModels takes them as part of the value and finds nothing.
+    """
     if "'" not in value:
         return f"'{value}'"
+    if '"' not in value:
+        return f'"{value}"'
     raise RegistryError(f"searching MLflow for {value!r}: it holds both kinds of quotes. Use a name with one or none.")
 
 
@@ -131,8 +134,8 @@ def find_by_uri(client: MlflowClient, uri: str) -> LoggedModel:
     if parts is not None and parts.model_id:
         model = find_logged_model(client, parts.model_id)
     elif parts is not None and parts.run_id and parts.logged_name:
-        of_run = f"source_run_id = {quoted(parts.run_id)} AND name = {quoted(parts.logged_name)}"
-        model = next(reversed(search_logged_models(client, of_run)), None)
+        of_run = search_logged_models(client, f"source_run_id = {quoted(parts.run_id)}")
+        model = next((model for model in reversed(of_run) if model.name == parts.logged_name), None)
     else:
         raise RegistryError(
             f"looking for the logged model {uri!r}: expected 'models:/m-<id>' or 'runs:/<run id>/<name>'. "
@@ -147,10 +150,14 @@ def find_by_uri(client: MlflowClient, uri: str) -> LoggedModel:
 
 
 def evaluation_metrics(model: LoggedModel) -> dict[str, float]:
-    """Metric → newest finite value of a LoggedModel's `evaluation.*`, without the prefix, sorted by name."""
+    """Metric → newest value of a LoggedModel's `evaluation.*`, without the prefix, sorted by name.
+
+    MLflow keeps an infinite value as the largest float, which must not pass a minimum, so it is left out. It keeps a NaN of
+    a LoggedModel as 0, which nothing can tell from a real one.
+    """
     newest = {}
     for metric in sorted(model.metrics or [], key=lambda metric: (metric.timestamp, metric.step)):
-        if metric.key.startswith(EVALUATION_PREFIX) and math.isfinite(metric.value):
+        if metric.key.startswith(EVALUATION_PREFIX) and abs(metric.value) < sys.float_info.max:
             newest[metric.key.removeprefix(EVALUATION_PREFIX)] = float(metric.value)
     return dict(sorted(newest.items()))
 

@@ -69,6 +69,10 @@ class TuningConfig:
         for name in ("num_virtual_tokens", "epochs", "batch_size", "tasks_per_group", "rows_per_forward"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"reading the tuning settings: {name} is {getattr(self, name)}, expected at least 1.")
+        if self.max_train_pairs is not None and self.max_train_pairs < 1:
+            raise ConfigError(
+                f"reading the tuning settings: max_train_pairs is {self.max_train_pairs}, expected at least 1 or null."
+            )
         if self.max_sequence_tokens < self.num_virtual_tokens + 8:
             raise ConfigError(
                 f"reading the tuning settings: max_sequence_tokens={self.max_sequence_tokens} leaves no room for text "

@@ -1,0 +1,60 @@
+"""A servable model on the tiny Llama, with soft prompts for it: what the tests of serving have in common."""
+
+from __future__ import annotations
+
+import base64
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from tiny_llm import HIDDEN_SIZE, save_tiny_model
+
+from mlflow_plugins import portable_prompt
+from softprompt_registry.base_models import BaseModel, load_base_model
+from softprompt_registry.soft_prompts.soft_prompt import SoftPrompt, SoftPromptRecord
+from softprompt_registry.translators.translator import Translator, TranslatorRecord, adapter_parameters, add_adapter
+
+NUM_VIRTUAL_TOKENS = 4
+
+
+@dataclass(frozen=True)
+class PortableModel:
+    """Folders of the base model, the translator and the MLflow model, and the translator loaded natively."""
+
+    base_folder: Path
+    translator_folder: Path
+    model_folder: Path
+    translator: Translator
+
+    @property
+    def base_model(self) -> BaseModel:
+        return self.translator.base_model
+
+    def soft_prompt(self, seed: int = 0) -> SoftPrompt:
+        generator = torch.Generator().manual_seed(seed)
+        embeddings = torch.randn(NUM_VIRTUAL_TOKENS, HIDDEN_SIZE, generator=generator)
+        record = SoftPromptRecord("tones", "classification", self.base_model.ref, "{x}")
+        return SoftPrompt(embeddings, None, record)
+
+    def text(self, soft_prompt_seed: int = 0, **settings: Any) -> str:
+        """The native answer: what the translator writes, greedily unless told otherwise."""
+        return self.translator.translate([self.soft_prompt(soft_prompt_seed)], **settings)[0].text
+
+
+def make_portable_model(folder: Path, **model_config: Any) -> PortableModel:
+    base_folder = save_tiny_model(folder / "tiny")
+    base_model = load_base_model(str(base_folder))
+    add_adapter(base_model, LoraConfig(r=4, target_modules=["q_proj", "v_proj"]), "made")
+    generator = torch.Generator().manual_seed(1)
+    for _, parameter in sorted(adapter_parameters(base_model, "made").items()):
+        parameter.data.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+    Translator(base_model, TranslatorRecord(base_model.ref, NUM_VIRTUAL_TOKENS), "made").save(folder / "translator")
+    portable_prompt.save_model(folder / "translator", folder / "model", model_config=model_config)
+    translator = Translator.load(folder / "translator", load_base_model(str(base_folder)))
+    return PortableModel(base_folder, folder / "translator", folder / "model", translator)
+
+
+def encoded(payload: bytes) -> str:
+    return base64.b64encode(payload).decode()
