@@ -328,6 +328,7 @@ def load_base_model(
     """
     import torch
     import transformers
+    from safetensors import SafetensorError
 
     if dtype not in ("float32", "bfloat16"):
         raise BaseModelError(f"loading base model {reference!r}: dtype {dtype!r} is not float32 or bfloat16.")
@@ -341,7 +342,7 @@ def load_base_model(
                 location, revision=revision, dtype=getattr(torch, dtype), attn_implementation=attention
             )
             tokenizer = transformers.AutoTokenizer.from_pretrained(location, revision=revision)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise BaseModelError(
             f"loading base model {reference!r}: transformers could not ({_first_line(error)}). Expected "
             f"'packaged:NAME' ({', '.join(PACKAGED_MODELS)}), a folder with config.json and safetensors, or a Hub name "

@@ -427,7 +427,7 @@ def promote(
 
 @main.command("list")
 @click.option("--base", help="Only models of this base model (name or beginning of its fingerprint).")
-@click.option("--task", help="Only models that know this task.")
+@click.option("--task", help="Only models of this task or DoD.")
 @click.option("--metric", help="Only models that meet this, for instance 'label_f1>=0.3'.")
 @with_json
 def list_command(base: str | None, task: str | None, metric: str | None, as_json: bool) -> None:

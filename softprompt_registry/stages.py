@@ -21,16 +21,17 @@ from mlflow_plugins.dod_dataset import DodDataset, from_dod
 from mlflow_plugins.recording import MlflowRecorder
 from mlflow_plugins.run_context import set_base_fingerprint
 from softprompt_registry import figures
-from softprompt_registry.base_models import BaseModel, BaseModelRef, require_same_base
+from softprompt_registry.base_models import BaseModel, BaseModelRef
 from softprompt_registry.config import flatten
 from softprompt_registry.dod.store import DodStore
 from softprompt_registry.dod.task import Task
-from softprompt_registry.errors import DataError, RegistryError
+from softprompt_registry.errors import DataError
 from softprompt_registry.evaluation.metrics import SentenceEncoder
 from softprompt_registry.evaluation.verbalizations import COMPARED, Evaluation, evaluate_verbalizations
-from softprompt_registry.fingerprints import digest_of_directory
+from softprompt_registry.fingerprints import digest_of_directory, digest_of_json
 from softprompt_registry.registry import conventions, registration
 from softprompt_registry.registry.artifacts import find_artifact
+from softprompt_registry.registry.lookup import find_by_uri, quoted, search_logged_models
 from softprompt_registry.soft_prompts.bank import SoftPromptBank
 from softprompt_registry.soft_prompts.tuning import TuningConfig, mean_curves, tune_soft_prompts
 from softprompt_registry.translators.training import TranslatorConfig, target_text, train_translator
@@ -201,8 +202,8 @@ def evaluate(
 def register(model_uri: str, name: str, model_config: dict[str, Any] | None = None) -> registration.RegisteredVersion:
     """Register an evaluated artifact. A translator is wrapped as the servable portable prompt model first."""
     with stage_run("register"):
-        model_id = _logged_model_id(model_uri)
-        model = mlflow.get_logged_model(model_id)
+        model = find_by_uri(mlflow.MlflowClient(), model_uri)
+        model_id = str(model.model_id)
         if model.model_type == conventions.TRANSLATOR:
             registration.require_complete_lineage(model)
             model_id = _wrap_as_portable_prompt(model, model_config)
@@ -259,14 +260,24 @@ def _record_evaluation(
 
 
 def _wrap_as_portable_prompt(translator: Any, model_config: dict[str, Any] | None) -> str:
-    """Log the servable model of a translator, with its lineage and its evaluation, and return the new model's id."""
+    """Id of the servable model of a translator, with its lineage and its evaluation; logged on first use.
+
+    A translator with the same settings is wrapped once: registering it again gives the same model.
+    """
+    settings = digest_of_json(model_config or {})
+    wrapped = search_logged_models(
+        mlflow.MlflowClient(),
+        f"params.translator_model_id = {quoted(translator.model_id)} AND params.model_config_digest = {quoted(settings)}",
+    )
+    if wrapped:
+        return str(wrapped[0].model_id)
     folder = find_artifact(f"models:/{translator.model_id}", "translator").folder
     kept = {key: value for key, value in translator.params.items() if key in conventions.LINEAGE_PARAMS}
     mlflow.log_input(model=LoggedModelInput(model_id=translator.model_id))
     info = portable_prompt_flavor.log_model(
         folder,
         name="portable_prompt",
-        params=kept | {"translator_model_id": translator.model_id},
+        params=kept | {"translator_model_id": translator.model_id, "model_config_digest": settings},
         model_config=model_config,
     )
     client = mlflow.MlflowClient()
@@ -283,18 +294,6 @@ def _wrap_as_portable_prompt(translator: Any, model_config: dict[str, Any] | Non
                 dataset_digest=metric.dataset_digest,
             )
     return str(info.model_id)
-
-
-def _logged_model_id(uri: str) -> str:
-    from softprompt_registry.registry.artifacts import model_id_of
-
-    model_id = model_id_of(uri)
-    if model_id is None:
-        raise RegistryError(
-            f"registering {uri!r}: it names no logged model; expected models:/m-…, as `train-translator` and `evaluate` "
-            "print it. Log the artifact first: what is registered needs its lineage."
-        )
-    return model_id
 
 
 def _log_inputs(ref: BaseModelRef, dataset: DodDataset, *, context: str, upstream: str | None = None) -> None:
@@ -322,6 +321,3 @@ def _logged_model(name: str, model_type: str, params: dict[str, str]) -> Iterato
     except BaseException:
         mlflow.finalize_logged_model(model.model_id, LoggedModelStatus.FAILED)
         raise
-
-
-__all__ = ["EvaluationResult", "StageResult", "evaluate", "register", "require_same_base", "train", "tune"]

@@ -64,6 +64,18 @@ def check_format_version(record: dict[str, Any], supported: int, what: str) -> N
 
 
 @contextlib.contextmanager
+def complete_record(what: str) -> Iterator[None]:
+    """Building an object from a stored record in the block: an entry that is missing is a damaged artifact."""
+    try:
+        yield
+    except (KeyError, TypeError) as error:
+        raise ArtifactError(
+            f"reading {what}: its record is incomplete ({error}); expected one written by softprompt-registry. "
+            "Make it again."
+        ) from error
+
+
+@contextlib.contextmanager
 def folder_written_whole(folder: Path) -> Iterator[Path]:
     """A temporary folder that takes the place of `folder` when the block ends without an error."""
     folder.parent.mkdir(parents=True, exist_ok=True)

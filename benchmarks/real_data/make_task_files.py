@@ -77,7 +77,13 @@ def main() -> None:
             write(arguments.out / f"{name}.jsonl", pairs[name])
             source = "Super-NaturalInstructions, Apache-2.0"
             records.append(
-                {"name": name, "kind": "generation", "split": split, "hard_prompts": [task["definition"]], "source": source}
+                {
+                    "name": name,
+                    "kind": "generation",
+                    "split": split,
+                    "hard_prompts": [task["definition"]],
+                    "source": source,
+                }
             )
     for name, labels in LABELS.items():
         rows = [

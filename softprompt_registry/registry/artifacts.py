@@ -9,13 +9,14 @@ import mlflow
 from mlflow.exceptions import MlflowException
 
 from softprompt_registry.errors import RegistryError
+from softprompt_registry.registry.lookup import find_by_uri, parse_model_uri
 from softprompt_registry.soft_prompts.bank import SoftPromptBank
 from softprompt_registry.soft_prompts.soft_prompt import SoftPrompt
 
 MARKERS = {"bank": "bank.json", "soft prompt": "soft_prompt.json", "translator": "translator.json"}
 """The file whose presence tells what a folder holds."""
 
-_SCHEMES = ("models:/", "runs:/", "mlflow-artifacts:/")
+_SCHEMES = ("models:/", "runs:/")
 
 
 @dataclass(frozen=True)
@@ -65,20 +66,20 @@ def find_artifact(uri: str, kind: str) -> FoundArtifact:
 
 
 def model_id_of(uri: str) -> str | None:
-    """The LoggedModel behind a model URI, as far as the store knows it."""
-    name = uri.removeprefix("models:/").split("#")[0]
-    if not uri.startswith("models:/"):
-        return None
-    if name.startswith("m-") and "/" not in name and "@" not in name:
-        return name
+    """The LoggedModel behind `models:/…` or `runs:/…`; None for a version that was not made from one.
+
+    Raises:
+        RegistryError: the URI is malformed, or the store has nothing of that name.
+    """
     client = mlflow.MlflowClient()
+    parts = parse_model_uri(uri)
+    if parts is None or parts.name is None:
+        return str(find_by_uri(client, uri).model_id)
     try:
-        if "@" in name:
-            version = client.get_model_version_by_alias(*name.rsplit("@", 1))
-        elif "/" in name:
-            version = client.get_model_version(*name.rsplit("/", 1))
+        if parts.alias is not None:
+            version = client.get_model_version_by_alias(parts.name, parts.alias)
         else:
-            return None
+            version = client.get_model_version(parts.name, str(parts.version))
     except MlflowException as error:
         raise RegistryError(
             f"looking up {uri!r}: the registry has no such version ({str(error).splitlines()[0][:200]}). "

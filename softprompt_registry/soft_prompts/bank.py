@@ -11,8 +11,15 @@ from typing import TYPE_CHECKING, Any
 from softprompt_registry.base_models import BaseModelRef, require_same_base
 from softprompt_registry.errors import ArtifactError
 from softprompt_registry.fingerprints import digest_of_json
-from softprompt_registry.soft_prompts.soft_prompt import SoftPrompt, SoftPromptRecord
-from softprompt_registry.storage import check_format_version, folder_written_whole, read_json, write_json, write_text
+from softprompt_registry.soft_prompts.soft_prompt import SoftPrompt, SoftPromptRecord, check_tensor_names
+from softprompt_registry.storage import (
+    check_format_version,
+    complete_record,
+    folder_written_whole,
+    read_json,
+    write_json,
+    write_text,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -34,7 +41,8 @@ class SoftPromptBank:
         self.folder = folder
         self.header = read_json(folder / HEADER_FILE, "a bank of soft prompts")
         check_format_version(self.header, FORMAT_VERSION, f"bank {str(folder)!r}")
-        self.base_model = BaseModelRef.from_json(self.header["base_model"])
+        with complete_record(f"bank {str(folder)!r}"):
+            self.base_model = BaseModelRef.from_json(self.header["base_model"])
 
     @classmethod
     def save(cls, soft_prompts: Sequence[SoftPrompt], folder: Path, *, made_from: str | None = None) -> SoftPromptBank:
@@ -106,9 +114,15 @@ class SoftPromptBank:
     def records(self) -> dict[str, dict[str, Any]]:
         """The members' records by task name, in order."""
         base_model = self.header["base_model"]
-        lines = (self.folder / RECORDS_FILE).read_text(encoding="utf-8").splitlines()
-        records = [{**json.loads(line), "base_model": base_model} for line in lines]
-        return {record["task"]: record for record in records}
+        what = f"bank {str(self.folder)!r}"
+        try:
+            # Not splitlines(): it also splits at U+2028 and U+0085, which JSON leaves inside a text as they are.
+            lines = (self.folder / RECORDS_FILE).read_text(encoding="utf-8").removesuffix("\n").split("\n")
+            records = [{**json.loads(line), "base_model": base_model} for line in lines]
+        except (OSError, ValueError) as error:
+            raise ArtifactError(f"reading {what}: {RECORDS_FILE} cannot be read ({error}). Make it again.") from error
+        with complete_record(what):
+            return {record["task"]: record for record in records}
 
     def __len__(self) -> int:
         return int(self.header["num_soft_prompts"])
@@ -118,7 +132,7 @@ class SoftPromptBank:
 
     def member(self, task: str) -> SoftPrompt:
         """One soft prompt; only its rows are read from the disk."""
-        from safetensors import safe_open
+        from safetensors import SafetensorError, safe_open
 
         if task not in self.records:
             known = list(self.records)
@@ -126,13 +140,19 @@ class SoftPromptBank:
                 f"reading {task!r} of bank {self.folder.name!r}: it has no such member among its {len(known)} "
                 f"({', '.join(known[:8])}{', …' if len(known) > 8 else ''}). Correct the part after '#'."
             )
-        record = self.records[task]
-        with safe_open(self.folder / TENSORS_FILE, framework="pt") as file:
-            stored = set(file.keys())
-            row = int(record["row"])
-            embeddings: torch.Tensor = file.get_slice("embeddings")[row]
-            initial = file.get_slice("initial_embeddings")[row] if "initial_embeddings" in stored else None
-        return SoftPrompt(embeddings, initial, SoftPromptRecord.from_json(record))
+        what = f"bank {str(self.folder)!r}"
+        with complete_record(what):
+            record = SoftPromptRecord.from_json(self.records[task])
+            row = int(self.records[task]["row"])
+        try:
+            with safe_open(self.folder / TENSORS_FILE, framework="pt") as file:
+                stored = set(file.keys())
+                check_tensor_names(stored, what)
+                embeddings: torch.Tensor = file.get_slice("embeddings")[row]
+                initial = file.get_slice("initial_embeddings")[row] if "initial_embeddings" in stored else None
+        except (OSError, IndexError, SafetensorError) as error:
+            raise ArtifactError(f"reading {what}: {TENSORS_FILE} cannot be read ({error}). Make it again.") from error
+        return SoftPrompt(embeddings, initial, record)
 
 
 def _without_base(record: dict[str, Any]) -> dict[str, Any]:

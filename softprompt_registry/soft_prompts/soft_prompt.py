@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from softprompt_registry.base_models import SEQUENCE_LAYOUT, BaseModelRef
 from softprompt_registry.errors import ArtifactError
 from softprompt_registry.fingerprints import digest_of_json
-from softprompt_registry.storage import check_format_version, folder_written_whole, read_json, write_json
+from softprompt_registry.storage import check_format_version, complete_record, folder_written_whole, read_json, write_json
 
 if TYPE_CHECKING:
     import torch
@@ -95,15 +96,18 @@ class SoftPrompt:
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 
-        record = read_json(folder / RECORD_FILE, "a soft prompt")
-        check_format_version(record, FORMAT_VERSION, f"soft prompt {str(folder)!r}")
+        stored = read_json(folder / RECORD_FILE, "a soft prompt")
+        check_format_version(stored, FORMAT_VERSION, f"soft prompt {str(folder)!r}")
+        with complete_record(f"soft prompt {str(folder)!r}"):
+            record = SoftPromptRecord.from_json(stored)
         try:
             tensors = load_file(folder / TENSORS_FILE)
         except (OSError, SafetensorError) as error:
             raise ArtifactError(
                 f"reading soft prompt {str(folder)!r}: {TENSORS_FILE} cannot be read ({error}). Make it again."
             ) from error
-        return cls(tensors["embeddings"], tensors.get("initial_embeddings"), SoftPromptRecord.from_json(record))
+        check_tensor_names(tensors, f"soft prompt {str(folder)!r}")
+        return cls(tensors["embeddings"], tensors.get("initial_embeddings"), record)
 
     def to_bytes(self) -> bytes:
         """The safetensors payload that a served model takes (as base64): tuned numbers, base fingerprint, task name."""
@@ -128,6 +132,14 @@ class SoftPrompt:
             "base_model": self.record.base_model.name,
             "task": self.record.task,
         }
+
+
+def check_tensor_names(names: Iterable[str], what: str) -> None:
+    found = sorted(names)
+    if "embeddings" not in found:
+        raise ArtifactError(
+            f"reading {what}: found the tensors {found[:5]}, expected one called 'embeddings' of shape (K, D)."
+        )
 
 
 def check_embeddings(embeddings: torch.Tensor, base: BaseModelRef, what: str) -> None:
@@ -166,16 +178,13 @@ def soft_prompt_from_bytes(payload: bytes, base: BaseModelRef) -> SoftPrompt:
     what = "the soft prompt payload"
     try:
         tensors = load(payload)
-        header = json.loads(payload[8 : 8 + int.from_bytes(payload[:8], "little")]).get("__metadata__", {})
+        header = json.loads(payload[8 : 8 + int.from_bytes(payload[:8], "little")]).get("__metadata__") or {}
     except (SafetensorError, ValueError, KeyError) as error:
         raise ArtifactError(
             f"reading {what}: its {len(payload)} bytes are not safetensors; expected a file like soft_prompt.safetensors. "
             "Send that file, base64-encoded."
         ) from error
-    if "embeddings" not in tensors:
-        raise ArtifactError(
-            f"reading {what}: found the tensors {sorted(tensors)[:5]}, expected one called 'embeddings' of shape (K, D)."
-        )
+    check_tensor_names(tensors, what)
     found = header.get("base_fingerprint")
     if found is None:
         raise ArtifactError(

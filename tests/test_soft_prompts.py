@@ -1,0 +1,397 @@
+"""Soft prompts and banks as artifacts: what is written, read back, and refused."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save, save_file
+from tiny_llm import HIDDEN_SIZE, tiny_base_model
+
+from softprompt_registry.base_models import BaseModelRef
+from softprompt_registry.errors import ArtifactError, BaseModelMismatch
+from softprompt_registry.soft_prompts.bank import SoftPromptBank
+from softprompt_registry.soft_prompts.soft_prompt import SoftPrompt, SoftPromptRecord, soft_prompt_from_bytes
+from softprompt_registry.storage import folder_written_whole
+
+K = 4
+
+
+@cache
+def tiny_ref(seed: int = 0, name: str = "tiny") -> BaseModelRef:
+    return tiny_base_model(seed, name=name).ref
+
+
+def numbers(seed: int = 0, num_virtual_tokens: int = K) -> torch.Tensor:
+    """(K, D)"""
+    return torch.randn(num_virtual_tokens, HIDDEN_SIZE, generator=torch.Generator().manual_seed(seed))
+
+
+def make(task: str = "moods", seed: int = 0, *, initial: bool = True, **changes: Any) -> SoftPrompt:
+    record = SoftPromptRecord(
+        task=task,
+        kind="classification",
+        base_model=tiny_ref(),
+        template="Sentence: {x} Label:",
+        labels=("joy", "fear"),
+        task_digest="ab" * 32,
+        dod_name="sample",
+        dod_digest="cd" * 32,
+        ground_truth="joy, fear",
+        tuning={"epochs": 2, "train_losses": [2.5, 1.25]},
+        metrics={"validation_loss": 1.5},
+    )
+    return SoftPrompt(numbers(seed), numbers(99) if initial else None, replace(record, **changes))
+
+
+def assert_same(found: SoftPrompt, expected: SoftPrompt) -> None:
+    assert torch.equal(found.embeddings, expected.embeddings)
+    assert (found.initial_embeddings is None) == (expected.initial_embeddings is None)
+    if found.initial_embeddings is not None and expected.initial_embeddings is not None:
+        assert torch.equal(found.initial_embeddings, expected.initial_embeddings)
+    assert found.record == expected.record
+    assert found.id == expected.id
+
+
+def edit_json(path: Path, **changes: Any) -> None:
+    record = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({key: value for key, value in record.items() if value is not ...}))
+
+
+# One soft prompt ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("initial", [True, False])
+def test_a_soft_prompt_comes_back_as_it_was_saved(tmp_path: Path, initial: bool) -> None:
+    soft_prompt = make(initial=initial)
+    soft_prompt.save(tmp_path / "a")
+    loaded = SoftPrompt.load(tmp_path / "a")
+    assert_same(loaded, soft_prompt)
+    assert loaded.num_virtual_tokens == K
+    assert sorted(path.name for path in (tmp_path / "a").iterdir()) == ["soft_prompt.json", "soft_prompt.safetensors"]
+    record = json.loads((tmp_path / "a" / "soft_prompt.json").read_text())
+    assert (record["format_version"], record["K"], record["D"]) == (1, K, HIDDEN_SIZE)
+    assert record["layout"] == "[soft tokens][BOS][text][EOS]"
+    assert record["base_model"]["fingerprint"] == tiny_ref().fingerprint
+
+
+def test_the_id_is_of_the_numbers_and_the_base_model_alone() -> None:
+    soft_prompt = make()
+    assert make("other task", initial=False).id == soft_prompt.id
+    assert make(seed=1).id != soft_prompt.id
+    assert make(base_model=tiny_ref(1)).id != soft_prompt.id
+    assert make(base_model=replace(tiny_ref(), name="renamed")).id == soft_prompt.id
+
+
+@pytest.mark.parametrize(
+    ("embeddings", "message"),
+    [
+        (torch.zeros(K, HIDDEN_SIZE + 1), f"shape (4, 65); expected (K, D) with K >= 1 and D={HIDDEN_SIZE} of base model"),
+        (torch.zeros(HIDDEN_SIZE), "shape (64,); expected (K, D)"),
+        (torch.zeros(1, K, HIDDEN_SIZE), "shape (1, 4, 64); expected (K, D)"),
+        (torch.zeros(0, HIDDEN_SIZE), "shape (0, 64); expected (K, D) with K >= 1"),
+        (torch.zeros(K, HIDDEN_SIZE, dtype=torch.float64), "are torch.float64, expected torch.float32"),
+        (torch.zeros(K, HIDDEN_SIZE, dtype=torch.int64), "are torch.int64, expected torch.float32"),
+        (torch.full((K, HIDDEN_SIZE), float("nan")), "hold NaN or infinity, expected finite numbers"),
+        (torch.full((K, HIDDEN_SIZE), float("-inf")), "hold NaN or infinity, expected finite numbers"),
+    ],
+)
+def test_numbers_that_cannot_be_a_soft_prompt_are_refused(embeddings: torch.Tensor, message: str) -> None:
+    with pytest.raises(ArtifactError) as caught:
+        SoftPrompt(embeddings, None, make().record)
+    assert "reading soft prompt 'moods'" in str(caught.value) and message in str(caught.value)
+    payload = save({"embeddings": embeddings}, metadata={"base_fingerprint": tiny_ref().fingerprint})
+    with pytest.raises(ArtifactError) as caught:
+        soft_prompt_from_bytes(payload, tiny_ref())
+    assert "reading the soft prompt payload" in str(caught.value) and message in str(caught.value)
+
+
+def test_one_bad_number_among_many_is_found() -> None:
+    for bad in ("nan", "inf"):
+        embeddings = numbers()
+        embeddings[3, 17] = float(bad)
+        with pytest.raises(ArtifactError, match="NaN or infinity"):
+            SoftPrompt(embeddings, None, make().record)
+
+
+def test_initial_embeddings_of_another_shape_are_refused() -> None:
+    with pytest.raises(ArtifactError, match=r"initial embeddings have shape \(5, 64\), the tuned ones \(4, 64\)"):
+        SoftPrompt(numbers(), numbers(0, 5), make().record)
+
+
+def test_a_damaged_folder_says_which_file(tmp_path: Path) -> None:
+    folder = tmp_path / "a"
+    with pytest.raises(ArtifactError, match="soft_prompt.json' is missing"):
+        SoftPrompt.load(folder)
+    make().save(folder)
+    tensors = folder / "soft_prompt.safetensors"
+    whole = tensors.read_bytes()
+    tensors.write_bytes(whole[:-1])
+    with pytest.raises(ArtifactError, match="soft_prompt.safetensors cannot be read .*Make it again"):
+        SoftPrompt.load(folder)
+    tensors.unlink()
+    with pytest.raises(ArtifactError, match="soft_prompt.safetensors cannot be read"):
+        SoftPrompt.load(folder)
+    save_file({"weights": numbers()}, tensors)
+    with pytest.raises(ArtifactError, match=r"found the tensors \['weights'\], expected one called 'embeddings'"):
+        SoftPrompt.load(folder)
+    tensors.write_bytes(whole)
+    edit_json(folder / "soft_prompt.json", format_version=2)
+    with pytest.raises(ArtifactError, match="its format_version is 2; this version of softprompt-registry reads 1"):
+        SoftPrompt.load(folder)
+
+
+@pytest.mark.parametrize("changes", [{"base_model": ...}, {"task": ...}, {"base_model": {"name": "tiny"}}])
+def test_a_record_without_what_it_must_say_is_an_artifact_error(tmp_path: Path, changes: dict[str, Any]) -> None:
+    """A missing key was once a bare KeyError or TypeError."""
+    make().save(tmp_path / "a")
+    edit_json(tmp_path / "a" / "soft_prompt.json", **changes)
+    with pytest.raises(ArtifactError, match="reading soft prompt .*: its record is incomplete"):
+        SoftPrompt.load(tmp_path / "a")
+
+
+def test_a_newer_writer_of_the_same_format_may_add_keys(tmp_path: Path) -> None:
+    make().save(tmp_path / "a")
+    edit_json(tmp_path / "a" / "soft_prompt.json", added_later={"x": 1})
+    assert_same(SoftPrompt.load(tmp_path / "a"), make())
+
+
+def test_a_failed_save_leaves_the_old_soft_prompt(tmp_path: Path) -> None:
+    folder = tmp_path / "a"
+    make().save(folder)
+    # The record of the second one cannot be written as JSON: its tensors are on the disk when the error comes.
+    with pytest.raises(TypeError, match="not JSON serializable"):
+        make(seed=1, tuning={"what": object()}).save(folder)
+    assert_same(SoftPrompt.load(folder), make())
+    with pytest.raises(KeyboardInterrupt), folder_written_whole(folder) as partial:
+        (partial / "soft_prompt.json").write_text("{}")
+        raise KeyboardInterrupt
+    assert_same(SoftPrompt.load(folder), make())
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+# Payloads -------------------------------------------------------------------------------------------------------------
+
+
+def test_a_payload_carries_numbers_base_model_and_task_and_nothing_else(tmp_path: Path) -> None:
+    soft_prompt = make()
+    payload = soft_prompt.to_bytes()
+    (tmp_path / "payload").write_bytes(payload)
+    with safe_open(tmp_path / "payload", framework="pt") as file:
+        assert file.metadata() == {
+            "format": "softprompt",
+            "format_version": "1",
+            "base_fingerprint": tiny_ref().fingerprint,
+            "base_model": "tiny",
+            "task": "moods",
+        }
+        assert list(file.keys()) == ["embeddings"]
+    received = soft_prompt_from_bytes(payload, tiny_ref())
+    assert torch.equal(received.embeddings, soft_prompt.embeddings)
+    assert (received.id, received.record.task, received.record.kind) == (soft_prompt.id, "moods", "unknown")
+    assert received.initial_embeddings is None and received.record.ground_truth == ""
+
+
+def test_the_saved_file_is_a_payload_too(tmp_path: Path) -> None:
+    make().save(tmp_path / "a")
+    received = soft_prompt_from_bytes((tmp_path / "a" / "soft_prompt.safetensors").read_bytes(), tiny_ref())
+    assert received.id == make().id
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_payloads_are_widened(dtype: torch.dtype) -> None:
+    half = numbers().to(dtype)
+    received = soft_prompt_from_bytes(
+        save({"embeddings": half}, metadata={"base_fingerprint": tiny_ref().fingerprint}), tiny_ref()
+    )
+    assert received.embeddings.dtype == torch.float32 and torch.equal(received.embeddings, half.float())
+    assert received.record.task == "unnamed"
+
+
+def payload_with_header(header: bytes) -> bytes:
+    return len(header).to_bytes(8, "little") + header
+
+
+@pytest.mark.parametrize(
+    ("payload", "message"),
+    [
+        (b"", "its 0 bytes are not safetensors"),
+        (b"not safetensors at all", "its 22 bytes are not safetensors"),
+        (payload_with_header(b"[]"), "are not safetensors"),
+        (payload_with_header(b'{"embeddings": 3}'), "are not safetensors"),
+        ((1 << 62).to_bytes(8, "little") + b"{}", "are not safetensors"),
+        (save({"weights": torch.zeros(1)}), "found the tensors ['weights'], expected one called 'embeddings'"),
+        (save({}), "found the tensors [], expected one called 'embeddings'"),
+        (save({"embeddings": torch.zeros(K, HIDDEN_SIZE)}), "its header has no 'base_fingerprint'"),
+    ],
+)
+def test_bytes_that_are_no_soft_prompt_are_refused(payload: bytes, message: str) -> None:
+    with pytest.raises(ArtifactError) as caught:
+        soft_prompt_from_bytes(payload, tiny_ref())
+    assert message in str(caught.value)
+
+
+def test_a_header_whose_metadata_is_null_is_refused_like_one_without() -> None:
+    """safetensors reads such a file; it was once an AttributeError, which a server answers with 500."""
+    data = numbers(0, 1).numpy().tobytes()
+    entry = {"dtype": "F32", "shape": [1, HIDDEN_SIZE], "data_offsets": [0, len(data)]}
+    header = json.dumps({"__metadata__": None, "embeddings": entry}).encode()
+    with pytest.raises(ArtifactError, match="no 'base_fingerprint'|not safetensors"):
+        soft_prompt_from_bytes(payload_with_header(header) + data, tiny_ref())
+
+
+def test_a_cut_payload_is_refused() -> None:
+    payload = make().to_bytes()
+    for length in (4, 100, len(payload) - 1):
+        with pytest.raises(ArtifactError, match=f"its {length} bytes are not safetensors"):
+            soft_prompt_from_bytes(payload[:length], tiny_ref())
+
+
+def test_a_payload_of_another_base_model_names_both() -> None:
+    other = tiny_ref(1, "elsewhere")
+    payload = make(base_model=other).to_bytes()
+    with pytest.raises(BaseModelMismatch) as caught:
+        soft_prompt_from_bytes(payload, tiny_ref())
+    assert f"elsewhere@{other.fingerprint[:12]}" in str(caught.value)
+    assert f"tiny@{tiny_ref().fingerprint[:12]}" in str(caught.value)
+
+
+# Banks ----------------------------------------------------------------------------------------------------------------
+
+
+def test_a_bank_comes_back_as_it_was_saved(tmp_path: Path) -> None:
+    members = [make(name, seed) for seed, name in enumerate(["moods", "ärger / wut", "rooms"])]
+    saved = SoftPromptBank.save(members, tmp_path / "bank", made_from="abc")
+    loaded = SoftPromptBank(tmp_path / "bank")
+    assert len(loaded) == 3 and list(loaded.records) == ["moods", "ärger / wut", "rooms"]
+    for found, expected in zip(loaded, members, strict=True):
+        assert_same(found, expected)
+    assert_same(loaded.member("ärger / wut"), members[1])
+    assert (loaded.digest, loaded.dod_digest) == (saved.digest, "cd" * 32)
+    assert loaded.header["made_from"] == "abc" and loaded.base_model == tiny_ref()
+    assert (loaded.header["K"], loaded.header["D"], loaded.header["num_soft_prompts"]) == (K, HIDDEN_SIZE, 3)
+    assert sorted(path.name for path in (tmp_path / "bank").iterdir()) == ["bank.json", "bank.jsonl", "bank.safetensors"]
+    assert load_file(tmp_path / "bank" / "bank.safetensors")["embeddings"].shape == (3, K, HIDDEN_SIZE)
+
+
+def test_the_digest_is_of_names_and_numbers(tmp_path: Path) -> None:
+    def digest(name: str, *members: SoftPrompt) -> str:
+        return SoftPromptBank.save(members, tmp_path / name).digest
+
+    first = digest("a", make("x", 0), make("y", 1))
+    assert digest("b", make("x", 0, metrics={}), make("y", 1, tuning={})) == first
+    assert len({first, digest("c", make("x", 0), make("z", 1)), digest("d", make("x", 0), make("y", 2))}) == 3
+
+
+def test_a_member_is_read_without_the_rows_of_the_others(tmp_path: Path) -> None:
+    """The data of the other members is overwritten with NaN, which no soft prompt may hold."""
+    SoftPromptBank.save([make("a", 0, initial=False), make("b", 1, initial=False)], tmp_path / "bank")
+    path = tmp_path / "bank" / "bank.safetensors"
+    row = K * HIDDEN_SIZE * 4
+    path.write_bytes(path.read_bytes()[:-row] + b"\xff" * row)
+    bank = SoftPromptBank(tmp_path / "bank")
+    assert_same(bank.member("a"), make("a", 0, initial=False))
+    with pytest.raises(ArtifactError, match="soft prompt 'b': its embeddings hold NaN"):
+        bank.member("b")
+
+
+def test_records_are_read_without_any_tensor(tmp_path: Path) -> None:
+    SoftPromptBank.save([make("a")], tmp_path / "bank")
+    (tmp_path / "bank" / "bank.safetensors").unlink()
+    assert SoftPromptBank(tmp_path / "bank").records["a"]["labels"] == ["joy", "fear"]
+
+
+def test_texts_with_exotic_line_ends_do_not_split_a_record(tmp_path: Path) -> None:
+    """Python's splitlines also splits at U+2028 and U+0085, which JSON leaves as they are."""
+    odd = "one\u2028two\u2029three\x85four\x0cfive\nsix"
+    member = make("odd", ground_truth=odd, labels=(odd, "plain"))
+    bank = SoftPromptBank.save([member, make("even", 1)], tmp_path / "bank")
+    assert_same(bank.member("odd"), member)
+    assert list(SoftPromptBank(tmp_path / "bank").records) == ["odd", "even"]
+
+
+def test_an_unknown_member_lists_the_known_ones(tmp_path: Path) -> None:
+    bank = SoftPromptBank.save([make(f"task{number}", number) for number in range(10)], tmp_path / "bank")
+    with pytest.raises(ArtifactError) as caught:
+        bank.member("task99")
+    assert "reading 'task99' of bank 'bank': it has no such member among its 10 (task0, task1" in str(caught.value)
+    assert "task7, …)" in str(caught.value) and "task8" not in str(caught.value)
+
+
+def test_what_cannot_be_one_bank_is_refused(tmp_path: Path) -> None:
+    def refused(*members: SoftPrompt) -> str:
+        with pytest.raises(ArtifactError) as caught:
+            SoftPromptBank.save(members, tmp_path / "bank")
+        assert not (tmp_path / "bank").exists()
+        return str(caught.value)
+
+    assert "there are no soft prompts to write" in refused()
+    assert "the tasks ['a'] occur twice" in refused(make("a", 0), make("b", 1), make("a", 2))
+    short = SoftPrompt(numbers(0, 3), None, make("b").record)
+    assert "'b' has K=3, 'a' has K=4; one bank has one K" in refused(make("a"), short)
+    other = tiny_ref(1, "elsewhere")
+    with pytest.raises(BaseModelMismatch) as caught:
+        SoftPromptBank.save([make("a"), make("b", base_model=other)], tmp_path / "bank")
+    for name, ref in (("'a'", tiny_ref()), ("'b'", other)):
+        assert f"soft prompt {name} belongs to" in str(caught.value).replace("base model", "", 0)
+        assert str(ref) in str(caught.value)
+
+
+def test_one_prompt_without_a_start_leaves_the_starts_of_all_out(tmp_path: Path) -> None:
+    bank = SoftPromptBank.save([make("a"), make("b", 1, initial=False)], tmp_path / "bank")
+    assert bank.member("a").initial_embeddings is None
+
+
+def test_a_damaged_bank_is_an_artifact_error(tmp_path: Path) -> None:
+    folder = tmp_path / "bank"
+    with pytest.raises(ArtifactError, match="reading a bank of soft prompts: .*bank.json' is missing"):
+        SoftPromptBank(folder)
+    SoftPromptBank.save([make("a"), make("b", 1)], folder)
+    files = {path: path.read_bytes() for path in folder.iterdir()}
+
+    def damage(name: str, content: bytes | None) -> None:
+        for path, whole in files.items():
+            path.write_bytes(whole)
+        (folder / name).unlink()
+        if content is not None:
+            (folder / name).write_bytes(content)
+
+    for name, content in (
+        ("bank.safetensors", None),
+        ("bank.safetensors", files[folder / "bank.safetensors"][:-1]),
+        ("bank.safetensors", save({"other": torch.zeros(1)})),
+        ("bank.safetensors", save({"embeddings": torch.zeros(1, K, HIDDEN_SIZE)})),
+        ("bank.jsonl", None),
+        ("bank.jsonl", files[folder / "bank.jsonl"][:-40]),
+        ("bank.jsonl", b"{}\n"),
+        ("bank.json", b'{"format_version": 1}'),
+        ("bank.json", b'{"format_version": 2}'),
+    ):
+        damage(name, content)
+        with pytest.raises(ArtifactError, match=r"bank"):
+            SoftPromptBank(folder).member("b")
+    damage("bank.json", files[folder / "bank.json"])
+    assert_same(SoftPromptBank(folder).member("b"), make("b", 1))
+
+
+def test_a_failed_save_leaves_the_old_bank(tmp_path: Path) -> None:
+    SoftPromptBank.save([make("a")], tmp_path / "bank")
+    with pytest.raises(TypeError, match="not JSON serializable"):
+        SoftPromptBank.save([make("b", 1, tuning={"what": object()})], tmp_path / "bank")
+    assert list(SoftPromptBank(tmp_path / "bank").records) == ["a"]
+    assert [path.name for path in tmp_path.iterdir()] == ["bank"]
+
+
+def test_no_file_carries_a_path(tmp_path: Path) -> None:
+    make().save(tmp_path / "a")
+    SoftPromptBank.save([SoftPrompt.load(tmp_path / "a")], tmp_path / "bank")
+    written = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert len(written) == 5
+    for path in written:
+        assert str(tmp_path).encode() not in path.read_bytes()
