@@ -113,6 +113,10 @@ class ServingConfig:
     """Requests to the target LLM in flight at the same time, over all requests to this server."""
     target_max_tokens: int = 256
     """Longest answer, in the target LLM's tokens."""
+    target_max_tokens_parameter: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
+    """How the target LLM calls that limit; OpenAI's reasoning models take the second only."""
+    target_send_temperature: bool = True
+    """Whether to ask for temperature 0; OpenAI's reasoning models refuse it."""
     target_price_per_million_prompt_tokens: float | None = None
     """In any currency. None: unknown, and so is the cost."""
     target_price_per_million_completion_tokens: float | None = None

@@ -33,6 +33,8 @@ class TargetModel:
             base_url=config.target_base_url,
             api_key_env=config.target_api_key_env,
             endpoint=config.target_endpoint,
+            max_tokens_parameter=config.target_max_tokens_parameter,
+            send_temperature=config.target_send_temperature,
             timeout_s=config.target_timeout_s,
             deadline_s=config.target_deadline_s,
             max_attempts=config.target_max_attempts,

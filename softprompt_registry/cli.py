@@ -152,7 +152,7 @@ def build_dod_files(
         _print_json(dataclasses.asdict(report))
         return
     click.echo(f"{report.path}: {report.tasks} tasks, {report.pairs} pairs, digest {report.digest[:12]}")
-    skipped = sum(map(len, report.skipped_rows.values()))
+    skipped = sum(sum(reasons.values()) for reasons in report.skipped_rows.values())
     click.echo(f"dropped {sum(report.duplicates.values())} duplicate pairs, skipped {skipped} rows")
 
 

@@ -31,7 +31,7 @@ from softprompt_registry.evaluation.verbalizations import COMPARED, Evaluation, 
 from softprompt_registry.fingerprints import digest_of_directory, digest_of_json
 from softprompt_registry.registry import conventions, registration
 from softprompt_registry.registry.artifacts import find_artifact
-from softprompt_registry.registry.lookup import find_by_uri, quoted, search_logged_models
+from softprompt_registry.registry.lookup import evaluation_metrics, find_by_uri, quoted, search_logged_models
 from softprompt_registry.soft_prompts.bank import SoftPromptBank
 from softprompt_registry.soft_prompts.tuning import TuningConfig, mean_curves, tune_soft_prompts
 from softprompt_registry.translators.training import TranslatorConfig, target_text, train_translator
@@ -64,8 +64,10 @@ class EvaluationResult:
 
 
 @contextlib.contextmanager
-def stage_run(stage: str) -> Iterator[str]:
-    """One MLflow run for a stage; yields its id."""
+def stage_run(stage: str, base_model: BaseModel | None = None) -> Iterator[str]:
+    """One MLflow run for a stage, tagged with the base model it uses; yields its id."""
+    if base_model is not None:
+        set_base_fingerprint(base_model.ref.fingerprint)
     nested = mlflow.active_run() is not None
     with mlflow.start_run(run_name=stage, nested=nested, tags={conventions.STAGE_TAG: stage}) as run:
         yield str(run.info.run_id)
@@ -73,7 +75,6 @@ def stage_run(stage: str) -> Iterator[str]:
 
 def ensure_base_model(ref: BaseModelRef) -> str:
     """Id of the external LoggedModel that stands for a base model in this experiment; made on first use."""
-    set_base_fingerprint(ref.fingerprint)
     name = conventions.base_model_name(ref.fingerprint)
     found = mlflow.search_logged_models(filter_string=f"name = '{name}'", output_format="list")
     if found:
@@ -87,7 +88,7 @@ def tune(
     base_model: BaseModel, dod_path: Path, config: TuningConfig, out: Path, *, task_names: Sequence[str] | None = None
 ) -> StageResult:
     """Tune soft prompts for all tasks of a DoD, or the named ones, and log the bank."""
-    with DodStore.open(dod_path) as store, stage_run("tune") as run_id:
+    with DodStore.open(dod_path) as store, stage_run("tune", base_model) as run_id:
         dataset = from_dod(str(dod_path))
         tasks = [store.task(name) for name in task_names] if task_names else list(store.tasks())
         _log_inputs(base_model.ref, dataset, context="tuning")
@@ -130,7 +131,7 @@ def bank_table(bank: SoftPromptBank) -> dict[str, list[Any]]:
 
 def train(base_model: BaseModel, bank_uri: str, dod_path: Path, config: TranslatorConfig, out: Path) -> StageResult:
     """Train a translator on the bank's training tasks and log it."""
-    with DodStore.open(dod_path) as store, stage_run("train-translator") as run_id:
+    with DodStore.open(dod_path) as store, stage_run("train-translator", base_model) as run_id:
         found = find_artifact(bank_uri, "bank")
         bank = SoftPromptBank(found.folder)
         require_same_dod(bank, store)
@@ -168,7 +169,7 @@ def evaluate(
     found = find_artifact(translator_uri, "translator")
     found_bank = find_artifact(bank_uri, "bank")
     bank = SoftPromptBank(found_bank.folder)
-    with DodStore.open(dod_path) as store, stage_run("evaluate") as run_id:
+    with DodStore.open(dod_path) as store, stage_run("evaluate", base_model) as run_id:
         require_same_dod(bank, store)
         dataset = from_dod(str(dod_path))
         _log_inputs(base_model.ref, dataset, context="evaluation", upstream=found.model_id)
@@ -262,15 +263,17 @@ def _record_evaluation(
 def _wrap_as_portable_prompt(translator: Any, model_config: dict[str, Any] | None) -> str:
     """Id of the servable model of a translator, with its lineage and its evaluation; logged on first use.
 
-    A translator with the same settings is wrapped once: registering it again gives the same model.
+    A translator with the same settings and the same evaluation is wrapped once: registering it again gives the same
+    model, evaluating it anew gives a new one.
     """
     settings = digest_of_json(model_config or {})
     wrapped = search_logged_models(
         mlflow.MlflowClient(),
         f"params.translator_model_id = {quoted(translator.model_id)} AND params.model_config_digest = {quoted(settings)}",
     )
-    if wrapped:
-        return str(wrapped[0].model_id)
+    for model in wrapped:
+        if model.status == LoggedModelStatus.READY and evaluation_metrics(model) == evaluation_metrics(translator):
+            return str(model.model_id)
     folder = find_artifact(f"models:/{translator.model_id}", "translator").folder
     kept = {key: value for key, value in translator.params.items() if key in conventions.LINEAGE_PARAMS}
     mlflow.log_input(model=LoggedModelInput(model_id=translator.model_id))

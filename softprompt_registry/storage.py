@@ -111,3 +111,8 @@ def locked(folder: Path) -> Iterator[None]:
                 "another output."
             ) from None
         yield
+
+
+def forget(folder: Path) -> None:
+    """Remove a working folder, its lock included, once its result is in place: whoever comes next finds that result."""
+    shutil.rmtree(folder)

@@ -229,7 +229,9 @@ def test_the_fingerprint_is_the_same_in_both_precisions_and_under_any_name(tmp_p
     assert (single.dtype, half.dtype) == (torch.float32, torch.bfloat16)
     folder.rename(tmp_path / "second")
     renamed = load_base_model(str(tmp_path / "second"))
-    assert single.ref.fingerprint == half.ref.fingerprint == renamed.ref.fingerprint == tiny_base_model().ref.fingerprint
+    assert (
+        single.ref.fingerprint == half.ref.fingerprint == renamed.ref.fingerprint == tiny_base_model().ref.fingerprint
+    )
     assert (single.ref.name, half.ref.dtype, renamed.ref.name) == ("local:first", "bfloat16", "local:second")
     for base in (single, half, renamed):
         assert str(tmp_path) not in json.dumps(base.ref.to_json()), "a record carries no path"
@@ -246,7 +248,11 @@ def test_one_changed_weight_of_the_embedding_is_another_base_model(place: tuple[
 
 def test_retrained_layers_another_tokenizer_and_another_size_are_other_base_models() -> None:
     base = tiny_base_model()
-    prints = {base.ref.fingerprint, tiny_base_model(seed=1).ref.fingerprint, tiny_base_model(hidden_size=32).ref.fingerprint}
+    prints = {
+        base.ref.fingerprint,
+        tiny_base_model(seed=1).ref.fingerprint,
+        tiny_base_model(hidden_size=32).ref.fingerprint,
+    }
     lower = tiny_tokenizer()
     lower.backend_tokenizer.normalizer = normalizers.Lowercase()
     assert lower.get_vocab() == base.tokenizer.get_vocab()

@@ -43,7 +43,7 @@ def test_the_papers_printed_rows_come_out() -> None:
         score = label_score(row["pred"], row["labels"])
         if row["reproduced"]:
             expected = (row["recall"], row["f1"])
-        else:  # does not follow from the printed text: METHOD section 4
+        else:  # the paper's numbers do not follow from its printed text
             expected = (row["ours_recall"], row["ours_f1"])
         assert (float(f"{score.recall:.2f}"), float(f"{score.f1:.2f}")) == expected, row["id"]
 

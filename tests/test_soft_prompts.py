@@ -92,7 +92,10 @@ def test_the_id_is_of_the_numbers_and_the_base_model_alone() -> None:
 @pytest.mark.parametrize(
     ("embeddings", "message"),
     [
-        (torch.zeros(K, HIDDEN_SIZE + 1), f"shape (4, 65); expected (K, D) with K >= 1 and D={HIDDEN_SIZE} of base model"),
+        (
+            torch.zeros(K, HIDDEN_SIZE + 1),
+            f"shape (4, 65); expected (K, D) with K >= 1 and D={HIDDEN_SIZE} of base model",
+        ),
         (torch.zeros(HIDDEN_SIZE), "shape (64,); expected (K, D)"),
         (torch.zeros(1, K, HIDDEN_SIZE), "shape (1, 4, 64); expected (K, D)"),
         (torch.zeros(0, HIDDEN_SIZE), "shape (0, 64); expected (K, D) with K >= 1"),
@@ -276,7 +279,11 @@ def test_a_bank_comes_back_as_it_was_saved(tmp_path: Path) -> None:
     assert (loaded.digest, loaded.dod_digest) == (saved.digest, "cd" * 32)
     assert loaded.header["made_from"] == "abc" and loaded.base_model == tiny_ref()
     assert (loaded.header["K"], loaded.header["D"], loaded.header["num_soft_prompts"]) == (K, HIDDEN_SIZE, 3)
-    assert sorted(path.name for path in (tmp_path / "bank").iterdir()) == ["bank.json", "bank.jsonl", "bank.safetensors"]
+    assert sorted(path.name for path in (tmp_path / "bank").iterdir()) == [
+        "bank.json",
+        "bank.jsonl",
+        "bank.safetensors",
+    ]
     assert load_file(tmp_path / "bank" / "bank.safetensors")["embeddings"].shape == (3, K, HIDDEN_SIZE)
 
 
@@ -339,7 +346,7 @@ def test_what_cannot_be_one_bank_is_refused(tmp_path: Path) -> None:
     with pytest.raises(BaseModelMismatch) as caught:
         SoftPromptBank.save([make("a"), make("b", base_model=other)], tmp_path / "bank")
     for name, ref in (("'a'", tiny_ref()), ("'b'", other)):
-        assert f"soft prompt {name} belongs to" in str(caught.value).replace("base model", "", 0)
+        assert f"soft prompt {name} belongs to" in str(caught.value)
         assert str(ref) in str(caught.value)
 
 

@@ -324,7 +324,7 @@ def ranking_metrics(
         DataError: the four do not have one row for each item, there is none, or an embedding is not finite.
     """
     return ranking_metrics_from_similarities(
-        _cosines(prediction_embeddings, truth_embeddings), predictions_empty, truths
+        cosine_matrix(prediction_embeddings, truth_embeddings), predictions_empty, truths
     )
 
 
@@ -369,7 +369,7 @@ def item_ranks(
     the prediction is empty.
 
     With `reverse`, truths are ranked for each prediction: the candidates of prediction i are truth i and every truth of
-    another text. The text of A.10 in the paper reads like this direction; METHOD's `mpr_paper` is the other one.
+    another text. The text of A.10 in the paper reads like this direction; `mpr_paper` is the other one.
 
     Args:
         similarities: (N, N), `[j, i]` compares prediction j with truth i; float64, for float32 is too coarse to tell
@@ -419,7 +419,8 @@ def item_ranks(
     )
 
 
-def _cosines(predictions: NDArray[np.floating[Any]], truths: NDArray[np.floating[Any]]) -> NDArray[np.float64]:
+def cosine_matrix(predictions: NDArray[np.floating[Any]], truths: NDArray[np.floating[Any]]) -> NDArray[np.float64]:
+    """Cosine of prediction j with truth i at `[j, i]`: (N, E) and (N, E) of any length → (N, N) float64."""
     if predictions.ndim != 2 or predictions.shape != truths.shape:
         raise DataError(
             f"comparing embeddings: found shapes {predictions.shape!r} and {truths.shape!r}, expected the same (N, E) "

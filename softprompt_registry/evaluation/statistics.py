@@ -47,7 +47,7 @@ def paired_bootstrap(
     """Mean of `a[i] - b[i]` over tasks i with its percentile interval, and in how many tasks a is ahead.
 
     A draw takes n tasks with replacement and keeps the two scores of a task together, so what makes a task hard for
-    both conditions cancels out (METHOD section 4). A win is a difference above `TIE_TOLERANCE`, a loss one below
+    both conditions cancels out. A win is a difference above `TIE_TOLERANCE`, a loss one below
     minus that. With a single task the interval has no width: it says nothing about other tasks.
 
     Args:

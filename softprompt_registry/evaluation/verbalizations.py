@@ -12,6 +12,7 @@ from softprompt_registry.errors import DataError
 from softprompt_registry.evaluation.metrics import (
     RankingMetrics,
     TextEncoder,
+    cosine_matrix,
     cosine_similarity,
     item_ranks,
     label_score,
@@ -113,10 +114,10 @@ def evaluate_verbalizations(
 
 
 def _method_result(items: Sequence[Verbalization], tasks: Sequence[Task], encoder: TextEncoder) -> MethodResult:
-    texts = [item.text.removeprefix(item.prefill).strip() for item in items]
+    texts = [item.text.removeprefix(item.prefill.strip()).strip() for item in items]
     truths = [task.ground_truth for task in tasks]
     cosines = cosine_similarity(texts, truths, encoder)
-    similarities = encoder.encode(texts).astype("float64") @ encoder.encode(truths).astype("float64").T  # (N, N)
+    similarities = cosine_matrix(encoder.encode(texts), encoder.encode(truths))  # (N, N)
     empty = [not text for text in texts]
     ranks = item_ranks(similarities, empty, truths)
     ranking: RankingMetrics = ranking_metrics_from_similarities(similarities, empty, truths)

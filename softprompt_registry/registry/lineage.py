@@ -418,6 +418,10 @@ def to_text(graph: LineageGraph) -> str:
     return "\n".join(lines)
 
 
+_SHOWN_SCORES = ("label_recall", "label_f1", "rouge_l", "cosine", "mpr_midrank")
+"""The tree shows these; the JSON has all."""
+
+
 def _scores(node: LineageNode) -> str:
     if node.kind == "version":
         # A version below its LoggedModel would only repeat that model's scores.
@@ -425,7 +429,7 @@ def _scores(node: LineageNode) -> str:
     scores = [
         f"{key.removeprefix(EVALUATION_PREFIX)} {float(value):.3g}"
         for key, value in node.facts.items()
-        if key.startswith(EVALUATION_PREFIX)
+        if key.removeprefix(EVALUATION_PREFIX) in _SHOWN_SCORES and key.startswith(EVALUATION_PREFIX)
     ]
     return f"  ({', '.join(scores)})" if scores else ""
 

@@ -10,7 +10,13 @@ from typing import TYPE_CHECKING, Any
 from softprompt_registry.base_models import SEQUENCE_LAYOUT, BaseModelRef
 from softprompt_registry.errors import ArtifactError
 from softprompt_registry.fingerprints import digest_of_json
-from softprompt_registry.storage import check_format_version, complete_record, folder_written_whole, read_json, write_json
+from softprompt_registry.storage import (
+    check_format_version,
+    complete_record,
+    folder_written_whole,
+    read_json,
+    write_json,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -185,6 +191,12 @@ def soft_prompt_from_bytes(payload: bytes, base: BaseModelRef) -> SoftPrompt:
             "Send that file, base64-encoded."
         ) from error
     check_tensor_names(tensors, what)
+    version = header.get("format_version", str(FORMAT_VERSION))
+    if version != str(FORMAT_VERSION):
+        raise ArtifactError(
+            f"reading {what}: its format_version is {version[:20]!r}; this version of softprompt-registry reads "
+            f"{FORMAT_VERSION}. Save it with this version."
+        )
     found = header.get("base_fingerprint")
     if found is None:
         raise ArtifactError(

@@ -22,7 +22,7 @@ from softprompt_registry.recording import NullRecorder, ProgressBar, Recorder
 from softprompt_registry.soft_prompts.bank import SoftPromptBank
 from softprompt_registry.soft_prompts.performance import Trial, measure
 from softprompt_registry.soft_prompts.soft_prompt import SoftPrompt, SoftPromptRecord
-from softprompt_registry.storage import locked, require_same_origin
+from softprompt_registry.storage import forget, locked, require_same_origin
 
 if TYPE_CHECKING:
     import torch
@@ -136,12 +136,12 @@ def tune_soft_prompts(
     _check_tasks(tasks)
     made_from = _key(base_model, tasks, config)
     work = out.with_name(f"{out.name}.tuning")
+    if out.exists():
+        bank = SoftPromptBank(out)
+        require_same_origin("a bank", out, bank.header.get("made_from"), made_from)
+        _record_curves(bank, recorder)
+        return bank
     with locked(work):
-        if out.exists():
-            bank = SoftPromptBank(out)
-            require_same_origin("a bank", out, bank.header.get("made_from"), made_from)
-            _record_curves(bank, recorder)
-            return bank
         finished: dict[str, SoftPrompt] = {}
         with recorder.progress("tune soft prompts", len(tasks)) as bar:
             for group in _groups(base_model, tasks, config):
@@ -155,7 +155,7 @@ def tune_soft_prompts(
                 finished.update({soft_prompt.record.task: soft_prompt for soft_prompt in kept})
         bank = SoftPromptBank.save([finished[task.name] for task in tasks], out, made_from=made_from)
         _record_curves(bank, recorder)
-        _forget(work)
+        forget(work)
     return bank
 
 
@@ -164,15 +164,17 @@ def encode_pair(base_model: BaseModel, template: str, pair: Pair, max_tokens: in
 
     Paper: it cut at 64 tokens from the right, label included; here the input gives way, the target never does.
     """
-    before, after = template.split("{x}")
-    head = base_model.bos + (base_model.tokenize(before) if before else [])
     target = [*base_model.tokenize(f" {pair.output}"), base_model.eos_id]
     whole = base_model.bos + base_model.tokenize(fill_template(template, pair.input))
     if len(whole) + len(target) <= max_tokens:
         return EncodedPair(whole, target), False
+    before, after = template.split("{x}")
+    # Most tokenizers join a space to the word after it, so the one before the input goes with the input.
+    space = " " if before.endswith(" ") else ""
+    head = base_model.bos + base_model.tokenize(before.removesuffix(space))
     tail = base_model.tokenize(after)
     room = max_tokens - len(head) - len(tail) - len(target)
-    text = base_model.tokenize(f" {pair.input}" if before.endswith(" ") else pair.input)
+    text = base_model.tokenize(space + pair.input)
     return EncodedPair([*head, *text[: max(room, 1)], *tail], target), True
 
 
@@ -238,15 +240,6 @@ def _load_group(
     if not all(folder.is_dir() for folder in folders):
         return None
     return [SoftPrompt.load(folder) for folder in folders]
-
-
-def _forget(work: Path) -> None:
-    """Remove the finished groups; the lock file stays, a process may be waiting on it."""
-    import shutil
-
-    for folder in work.iterdir():
-        if folder.is_dir():
-            shutil.rmtree(folder)
 
 
 def initial_embeddings(base_model: BaseModel, config: TuningConfig, task: Task) -> torch.Tensor:

@@ -16,12 +16,14 @@ from softprompt_registry.fingerprints import SHORT, digest_of_json
 from softprompt_registry.recording import NullRecorder, Recorder
 from softprompt_registry.soft_prompts.bank import SoftPromptBank
 from softprompt_registry.soft_prompts.soft_prompt import SoftPrompt
-from softprompt_registry.storage import locked, read_json, require_same_origin, write_json
+from softprompt_registry.storage import forget, locked, read_json, require_same_origin, write_json
 from softprompt_registry.translators.translator import (
     Translator,
     TranslatorRecord,
     adapter_parameters,
+    add_adapter,
     read_record,
+    remove_adapter,
 )
 
 if TYPE_CHECKING:
@@ -132,7 +134,8 @@ def train_translator(
         )
     held_out = _validation_names(names, config)
     soft_prompts = {name: bank.member(name) for name in names}
-    made_from = digest_of_json([bank.digest, names, asdict(config), base_model.ref.fingerprint])
+    learned = [[name, list(tasks[name].labels), list(tasks[name].hard_prompts)] for name in names]
+    made_from = digest_of_json([bank.digest, learned, asdict(config), base_model.ref.fingerprint])
     work = out.with_name(f"{out.name}.training")
     if out.exists():
         finished = read_record(out)
@@ -143,8 +146,7 @@ def train_translator(
             _record_epoch(recorder, epoch, *losses)
         return Translator.load(out, base_model)
     adapter_name = f"training_{digest_of_json([str(out), asdict(config)])[:SHORT]}"
-    if adapter_name in getattr(base_model.model, "peft_config", {}):
-        base_model.model.delete_adapter(adapter_name)
+    remove_adapter(base_model, adapter_name)
     lora = LoraConfig(
         task_type=TaskType.CAUSAL_LM,
         r=config.lora_rank,
@@ -153,9 +155,7 @@ def train_translator(
         target_modules=list(config.target_modules),
     )
     with locked(work):
-        with torch.random.fork_rng():
-            torch.manual_seed(config.seed)
-            base_model.model.add_adapter(lora, adapter_name)
+        add_adapter(base_model, lora, adapter_name, seed=config.seed)
         parameters = adapter_parameters(base_model, adapter_name)
         optimizer = torch.optim.AdamW(parameters.values(), lr=config.learning_rate, weight_decay=config.weight_decay)
         record = TranslatorRecord(
@@ -194,8 +194,10 @@ def train_translator(
                 parameter.requires_grad_(False)
             base_model.model.eval()
             base_model.model.disable_adapters()
+        kept_epoch = config.epochs
         if config.keep_best and held_out:
             checkpoint.load_best(parameters)
+            kept_epoch = state.best_epoch
         translator.record = replace(
             record,
             training={
@@ -204,13 +206,16 @@ def train_translator(
                 "validation_tasks": sorted(held_out),
                 "train_losses": state.train_losses,
                 "validation_losses": state.validation_losses,
-                "kept_epoch": state.best_epoch if config.keep_best and held_out else config.epochs,
+                "kept_epoch": kept_epoch,
             },
-            metrics={"train_loss": state.train_losses[-1], "validation_loss": state.validation_losses[-1]},
+            metrics={
+                "train_loss": state.train_losses[kept_epoch - 1],
+                "validation_loss": state.validation_losses[kept_epoch - 1],
+            },
         )
         translator.save(out)
-        checkpoint.forget()
-    base_model.model.delete_adapter(adapter_name)
+        forget(work)
+    remove_adapter(base_model, adapter_name)
     return Translator.load(out, base_model)
 
 
@@ -225,7 +230,8 @@ def target_text(task: Task, draw: random.Random | None) -> str:
 
 
 def _validation_names(names: Sequence[str], config: TranslatorConfig) -> set[str]:
-    count = round(len(names) * config.validation_share)
+    # With few tasks a large share rounds up to all of them; one is left to train on.
+    count = min(round(len(names) * config.validation_share), len(names) - 1)
     return set(random.Random(f"{config.seed}/validation").sample(sorted(names), count)) if count else set()
 
 
@@ -351,8 +357,3 @@ class _Checkpoint:
             raise ArtifactError(f"finishing a translator: its best epoch {str(path)!r} is missing. Train it again.")
         for name, tensor in load_file(path).items():
             parameters[name].data.copy_(tensor)
-
-    def forget(self) -> None:
-        for path in self.folder.iterdir():
-            if path.suffix in (".safetensors", ".json"):
-                path.unlink()

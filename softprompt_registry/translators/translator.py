@@ -7,6 +7,7 @@ translator reads. So one loaded model serves tuning, translating and measuring.
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -16,7 +17,13 @@ from softprompt_registry.base_models import SEQUENCE_LAYOUT, BaseModel, BaseMode
 from softprompt_registry.errors import ArtifactError
 from softprompt_registry.fingerprints import SHORT, digest_of_file
 from softprompt_registry.soft_prompts.soft_prompt import SoftPrompt
-from softprompt_registry.storage import check_format_version, folder_written_whole, read_json, write_json
+from softprompt_registry.storage import (
+    check_format_version,
+    complete_record,
+    folder_written_whole,
+    read_json,
+    write_json,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -89,14 +96,14 @@ class Translator:
         from safetensors.torch import load_file
 
         record = read_record(folder)
-        adapter_name = f"translator_{digest_of_file(folder / ADAPTER_FILE)[:SHORT]}"
-        translator = cls(base_model, record, adapter_name)
         try:
+            adapter_name = f"translator_{digest_of_file(folder / ADAPTER_FILE)[:SHORT]}"
+            translator = cls(base_model, record, adapter_name)
             weights = load_file(folder / ADAPTER_FILE)
             if adapter_name not in getattr(base_model.model, "peft_config", {}):
                 add_adapter(base_model, LoraConfig.from_pretrained(str(folder)), adapter_name)
             outcome: Any = set_peft_model_state_dict(base_model.model, weights, adapter_name=adapter_name)
-        except (OSError, SafetensorError, RuntimeError) as error:
+        except (OSError, ValueError, SafetensorError, RuntimeError) as error:
             raise ArtifactError(
                 f"reading translator {str(folder)!r}: its adapter cannot be put on {base_model.ref} ({error}). "
                 "Train it again."
@@ -167,6 +174,12 @@ class Translator:
                 "this translator",
                 self.record.base_model,
             )
+        sizes = sorted({soft_prompt.num_virtual_tokens for soft_prompt in soft_prompts})
+        if len(sizes) != 1:
+            raise ArtifactError(
+                f"translating: the soft prompts have K={sizes}, expected at least one, and one K in a batch. "
+                "Translate those of each K apart."
+            )
         base = self.base_model
         soft = torch.stack([soft_prompt.embeddings for soft_prompt in soft_prompts]).to(base.device)  # (B, K, D)
         head = base.bos + (base.tokenize(prefill) if prefill else [])
@@ -190,18 +203,41 @@ def read_record(folder: Path) -> TranslatorRecord:
     """The record alone, without loading any model."""
     record = read_json(folder / RECORD_FILE, "a translator")
     check_format_version(record, FORMAT_VERSION, f"translator {str(folder)!r}")
-    return TranslatorRecord.from_json(record)
+    with complete_record(f"translator {str(folder)!r}"):
+        return TranslatorRecord.from_json(record)
 
 
-def add_adapter(base_model: BaseModel, config: LoraConfig, adapter_name: str) -> None:
-    """Put a new LoRA adapter into the base model, frozen and switched off; the base's own weights stay as they are."""
+def add_adapter(base_model: BaseModel, config: LoraConfig, adapter_name: str, *, seed: int = 0) -> None:
+    """Put a new LoRA adapter into the base model, frozen and switched off; the base's own weights stay as they are.
+
+    `seed` is of the adapter's initial weights.
+    """
     import torch
 
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), _several_adapters():
+        torch.manual_seed(seed)
         base_model.model.add_adapter(config, adapter_name)
     for parameter in adapter_parameters(base_model, adapter_name).values():
+        # Float32 also on a bf16 base: an optimizer's small steps would be rounded away in bf16.
+        parameter.data = parameter.data.float()
         parameter.requires_grad_(False)
     base_model.model.disable_adapters()
+
+
+def remove_adapter(base_model: BaseModel, adapter_name: str) -> None:
+    """Take an adapter out of the base model, if it is there."""
+    if adapter_name in getattr(base_model.model, "peft_config", {}):
+        with _several_adapters():
+            base_model.model.delete_adapter(adapter_name)
+
+
+@contextlib.contextmanager
+def _several_adapters() -> Iterator[None]:
+    """PEFT warns of a second adapter and of deleting the current one; both are meant here."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Already found a `peft_config` attribute", UserWarning)
+        warnings.filterwarnings("ignore", "Adapter .* was active which is now deleted", UserWarning)
+        yield
 
 
 def adapter_parameters(base_model: BaseModel, adapter_name: str) -> dict[str, torch.nn.Parameter]:

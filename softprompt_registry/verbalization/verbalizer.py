@@ -28,7 +28,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Verbalization:
-    """The text made from a soft prompt, with everything needed to make it again."""
+    """The text made from a soft prompt, with the settings and ids needed to make it again."""
 
     text: str
     task: str
@@ -37,6 +37,8 @@ class Verbalization:
     base_fingerprint: str
     prefill: str = ""
     seed: int = 0
+    temperature: float = 0.0
+    max_new_tokens: int = 0
     translator_id: str | None = None
     faithfulness: float | None = None
     abstained: bool = False
@@ -101,6 +103,8 @@ def verbalize(
                 base_fingerprint=soft_prompt.record.base_model.fingerprint,
                 prefill=config.prefill,
                 seed=config.seed,
+                temperature=config.temperature,
+                max_new_tokens=config.max_new_tokens,
                 translator_id=translator_id,
             )
         )
@@ -109,6 +113,7 @@ def verbalize(
 
 def rank(candidates: Sequence[Candidate]) -> list[Candidate]:
     """Highest score first, doubles dropped; the sort is stable."""
-    distinct = {candidate.text: candidate for candidate in reversed(candidates)}
-    ordered = [candidate for candidate in candidates if distinct.get(candidate.text) is candidate]
-    return sorted(ordered, key=lambda c: float("-inf") if c.score is None else c.score, reverse=True)
+    distinct: dict[str, Candidate] = {}
+    for candidate in candidates:
+        distinct.setdefault(candidate.text, candidate)
+    return sorted(distinct.values(), key=lambda c: float("-inf") if c.score is None else c.score, reverse=True)
