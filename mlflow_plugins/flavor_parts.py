@@ -56,9 +56,11 @@ def own_source() -> list[str] | None:
     An installation from a folder or a repository (PEP 610) is a version that no index has, so an environment that is
     rebuilt from the model's requirements could not get it.
     """
-    if importlib.metadata.distribution(DISTRIBUTION).read_text("direct_url.json") is None:
-        return None
     root = Path(__file__).resolve().parent.parent
+    # Metadata is looked for beside this package only: `importlib.metadata` also finds what a build left in a source tree.
+    record = root / f"{DISTRIBUTION.replace('-', '_')}-{__version__}.dist-info"
+    if record.is_dir() and not (record / "direct_url.json").exists():
+        return None
     return [str(root / "softprompt_registry"), str(root / "mlflow_plugins")]
 
 

@@ -138,7 +138,12 @@ def test_the_first_method_is_compared_with_every_other_one() -> None:
     assert f1.difference == pytest.approx((1 / 3 + 0) / 2)
     assert (f1.wins, f1.ties, f1.losses, f1.n) == (1, 1, 0, 2)
     rouge = result.comparisons["silent"]["rouge_l"]
-    assert (rouge.difference, rouge.low, rouge.high, rouge.n) == (pytest.approx(1), pytest.approx(1), pytest.approx(1), 3)
+    assert (rouge.difference, rouge.low, rouge.high, rouge.n) == (
+        pytest.approx(1),
+        pytest.approx(1),
+        pytest.approx(1),
+        3,
+    )
     assert evaluate(translator=PERFECT).comparisons == {}
     assert evaluate(translator=PERFECT, partial=PARTIAL, silent=SILENT).comparisons == result.comparisons
 

@@ -19,6 +19,7 @@ from softprompt_registry import __version__
 
 @pytest.fixture(autouse=True)
 def no_base_model() -> Iterator[None]:
+    set_base_fingerprint(None)
     yield
     set_base_fingerprint(None)
 

@@ -401,6 +401,15 @@ def test_the_adapter_opens_in_peft(trained: Trained) -> None:
         torch.testing.assert_close(model(input_ids=ids).logits, trained.base.model(input_ids=ids).logits)
 
 
+def test_transformers_alone_can_read_the_adapter(trained: Trained) -> None:
+    """The names of the tensors are those of `load_adapter`; the logits are those inside `reading()`."""
+    model = tiny_base_model().model
+    model.load_adapter(str(trained.folder))
+    ids = torch.tensor([[0, 40, 50, 51]])
+    with trained.translator.reading(), torch.no_grad():
+        torch.testing.assert_close(model(input_ids=ids).logits, trained.base.model(input_ids=ids).logits)
+
+
 def test_another_base_model_is_refused_and_both_are_named(trained: Trained, tmp_path: Path) -> None:
     other = tiny_base_model(seed=1, name="elsewhere")
 
@@ -491,7 +500,9 @@ def test_sampling_follows_its_seed(trained: Trained) -> None:
 def test_prompts_of_another_size_are_read_but_sizes_are_not_mixed(trained: Trained) -> None:
     longer = soft_prompt(trained.base, "longer", 9, num_virtual_tokens=6)
     assert len(trained.translator.translate([longer, longer], max_new_tokens=5)) == 2
-    with pytest.raises(ArtifactError, match=r"translating: the soft prompts have K=\[4, 6\], expected .* one K in a batch"):
+    with pytest.raises(
+        ArtifactError, match=r"translating: the soft prompts have K=\[4, 6\], expected .* one K in a batch"
+    ):
         trained.translator.translate([trained.bank.member("moods"), longer])
     with pytest.raises(ArtifactError, match="expected at least one"):
         trained.translator.translate([])

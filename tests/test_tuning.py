@@ -560,3 +560,12 @@ def test_nothing_written_carries_a_path(base: BaseModel, tmp_path: Path) -> None
     tune_soft_prompts(base, TASKS[:1], replace(CONFIG, epochs=1), tmp_path / "bank")
     for path in tmp_path.rglob("*"):
         assert path.is_dir() or str(tmp_path).encode() not in path.read_bytes()
+
+
+def test_a_loss_that_is_not_a_number_stops_with_the_name_of_the_task(tmp_path: Path) -> None:
+    base = tiny_base_model()
+    with torch.no_grad():
+        base.model.get_output_embeddings().weight.fill_(float("nan"))
+    task = Task("moods", "classification", (Pair("a", "x"), Pair("b", "y")), ("x", "y"))
+    with pytest.raises(ArtifactError, match="tuning task 'moods': its loss became nan in epoch 1"):
+        tune_soft_prompts(base, [task], TuningConfig(num_virtual_tokens=2, epochs=2), tmp_path / "bank")

@@ -46,7 +46,12 @@ def random_prompt(task: str, seed: int, num_virtual_tokens: int = 4) -> SoftProm
 
 
 def test_the_highest_score_comes_first_and_equal_ones_stay_in_order() -> None:
-    low, high, tied, none = Candidate("l", "p", -2.0), Candidate("h", "p", -0.5), Candidate("t", "p", -2.0), Candidate("n", "p")
+    low, high, tied, none = (
+        Candidate("l", "p", -2.0),
+        Candidate("h", "p", -0.5),
+        Candidate("t", "p", -2.0),
+        Candidate("n", "p"),
+    )
     assert rank([none, low, high, tied]) == [high, low, tied, none]
     assert rank([tied, low]) == [tied, low]
     assert rank([Candidate("b", "p"), Candidate("a", "p")]) == [Candidate("b", "p"), Candidate("a", "p")]
@@ -54,7 +59,11 @@ def test_the_highest_score_comes_first_and_equal_ones_stay_in_order() -> None:
 
 
 def test_doubles_are_dropped_and_the_first_of_them_stays() -> None:
-    greedy, sampled, other = Candidate("a, b", "greedy", -0.5), Candidate("a, b", "sampled", -0.6), Candidate("c", "s", -0.1)
+    greedy, sampled, other = (
+        Candidate("a, b", "greedy", -0.5),
+        Candidate("a, b", "sampled", -0.6),
+        Candidate("c", "s", -0.1),
+    )
     assert rank([greedy, sampled, other, sampled]) == [other, greedy]
     assert rank([greedy, greedy]) == [greedy]
 
@@ -74,7 +83,7 @@ class TableProposer:
 def test_a_verbalization_keeps_what_is_needed_to_make_it_again() -> None:
     table = {"a": [Candidate("x", "table", -1.0), Candidate("y", "table", -0.5)], "b": []}
     prompts = [random_prompt("a", 0), random_prompt("b", 1)]
-    config = VerbalizationConfig(prefill="Say:", seed=7)
+    config = VerbalizationConfig(prefill="Say:", seed=7, temperature=0.5, max_new_tokens=9)
     first, second = verbalize(prompts, TableProposer(table), config, translator_id="translator_abc")
     assert first == Verbalization(
         text="y",
@@ -84,6 +93,8 @@ def test_a_verbalization_keeps_what_is_needed_to_make_it_again() -> None:
         base_fingerprint=tiny().ref.fingerprint,
         prefill="Say:",
         seed=7,
+        temperature=0.5,
+        max_new_tokens=9,
         translator_id="translator_abc",
         faithfulness=None,
         abstained=False,

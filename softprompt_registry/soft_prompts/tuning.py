@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Literal
 
 from softprompt_registry.base_models import BaseModel
 from softprompt_registry.dod.task import Pair, PairSplit, Task, fill_template
-from softprompt_registry.errors import ConfigError, DataError
+from softprompt_registry.errors import ArtifactError, ConfigError, DataError
 from softprompt_registry.fingerprints import SHORT, digest_of_json
 from softprompt_registry.recording import NullRecorder, ProgressBar, Recorder
 from softprompt_registry.soft_prompts.bank import SoftPromptBank
@@ -130,6 +130,7 @@ def tune_soft_prompts(
     Raises:
         DataError: a task has no train pair, or a name occurs twice.
         ArtifactError: `out` holds a bank made from other tasks, settings or base model.
+        ArtifactError: a loss became NaN or infinite.
         BusyError: another process tunes into `out`.
     """
     recorder = recorder or NullRecorder()
@@ -137,11 +138,11 @@ def tune_soft_prompts(
     made_from = _key(base_model, tasks, config)
     work = out.with_name(f"{out.name}.tuning")
     if out.exists():
-        bank = SoftPromptBank(out)
-        require_same_origin("a bank", out, bank.header.get("made_from"), made_from)
-        _record_curves(bank, recorder)
-        return bank
+        return _take_over(out, made_from, recorder)
     with locked(work):
+        if out.exists():  # another process finished it just now
+            forget(work)
+            return _take_over(out, made_from, recorder)
         finished: dict[str, SoftPrompt] = {}
         with recorder.progress("tune soft prompts", len(tasks)) as bar:
             for group in _groups(base_model, tasks, config):
@@ -156,6 +157,13 @@ def tune_soft_prompts(
         bank = SoftPromptBank.save([finished[task.name] for task in tasks], out, made_from=made_from)
         _record_curves(bank, recorder)
         forget(work)
+    return bank
+
+
+def _take_over(out: Path, made_from: str, recorder: Recorder) -> SoftPromptBank:
+    bank = SoftPromptBank(out)
+    require_same_origin("a bank", out, bank.header.get("made_from"), made_from)
+    _record_curves(bank, recorder)
     return bank
 
 
@@ -403,6 +411,11 @@ def _validation_losses(base_model: BaseModel, active: Sequence[_Progress], rows_
 
 def _after_epoch(progress: _Progress, validation_loss: float, config: TuningConfig, epoch: int) -> None:
     """Keep the best epoch; stop a task that has not improved for long enough."""
+    if not math.isfinite(validation_loss):
+        raise ArtifactError(
+            f"tuning task {progress.task.name!r}: its loss became {validation_loss} in epoch {epoch + 1}; expected a finite "
+            "number. Lower the learning rate, or leave the task out; finished groups are kept."
+        )
     progress.validation_losses.append(validation_loss)
     if validation_loss < progress.best_loss:
         progress.best_loss = validation_loss

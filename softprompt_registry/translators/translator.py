@@ -33,6 +33,8 @@ FORMAT_VERSION = 1
 ADAPTER_FILE = "adapter_model.safetensors"
 ADAPTER_CONFIG_FILE = "adapter_config.json"
 RECORD_FILE = "translator.json"
+PEFT_PREFIX = "base_model.model."
+"""Of every tensor's name in the file, so that `PeftModel.from_pretrained` reads it as it reads its own."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +101,7 @@ class Translator:
         try:
             adapter_name = f"translator_{digest_of_file(folder / ADAPTER_FILE)[:SHORT]}"
             translator = cls(base_model, record, adapter_name)
-            weights = load_file(folder / ADAPTER_FILE)
+            weights = {key.removeprefix(PEFT_PREFIX): value for key, value in load_file(folder / ADAPTER_FILE).items()}
             if adapter_name not in getattr(base_model.model, "peft_config", {}):
                 add_adapter(base_model, LoraConfig.from_pretrained(str(folder)), adapter_name)
             outcome: Any = set_peft_model_state_dict(base_model.model, weights, adapter_name=adapter_name)
@@ -125,7 +127,8 @@ class Translator:
         config = model.peft_config[self.adapter_name]
         with folder_written_whole(folder) as partial:
             save_file(
-                {key: tensor.detach().cpu().contiguous() for key, tensor in weights.items()}, partial / ADAPTER_FILE
+                {f"{PEFT_PREFIX}{key}": tensor.detach().cpu().contiguous() for key, tensor in weights.items()},
+                partial / ADAPTER_FILE,
             )
             stored = config.to_dict() | {"base_model_name_or_path": self.record.base_model.name, "inference_mode": True}
             write_json(partial / ADAPTER_CONFIG_FILE, {key: _plain(value) for key, value in sorted(stored.items())})
