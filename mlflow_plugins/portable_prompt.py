@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import math
-import tempfile
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -145,40 +144,32 @@ def save_model(
     record = read_record(folder)
     # A wrong setting fails here, not where the model is served.
     config = ServingConfig.from_model_config(model_config)
-    mlflow_model = mlflow_model or Model()
-    # Set here: handed to pyfunc without an input example it brings a warning that asks for one.
-    mlflow_model.signature = signature or default_signature()
-    mlflow_model.add_flavor(
+    flavor_parts.save(
         FLAVOR_NAME,
-        data="data/translator",
-        **flavor_parts.facts_of(
+        __name__,
+        lambda destination: flavor_parts.copy_files(
+            folder, destination, [ADAPTER_FILE, ADAPTER_CONFIG_FILE, RECORD_FILE]
+        ),
+        path,
+        folder_name="translator",
+        facts=flavor_parts.facts_of(
             record.base_model,
             num_virtual_tokens=record.num_virtual_tokens,
             digest=digest_of_file(folder / ADAPTER_FILE),
             format_version=FORMAT_VERSION,
         ),
+        default_signature=default_signature(),
+        mlflow_model=mlflow_model,
+        signature=signature,
+        input_example=input_example,
+        pip_requirements=pip_requirements,
+        extra_pip_requirements=extra_pip_requirements,
+        metadata=metadata,
+        default_requirements=get_default_pip_requirements(),
+        default_model_config=DEFAULT_MODEL_CONFIG,
+        model_config=config.to_model_config(),
+        **kwargs,
     )
-    if pip_requirements is None and kwargs.get("conda_env") is None:
-        # Without requirements of ours MLflow would load the model, base model included, to find out what it imports.
-        extra = extra_pip_requirements or []
-        extra_lines = [f"-r {Path(extra).resolve()}"] if isinstance(extra, str) else list(extra)
-        pip_requirements, extra_pip_requirements = [*get_default_pip_requirements(), *extra_lines], None
-    kwargs.pop("validate_serving_input", None)  # meant for `Model.log`, which hands it on
-    with tempfile.TemporaryDirectory() as temporary:
-        copy = Path(temporary) / "translator"
-        flavor_parts.copy_files(folder, copy, [ADAPTER_FILE, ADAPTER_CONFIG_FILE, RECORD_FILE])
-        mlflow.pyfunc.save_model(
-            path=str(path),
-            loader_module=__name__,
-            data_path=str(copy),
-            mlflow_model=mlflow_model,
-            input_example=input_example,
-            pip_requirements=pip_requirements,
-            extra_pip_requirements=extra_pip_requirements,
-            metadata=metadata,
-            model_config=config.to_model_config(),
-            **{"code_paths": flavor_parts.own_source(), **kwargs},
-        )
 
 
 def log_model(

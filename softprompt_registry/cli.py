@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -12,6 +11,7 @@ import click
 
 from softprompt_registry import __version__
 from softprompt_registry.errors import SoftPromptError
+from softprompt_registry.printing import print_evaluation, print_json, print_table
 
 CommandT = TypeVar("CommandT", bound=Callable[..., Any])
 
@@ -102,28 +102,14 @@ def _load_base_model(base_model: str | None, dtype: str) -> Any:
     return load_base_model(base_model or default_reference(), dtype="bfloat16" if dtype == "bfloat16" else "float32")
 
 
-def _print_json(value: Any) -> None:
-    click.echo(json.dumps(value, indent=2, ensure_ascii=False, default=str))
-
-
-def _print_table(title: str, columns: Mapping[str, Sequence[Any]]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title=title, title_justify="left", show_lines=False)
-    for name, values in columns.items():
-        numeric = any(isinstance(value, float) for value in values)
-        table.add_column(name, justify="right" if numeric else "left", overflow="fold")
-    for row in zip(*columns.values(), strict=True):
-        table.add_row(*(f"{v:.2f}" if isinstance(v, float) else "" if v is None else str(v) for v in row))
-    console = Console()
-    # A file or a pipe has no width of its own; 80 columns would fold every word.
-    (console if console.is_terminal else Console(width=150)).print(table)
-
-
 @main.group("build-dod")
 def build_dod() -> None:
-    """Build a dataset of datasets. Example: softprompt build-dod files my_tasks --out tasks.sqlite"""
+    """Build a dataset of datasets.
+
+    \b
+    Example:
+      softprompt build-dod files my_tasks --out tasks.sqlite
+    """
 
 
 @build_dod.command("files")
@@ -137,7 +123,9 @@ def build_dod_files(
 ) -> None:
     """From a folder with one CSV, JSONL or Parquet file per task, each with the columns input and output.
 
-    Example: softprompt build-dod files my_tasks --out tasks.sqlite -s test_share=0.2
+    \b
+    Example:
+      softprompt build-dod files my_tasks --out tasks.sqlite -s test_share=0.2
     """
     from softprompt_registry.config import build_config
     from softprompt_registry.dod.files import FilesConfig, build_dod_from_files
@@ -149,7 +137,7 @@ def build_dod_files(
     if as_json:
         import dataclasses
 
-        _print_json(dataclasses.asdict(report))
+        print_json(dataclasses.asdict(report))
         return
     click.echo(f"{report.path}: {report.tasks} tasks, {report.pairs} pairs, digest {report.digest[:12]}")
     skipped = sum(sum(reasons.values()) for reasons in report.skipped_rows.values())
@@ -175,7 +163,9 @@ def tune(
 ) -> None:
     """Tune one soft prompt per task of a DoD. Stopped or killed, it goes on where it was.
 
-    Example: softprompt tune --dod tasks.sqlite --out bank -s num_virtual_tokens=8 -s learning_rate=2e-2
+    \b
+    Example:
+      softprompt tune --dod tasks.sqlite --out bank -s num_virtual_tokens=8 -s learning_rate=2e-2
     """
     from softprompt_registry.config import build_config
     from softprompt_registry.soft_prompts.tuning import TuningConfig
@@ -187,10 +177,10 @@ def tune(
     result = stages.tune(_load_base_model(base_model, dtype), dod, settings, out, task_names=tasks or None)
     table = stages.bank_table(SoftPromptBank(out))
     if as_json:
-        _print_json({"run_id": result.run_id, "model_uri": result.model_uri, "bank": str(out), "soft_prompts": table})
+        print_json({"run_id": result.run_id, "model_uri": result.model_uri, "bank": str(out), "soft_prompts": table})
         return
     shown = ("task", "kind", "validation_loss", "label_accuracy", "exact_match")
-    _print_table(f"{len(table['task'])} soft prompts", {name: table[name] for name in shown})
+    print_table(f"{len(table['task'])} soft prompts", {name: table[name] for name in shown})
     click.echo(f"bank {out}  model {result.model_uri}  run {result.run_id}")
 
 
@@ -213,7 +203,9 @@ def train_translator_command(
 ) -> None:
     """Train a translator on the bank's training tasks. Stopped or killed, it goes on at its last epoch.
 
-    Example: softprompt train-translator --dod tasks.sqlite --bank bank --out translator -s epochs=20
+    \b
+    Example:
+      softprompt train-translator --dod tasks.sqlite --bank bank --out translator -s epochs=20
     """
     from softprompt_registry.config import build_config
     from softprompt_registry.translators.training import TranslatorConfig
@@ -225,7 +217,7 @@ def train_translator_command(
     result = stages.train(_load_base_model(base_model, dtype), bank, dod, settings, out)
     record = read_record(out)
     if as_json:
-        _print_json({"run_id": result.run_id, "model_uri": result.model_uri, "translator": record.to_json()})
+        print_json({"run_id": result.run_id, "model_uri": result.model_uri, "translator": record.to_json()})
         return
     click.echo(f"trained on {len(record.train_tasks)} tasks: train loss {record.metrics['train_loss']:.3f}")
     click.echo(f"translator {out}  model {result.model_uri}  run {result.run_id}")
@@ -248,7 +240,9 @@ def verbalize(
 ) -> None:
     """Write soft prompts out as text: folders, models:/… or members of a bank (bank#task).
 
-    Example: softprompt verbalize "bank#instruments" --translator translator -s num_candidates=4
+    \b
+    Example:
+      softprompt verbalize "bank#instruments" --translator translator -s num_candidates=4
     """
     from softprompt_registry.config import build_config
     from softprompt_registry.verbalization.verbalizer import VerbalizationConfig
@@ -263,10 +257,10 @@ def verbalize(
     reader = Translator.load(find_artifact(translator, "translator").folder, _load_base_model(base_model, dtype))
     results = verbalize_soft_prompts(read, TranslatorProposer(reader), settings, translator_id=reader.id)
     if as_json:
-        _print_json([result.to_json() for result in results])
+        print_json([result.to_json() for result in results])
         return
     truths = [soft_prompt.record.ground_truth for soft_prompt in read]
-    _print_table(
+    print_table(
         "Verbalizations",
         {"task": [r.task for r in results], "ground truth": truths, "verbalization": [r.text for r in results]},
     )
@@ -291,7 +285,9 @@ def evaluate(
 ) -> None:
     """Score the translator on the DoD's test tasks, beside two trivial baselines.
 
-    Example: softprompt evaluate --dod tasks.sqlite --bank bank --translator models:/m-0123
+    \b
+    Example:
+      softprompt evaluate --dod tasks.sqlite --bank bank --translator models:/m-0123
     """
     from softprompt_registry.config import build_config
     from softprompt_registry.verbalization.verbalizer import VerbalizationConfig
@@ -301,7 +297,7 @@ def evaluate(
 
     result = stages.evaluate(_load_base_model(base_model, dtype), translator, bank, dod, settings)
     if as_json:
-        _print_json(
+        print_json(
             {
                 "run_id": result.run_id,
                 "metrics": {method: item.metrics for method, item in result.evaluation.methods.items()},
@@ -317,45 +313,6 @@ def evaluate(
     click.echo(f"run {result.run_id}")
 
 
-def print_evaluation(evaluation: Any) -> None:
-    """Truth beside the first method's text, then the methods' means with chance levels and intervals."""
-    first = next(iter(evaluation.methods))
-    rows = evaluation.methods[first].rows
-    _print_table(
-        f"Held-out tasks, verbalized by the {first}",
-        {
-            "task": [row.task for row in rows],
-            "ground truth": [row.truth for row in rows],
-            "verbalization": [row.text for row in rows],
-            "recall": [row.scores.get("label_recall") for row in rows],
-            "F1": [row.scores.get("label_f1") for row in rows],
-            "ROUGE-L": [row.scores["rouge_l"] for row in rows],
-            "cosine": [row.scores["cosine"] for row in rows],
-        },
-    )
-    names = {
-        "recall": "label_recall",
-        "F1": "label_f1",
-        "ROUGE-L": "rouge_l",
-        "cosine": "cosine",
-        "MPR (chance .50)": "mpr_midrank",
-        "top-1": "top1",
-    }
-    _print_table(
-        f"Means over {len(rows)} tasks",
-        {
-            "method": list(evaluation.methods),
-            **{k: [item.metrics.get(v) for item in evaluation.methods.values()] for k, v in names.items()},
-        },
-    )
-    for other, by_metric in evaluation.comparisons.items():
-        parts = [
-            f"{name} {c.difference:+.2f} [{c.low:+.2f}, {c.high:+.2f}] {c.wins}/{c.ties}/{c.losses}"
-            for name, c in by_metric.items()
-        ]
-        click.echo(f"{first} minus {other} (95 % interval, wins/ties/losses): " + "; ".join(parts))
-
-
 @main.command()
 @click.argument("model_uri")
 @click.option("--name", required=True, help="Name of the registered model.")
@@ -364,7 +321,9 @@ def print_evaluation(evaluation: Any) -> None:
 def register(model_uri: str, name: str, model_config: Path | None, as_json: bool) -> None:
     """Register an evaluated translator as a servable model; refused while its lineage is incomplete.
 
-    Example: softprompt register models:/m-0123 --name soft-prompt-translator
+    \b
+    Example:
+      softprompt register models:/m-0123 --name soft-prompt-translator
     """
     from softprompt_registry import stages
     from softprompt_registry.config import read_yaml
@@ -373,7 +332,7 @@ def register(model_uri: str, name: str, model_config: Path | None, as_json: bool
     if as_json:
         import dataclasses
 
-        _print_json(dataclasses.asdict(registered))
+        print_json(dataclasses.asdict(registered))
         return
     click.echo(f"registered {registered.name} version {registered.version}: {registered.uri}")
 
@@ -399,7 +358,9 @@ def promote(
 ) -> None:
     """Move an alias to a version that meets the policy; the decision is recorded as a run.
 
-    Example: softprompt promote soft-prompt-translator --policy policy.yaml
+    \b
+    Example:
+      softprompt promote soft-prompt-translator --policy policy.yaml
     """
     import dataclasses
 
@@ -416,7 +377,7 @@ def promote(
         reason=reason,
     )
     if as_json:
-        _print_json(dataclasses.asdict(decision))
+        print_json(dataclasses.asdict(decision))
         return
     click.echo(f"{decision.name} version {decision.version} is @{decision.alias} (before: {decision.previous_version})")
     for rule in decision.rules:
@@ -431,16 +392,21 @@ def promote(
 @click.option("--metric", help="Only models that meet this, for instance 'label_f1>=0.3'.")
 @with_json
 def list_command(base: str | None, task: str | None, metric: str | None, as_json: bool) -> None:
-    """List registered versions. Example: softprompt list --metric "label_f1>=0.1" """
+    """List registered versions.
+
+    \b
+    Example:
+      softprompt list --metric "label_f1>=0.1"
+    """
     import dataclasses
 
     from softprompt_registry.registry.registration import list_models
 
     found = list_models(base=base, task=task, metric_filter=metric)
     if as_json:
-        _print_json([dataclasses.asdict(item) for item in found])
+        print_json([dataclasses.asdict(item) for item in found])
         return
-    _print_table(
+    print_table(
         f"{len(found)} registered versions",
         {
             "name": [item.name for item in found],
@@ -461,14 +427,16 @@ def list_command(base: str | None, task: str | None, metric: str | None, as_json
 def lineage(uri: str, as_json: bool) -> None:
     """Show what a model came from and what came from it.
 
-    Example: softprompt lineage models:/soft-prompt-translator@champion
+    \b
+    Example:
+      softprompt lineage models:/soft-prompt-translator@champion
     """
     from softprompt_registry.registry.lineage import lineage as trace
     from softprompt_registry.registry.lineage import to_json, to_text
 
     graph = trace(uri)
     if as_json:
-        _print_json(to_json(graph))
+        print_json(to_json(graph))
         return
     click.echo(to_text(graph))
 
@@ -481,7 +449,9 @@ def lineage(uri: str, as_json: bool) -> None:
 def demo(dod: Path | None, out: Path, config: Path | None, overrides: tuple[str, ...], as_json: bool) -> None:
     """The whole chain on the sample DoD: tune, translate, evaluate, register, promote, serve.
 
-    Example: softprompt demo -s tuning.epochs=1
+    \b
+    Example:
+      softprompt demo -s tuning.epochs=1
     """
     from softprompt_registry.config import apply_overrides, build_config, read_yaml
     from softprompt_registry.sample import DEMO_CONFIG, build_sample_dod
@@ -496,7 +466,7 @@ def demo(dod: Path | None, out: Path, config: Path | None, overrides: tuple[str,
             build_sample_dod(dod)
     result = run_pipeline(settings, dod, out)
     if as_json:
-        _print_json(
+        print_json(
             {
                 "run_id": result.run_id,
                 "registered": {"name": result.registered.name, "version": result.registered.version},
@@ -508,7 +478,7 @@ def demo(dod: Path | None, out: Path, config: Path | None, overrides: tuple[str,
         )
         return
     print_evaluation(result.evaluation)
-    _print_table("Where the time went", {"step": list(result.seconds), "seconds": list(result.seconds.values())})
+    print_table("Where the time went", {"step": list(result.seconds), "seconds": list(result.seconds.values())})
     name = result.registered.name
     click.echo(f"Asked the served model for task {result.served_task!r}: {result.served['hard_prompt']!r}")
     if result.refusal:

@@ -1,0 +1,72 @@
+"""How the command line prints results: tables for people, JSON for machines."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from softprompt_registry.evaluation.verbalizations import Evaluation
+
+
+def print_json(value: Any) -> None:
+    """The value on stdout, indented."""
+    click.echo(json.dumps(value, indent=2, ensure_ascii=False, default=str))
+
+
+def print_table(title: str, columns: Mapping[str, Sequence[Any]]) -> None:
+    """Columns of equal length under their names; floats with two digits, None as nothing."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", show_lines=False)
+    for name, values in columns.items():
+        numeric = any(isinstance(value, float) for value in values)
+        table.add_column(name, justify="right" if numeric else "left", overflow="fold")
+    for row in zip(*columns.values(), strict=True):
+        table.add_row(*(f"{v:.2f}" if isinstance(v, float) else "" if v is None else str(v) for v in row))
+    console = Console()
+    # A file or a pipe has no width of its own; 80 columns would fold every word.
+    (console if console.is_terminal else Console(width=150)).print(table)
+
+
+def print_evaluation(evaluation: Evaluation) -> None:
+    """Truth beside the first method's text, then the methods' means with chance levels and intervals."""
+    first = next(iter(evaluation.methods))
+    rows = evaluation.methods[first].rows
+    print_table(
+        f"Held-out tasks, verbalized by the {first}",
+        {
+            "task": [row.task for row in rows],
+            "ground truth": [row.truth for row in rows],
+            "verbalization": [row.text for row in rows],
+            "recall": [row.scores.get("label_recall") for row in rows],
+            "F1": [row.scores.get("label_f1") for row in rows],
+            "ROUGE-L": [row.scores["rouge_l"] for row in rows],
+            "cosine": [row.scores["cosine"] for row in rows],
+        },
+    )
+    names = {
+        "recall": "label_recall",
+        "F1": "label_f1",
+        "ROUGE-L": "rouge_l",
+        "cosine": "cosine",
+        "MPR (chance .50)": "mpr_midrank",
+        "top-1": "top1",
+    }
+    print_table(
+        f"Means over {len(rows)} tasks",
+        {
+            "method": list(evaluation.methods),
+            **{k: [item.metrics.get(v) for item in evaluation.methods.values()] for k, v in names.items()},
+        },
+    )
+    for other, by_metric in evaluation.comparisons.items():
+        parts = [
+            f"{name} {c.difference:+.2f} [{c.low:+.2f}, {c.high:+.2f}] {c.wins}/{c.ties}/{c.losses}"
+            for name, c in by_metric.items()
+        ]
+        click.echo(f"{first} minus {other} (95 % interval, wins/ties/losses): " + "; ".join(parts))
