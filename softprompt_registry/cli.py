@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from softprompt_registry import __version__
 from softprompt_registry.errors import SoftPromptError
 from softprompt_registry.printing import print_evaluation, print_json, print_table
+
+if TYPE_CHECKING:
+    from softprompt_registry.base_models import BaseModel, BaseModelRef, DType
 
 CommandT = TypeVar("CommandT", bound=Callable[..., Any])
 
@@ -50,6 +54,8 @@ def main() -> None:
     Where runs and models go is MLflow's matter: set MLFLOW_TRACKING_URI, or take its default, ./mlflow.db. Keys of target
     LLMs come from the environment only.
     """
+    # MLflow prints links to runs on stdout, where `--json` promises JSON alone.
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
 
 
 def with_json(command: CommandT) -> CommandT:
@@ -70,14 +76,12 @@ def with_base_model(command: CommandT) -> CommandT:
     command = click.option(
         "--dtype",
         type=click.Choice(["float32", "bfloat16"]),
-        default="float32",
-        show_default=True,
-        help="Weights' type.",
+        help="Weights' type. Default: that of the bank or translator that is read, else float32.",
     )(command)
     return click.option(
         "--base-model",
-        help="packaged:NAME, a folder, or a Hub name with @revision. Default: $SOFTPROMPT_BASE_MODEL, else "
-        "packaged:smollm2-135m-instruct.",
+        help="packaged:NAME, a folder, or a Hub name with @revision. Default: $SOFTPROMPT_BASE_MODEL, else that of the "
+        "bank or translator that is read, else packaged:smollm2-135m-instruct.",
     )(command)
 
 
@@ -96,10 +100,13 @@ def _settings(section: str, config: Path | None, overrides: Sequence[str]) -> di
     return apply_overrides(values, overrides)
 
 
-def _load_base_model(base_model: str | None, dtype: str) -> Any:
-    from softprompt_registry.base_models import default_reference, load_base_model
+def _load_base_model(base_model: str | None, dtype: DType | None, *, read_by: BaseModelRef | None = None) -> BaseModel:
+    """The base model asked for; without one, that of the artifact that will be used with it."""
+    from softprompt_registry.base_models import default_reference, load_base_model, load_base_model_for
 
-    return load_base_model(base_model or default_reference(), dtype="bfloat16" if dtype == "bfloat16" else "float32")
+    if read_by is not None:
+        return load_base_model_for(read_by, override=base_model, dtype=dtype)
+    return load_base_model(base_model or default_reference(), dtype=dtype or "float32")
 
 
 @main.group("build-dod")
@@ -156,7 +163,7 @@ def tune(
     out: Path,
     tasks: tuple[str, ...],
     base_model: str | None,
-    dtype: str,
+    dtype: DType | None,
     config: Path | None,
     overrides: tuple[str, ...],
     as_json: bool,
@@ -196,7 +203,7 @@ def train_translator_command(
     bank: str,
     out: Path,
     base_model: str | None,
-    dtype: str,
+    dtype: DType | None,
     config: Path | None,
     overrides: tuple[str, ...],
     as_json: bool,
@@ -212,9 +219,11 @@ def train_translator_command(
 
     settings = build_config(TranslatorConfig, _settings("translator", config, overrides))
     from softprompt_registry import stages
+    from softprompt_registry.registry.artifacts import bank_base_model
     from softprompt_registry.translators.translator import read_record
 
-    result = stages.train(_load_base_model(base_model, dtype), bank, dod, settings, out)
+    loaded = _load_base_model(base_model, dtype, read_by=bank_base_model(bank))
+    result = stages.train(loaded, bank, dod, settings, out)
     record = read_record(out)
     if as_json:
         print_json({"run_id": result.run_id, "model_uri": result.model_uri, "translator": record.to_json()})
@@ -233,7 +242,7 @@ def verbalize(
     soft_prompts: tuple[str, ...],
     translator: str,
     base_model: str | None,
-    dtype: str,
+    dtype: DType | None,
     config: Path | None,
     overrides: tuple[str, ...],
     as_json: bool,
@@ -248,13 +257,14 @@ def verbalize(
     from softprompt_registry.verbalization.verbalizer import VerbalizationConfig
 
     settings = build_config(VerbalizationConfig, _settings("verbalization", config, overrides))
-    from softprompt_registry.registry.artifacts import find_artifact, find_soft_prompts
+    from softprompt_registry.registry.artifacts import find_artifact, find_soft_prompts, translator_base_model
     from softprompt_registry.translators.translator import Translator
     from softprompt_registry.verbalization.proposers.translator import TranslatorProposer
     from softprompt_registry.verbalization.verbalizer import verbalize as verbalize_soft_prompts
 
     read = [soft_prompt for uri in soft_prompts for soft_prompt in find_soft_prompts(uri)]
-    reader = Translator.load(find_artifact(translator, "translator").folder, _load_base_model(base_model, dtype))
+    loaded = _load_base_model(base_model, dtype, read_by=translator_base_model(translator))
+    reader = Translator.load(find_artifact(translator, "translator").folder, loaded)
     results = verbalize_soft_prompts(read, TranslatorProposer(reader), settings, translator_id=reader.id)
     if as_json:
         print_json([result.to_json() for result in results])
@@ -278,7 +288,7 @@ def evaluate(
     bank: str,
     translator: str,
     base_model: str | None,
-    dtype: str,
+    dtype: DType | None,
     config: Path | None,
     overrides: tuple[str, ...],
     as_json: bool,
@@ -294,8 +304,10 @@ def evaluate(
 
     settings = build_config(VerbalizationConfig, _settings("verbalization", config, overrides))
     from softprompt_registry import stages
+    from softprompt_registry.registry.artifacts import translator_base_model
 
-    result = stages.evaluate(_load_base_model(base_model, dtype), translator, bank, dod, settings)
+    loaded = _load_base_model(base_model, dtype, read_by=translator_base_model(translator))
+    result = stages.evaluate(loaded, translator, bank, dod, settings)
     if as_json:
         print_json(
             {

@@ -21,13 +21,15 @@ def print_table(title: str, columns: Mapping[str, Sequence[Any]]) -> None:
     """Columns of equal length under their names; floats with two digits, None as nothing."""
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
-    table = Table(title=title, title_justify="left", show_lines=False)
+    table = Table(title=Text(title), title_justify="left", show_lines=False)
     for name, values in columns.items():
         numeric = any(isinstance(value, float) for value in values)
         table.add_column(name, justify="right" if numeric else "left", overflow="fold")
     for row in zip(*columns.values(), strict=True):
-        table.add_row(*(f"{v:.2f}" if isinstance(v, float) else "" if v is None else str(v) for v in row))
+        # `Text` takes a cell as it is: labels and generated texts may look like markup.
+        table.add_row(*(Text(f"{v:.2f}" if isinstance(v, float) else "" if v is None else str(v)) for v in row))
     console = Console()
     # A file or a pipe has no width of its own; 80 columns would fold every word.
     (console if console.is_terminal else Console(width=150)).print(table)

@@ -133,3 +133,30 @@ def test_misuse_is_said_in_one_message(
     result = run(*arguments, code=code)
     assert words in result.stderr
     assert "Traceback" not in result.output
+
+
+def test_a_translator_is_read_with_the_base_model_it_names(tmp_path: Path) -> None:
+    from tiny_llm import save_tiny_model
+
+    golden = Path(__file__).parent / "data" / "v1"
+    # The golden artifacts name a base model that no name leads to; the right folder is accepted, another one refused.
+    arguments = [
+        "verbalize",
+        str(golden / "soft_prompt"),
+        "--translator",
+        str(golden / "translator"),
+        "-s",
+        "max_new_tokens=4",
+    ]
+    right, wrong = save_tiny_model(tmp_path / "right"), save_tiny_model(tmp_path / "wrong", seed=1)
+    assert run_json(*arguments, "--base-model", str(right))[0]["task"] == "colours"
+    refused = run(*arguments, "--base-model", str(wrong), code=1)
+    assert "tiny@" in refused.stderr and "local:wrong@" in refused.stderr
+
+
+def test_tables_show_texts_that_look_like_markup(capsys: pytest.CaptureFixture[str]) -> None:
+    from softprompt_registry.printing import print_table
+
+    print_table("Texts [bold]", {"text": ["ok [/INST] x", "positive, [none], :dog:"], "score": [0.5, None]})
+    shown = capsys.readouterr().out
+    assert "Texts [bold]" in shown and "ok [/INST] x" in shown and "positive, [none], :dog:" in shown

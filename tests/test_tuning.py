@@ -569,3 +569,12 @@ def test_a_loss_that_is_not_a_number_stops_with_the_name_of_the_task(tmp_path: P
     task = Task("moods", "classification", (Pair("a", "x"), Pair("b", "y")), ("x", "y"))
     with pytest.raises(ArtifactError, match="tuning task 'moods': its loss became nan in epoch 1"):
         tune_soft_prompts(base, [task], TuningConfig(num_virtual_tokens=2, epochs=2), tmp_path / "bank")
+
+
+def test_a_bank_of_another_dod_is_not_taken_over(tmp_path: Path) -> None:
+    base = tiny_base_model()
+    task = Task("moods", "classification", (Pair("a", "x"), Pair("b", "y")), ("x", "y"))
+    config = TuningConfig(num_virtual_tokens=2, epochs=1)
+    tune_soft_prompts(base, [task], config, tmp_path / "bank", dod_digest="1" * 64)
+    with pytest.raises(ArtifactError, match="made from other inputs or settings"):
+        tune_soft_prompts(base, [task], config, tmp_path / "bank", dod_digest="2" * 64)

@@ -8,10 +8,12 @@ from pathlib import Path
 import mlflow
 from mlflow.exceptions import MlflowException
 
+from softprompt_registry.base_models import BaseModelRef
 from softprompt_registry.errors import RegistryError
 from softprompt_registry.registry.lookup import find_by_uri, parse_model_uri
 from softprompt_registry.soft_prompts.bank import SoftPromptBank
 from softprompt_registry.soft_prompts.soft_prompt import SoftPrompt
+from softprompt_registry.translators.translator import read_record
 
 MARKERS = {"bank": "bank.json", "soft prompt": "soft_prompt.json", "translator": "translator.json"}
 """The file whose presence tells what a folder holds."""
@@ -98,3 +100,13 @@ def find_soft_prompts(uri: str) -> list[SoftPrompt]:
         return [SoftPrompt.load(find_artifact(location, "soft prompt").folder)]
     except RegistryError:
         return list(SoftPromptBank(find_artifact(location, "bank").folder))
+
+
+def bank_base_model(uri: str) -> BaseModelRef:
+    """The base model that a bank belongs to."""
+    return SoftPromptBank(find_artifact(uri, "bank").folder).base_model
+
+
+def translator_base_model(uri: str) -> BaseModelRef:
+    """The base model that a translator belongs to."""
+    return read_record(find_artifact(uri, "translator").folder).base_model

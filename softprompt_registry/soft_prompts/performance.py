@@ -103,13 +103,16 @@ def choose_labels(base_model: BaseModel, trials: Sequence[Trial], rows_per_forwa
             for row, scores in zip(piece, logits, strict=True):
                 best = int(scores[[ids[0] for ids in label_ids[row.trial]]].argmax())
                 choices[row.trial][row.number] = trials[row.trial].task.labels[best]
-        for piece in _pieces(trials, several, max(1, rows_per_forward // 4)):
+        for piece in _pieces(trials, several, rows_per_forward):
             spread = [(row, ids) for row in piece for ids in label_ids[row.trial]]
-            scored = base_model.score_targets(
-                _soft_of(trials, [row for row, _ in spread]),
-                [row.prompt for row, _ in spread],
-                [[*ids, base_model.eos_id] for _, ids in spread],
-            ).log_likelihood.tolist()
+            scored: list[float] = []
+            for start in range(0, len(spread), rows_per_forward):
+                part = spread[start : start + rows_per_forward]
+                scored += base_model.score_targets(
+                    _soft_of(trials, [row for row, _ in part]),
+                    [row.prompt for row, _ in part],
+                    [[*ids, base_model.eos_id] for _, ids in part],
+                ).log_likelihood.tolist()
             for row in piece:
                 labels = trials[row.trial].task.labels
                 own, scored = scored[: len(labels)], scored[len(labels) :]

@@ -135,7 +135,7 @@ def tune_soft_prompts(
     """
     recorder = recorder or NullRecorder()
     _check_tasks(tasks)
-    made_from = _key(base_model, tasks, config)
+    made_from = _key(base_model, tasks, config, dod_digest)
     work = out.with_name(f"{out.name}.tuning")
     if out.exists():
         return _take_over(out, made_from, recorder)
@@ -146,11 +146,12 @@ def tune_soft_prompts(
         finished: dict[str, SoftPrompt] = {}
         with recorder.progress("tune soft prompts", len(tasks)) as bar:
             for group in _groups(base_model, tasks, config):
-                kept = _load_group(work, base_model, group, config)
+                folder = work / _key(base_model, group, config, dod_digest)
+                kept = _load_group(folder, group)
                 if kept is None:
                     kept = _tune_group(base_model, group, config, dod_name, dod_digest, bar)
                     for soft_prompt in kept:
-                        soft_prompt.save(work / _key(base_model, group, config) / _folder_name(soft_prompt.record.task))
+                        soft_prompt.save(folder / _folder_name(soft_prompt.record.task))
                 else:
                     bar.advance(len(group), "taken from an earlier start")
                 finished.update({soft_prompt.record.task: soft_prompt for soft_prompt in kept})
@@ -232,22 +233,27 @@ def _groups(base_model: BaseModel, tasks: Sequence[Task], config: TuningConfig) 
         yield ordered[start : start + config.tasks_per_group]
 
 
-def _key(base_model: BaseModel, group: Sequence[Task], config: TuningConfig) -> str:
-    """What stored work must agree on to be taken over."""
-    return digest_of_json([base_model.ref.fingerprint, asdict(config), [task.digest for task in group]])[:SHORT]
+def _key(base_model: BaseModel, group: Sequence[Task], config: TuningConfig, dod_digest: str | None) -> str:
+    """What stored work must agree on to be taken over.
+
+    The DoD's digest is part of it: a bank names the one DoD that it was tuned on, and is used with no other.
+    """
+    ref = base_model.ref
+    return digest_of_json([ref.fingerprint, ref.dtype, dod_digest, asdict(config), [task.digest for task in group]])[
+        :SHORT
+    ]
 
 
 def _folder_name(task_name: str) -> str:
     return digest_of_json(task_name)[:SHORT]
 
 
-def _load_group(
-    work: Path, base_model: BaseModel, group: Sequence[Task], config: TuningConfig
-) -> list[SoftPrompt] | None:
-    folders = [work / _key(base_model, group, config) / _folder_name(task.name) for task in group]
-    if not all(folder.is_dir() for folder in folders):
+def _load_group(folder: Path, group: Sequence[Task]) -> list[SoftPrompt] | None:
+    """A finished group's soft prompts, in its order; None unless all are there."""
+    members = [folder / _folder_name(task.name) for task in group]
+    if not all(member.is_dir() for member in members):
         return None
-    return [SoftPrompt.load(folder) for folder in folders]
+    return [SoftPrompt.load(member) for member in members]
 
 
 def initial_embeddings(base_model: BaseModel, config: TuningConfig, task: Task) -> torch.Tensor:

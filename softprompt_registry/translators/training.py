@@ -135,16 +135,11 @@ def train_translator(
     held_out = _validation_names(names, config)
     soft_prompts = {name: bank.member(name) for name in names}
     learned = [[name, list(tasks[name].labels), list(tasks[name].hard_prompts)] for name in names]
-    made_from = digest_of_json([bank.digest, learned, asdict(config), base_model.ref.fingerprint])
+    ref = base_model.ref
+    made_from = digest_of_json([bank.digest, bank.dod_digest, learned, asdict(config), ref.fingerprint, ref.dtype])
     work = out.with_name(f"{out.name}.training")
     if out.exists():
-        finished = read_record(out)
-        require_same_origin("a translator", out, finished.training.get("made_from"), made_from)
-        for epoch, losses in enumerate(
-            zip(finished.training["train_losses"], finished.training["validation_losses"], strict=True)
-        ):
-            _record_epoch(recorder, epoch, *losses)
-        return Translator.load(out, base_model)
+        return _take_over(out, base_model, made_from, recorder)
     adapter_name = f"training_{digest_of_json([str(out), asdict(config)])[:SHORT]}"
     remove_adapter(base_model, adapter_name)
     lora = LoraConfig(
@@ -155,7 +150,16 @@ def train_translator(
         target_modules=list(config.target_modules),
     )
     with locked(work):
-        add_adapter(base_model, lora, adapter_name, seed=config.seed)
+        if out.exists():  # another process finished it just now
+            forget(work)
+            return _take_over(out, base_model, made_from, recorder)
+        try:
+            add_adapter(base_model, lora, adapter_name, seed=config.seed)
+        except ValueError as error:
+            raise ConfigError(
+                f"training a translator: the adapter cannot be put on {base_model.ref} ({str(error)[:200]}). Set "
+                "target_modules to names of its linear layers."
+            ) from error
         parameters = adapter_parameters(base_model, adapter_name)
         optimizer = torch.optim.AdamW(parameters.values(), lr=config.learning_rate, weight_decay=config.weight_decay)
         record = TranslatorRecord(
@@ -179,6 +183,11 @@ def train_translator(
                     train, validation = _epoch(
                         translator, soft_prompts, tasks, held_out, parameters, optimizer, config, epoch
                     )
+                    if not (math.isfinite(train) and math.isfinite(validation)):
+                        raise ArtifactError(
+                            f"training a translator: in epoch {epoch + 1} the train loss became {train} and the validation "
+                            f"loss {validation}; expected finite numbers. Lower the learning rate."
+                        )
                     _record_epoch(recorder, epoch, train, validation)
                     state.train_losses.append(train)
                     state.validation_losses.append(validation)
@@ -216,6 +225,15 @@ def train_translator(
         translator.save(out)
         forget(work)
     remove_adapter(base_model, adapter_name)
+    return Translator.load(out, base_model)
+
+
+def _take_over(out: Path, base_model: BaseModel, made_from: str, recorder: Recorder) -> Translator:
+    """A finished translator, with its curve told once more."""
+    finished = read_record(out).training
+    require_same_origin("a translator", out, finished.get("made_from"), made_from)
+    for epoch, losses in enumerate(zip(finished["train_losses"], finished["validation_losses"], strict=True)):
+        _record_epoch(recorder, epoch, *losses)
     return Translator.load(out, base_model)
 
 
@@ -277,10 +295,14 @@ def _epoch(
         validation = total / count
         if held_out:
             names = sorted(held_out)
+            held_out_total, held_out_count = 0.0, 0
             with torch.no_grad():
-                soft = torch.stack([soft_prompts[name].embeddings for name in names])
-                loss, tokens = _summed_loss(base, soft, [target_text(tasks[name], None) for name in names], config)
-            validation = float(loss) / tokens
+                for start in range(0, len(names), config.batch_size):
+                    batch = names[start : start + config.batch_size]
+                    soft = torch.stack([soft_prompts[name].embeddings for name in batch])
+                    loss, tokens = _summed_loss(base, soft, [target_text(tasks[name], None) for name in batch], config)
+                    held_out_total, held_out_count = held_out_total + float(loss), held_out_count + tokens
+            validation = held_out_total / held_out_count
     return total / count, validation
 
 
@@ -329,10 +351,11 @@ class _Checkpoint:
         """Put the last checkpoint of the same training in place; None if there is none."""
         from safetensors.torch import load_file
 
-        if not (self.folder / "state.json").is_file():
-            return None
-        stored = read_json(self.folder / "state.json", "a training checkpoint")
-        if stored.pop("key") != self.key:
+        stored = {}
+        if (self.folder / "state.json").is_file():
+            stored = read_json(self.folder / "state.json", "a training checkpoint")
+        if stored.pop("key", None) != self.key:
+            (self.folder / "best.safetensors").unlink(missing_ok=True)
             return None
         tensors = load_file(self.folder / stored.pop("file"))
         for name, parameter in parameters.items():

@@ -217,7 +217,8 @@ def add_adapter(base_model: BaseModel, config: LoraConfig, adapter_name: str, *,
     """
     import torch
 
-    with torch.random.fork_rng(), _several_adapters():
+    devices = [base_model.device] if base_model.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices), _several_adapters():
         torch.manual_seed(seed)
         base_model.model.add_adapter(config, adapter_name)
     for parameter in adapter_parameters(base_model, adapter_name).values():

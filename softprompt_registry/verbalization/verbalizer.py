@@ -61,7 +61,8 @@ class VerbalizationConfig:
     temperature: float = 0.7
     """Of the sampled candidates."""
     seed: int = 0
-    """Of the sampling; candidate i uses seed + i."""
+    """Of the sampling; candidate i uses seed + i. A sampled text also depends on the prompts that share its batch; the
+    served model samples each row alone."""
 
     def __post_init__(self) -> None:
         if self.num_candidates < 1 or self.max_new_tokens < 1 or self.temperature <= 0:
