@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -117,8 +118,6 @@ def _try_promote(registered: RegisteredVersion, policy: Policy) -> tuple[Decisio
 
 def _ask(registered: RegisteredVersion, bank_folder: Path, dod_path: Path) -> tuple[str, str, dict[str, Any]]:
     """Send the first held-out soft prompt to the registered model, as the scoring server would."""
-    import json
-
     import pandas
 
     bank = SoftPromptBank(bank_folder)

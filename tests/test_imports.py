@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import subprocess
 import sys
 from pathlib import Path
@@ -20,15 +21,8 @@ def loaded_by(code: str, suspects: list[str]) -> list[str]:
     """Which of the suspects a fresh interpreter has loaded after running `code`."""
     script = f"{code}\nimport sys\nprint([name for name in {suspects!r} if name in sys.modules])"
     finished = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=ROOT)
-    result: list[str] = ast_literal(finished.stdout.strip().splitlines()[-1])
-    return result
-
-
-def ast_literal(text: str) -> list[str]:
-    import ast
-
-    value: list[str] = ast.literal_eval(text)
-    return value
+    loaded: list[str] = ast.literal_eval(finished.stdout.strip().splitlines()[-1])
+    return loaded
 
 
 def test_science_loads_neither_mlflow_nor_vllm_nor_openai() -> None:
