@@ -102,12 +102,34 @@ def locked(folder: Path) -> Iterator[None]:
         BusyError: another process holds it.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as file:
+    with _held(folder / ".lock", folder):
+        yield
+
+
+@contextlib.contextmanager
+def locked_file(path: Path) -> Iterator[None]:
+    """Hold the name `path` for this process, by a hidden lock file beside it that is removed at the end.
+
+    Raises:
+        BusyError: another process holds it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = path.with_name(f".{path.name}.lock")
+    with _held(lock, path):
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _held(lock: Path, what: Path) -> Iterator[None]:
+    with lock.open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise BusyError(
-                f"writing to {str(folder)!r}: another process is working there. Wait for it to end, or choose "
+                f"writing to {str(what)!r}: another process is working there. Wait for it to end, or choose "
                 "another output."
             ) from None
         yield

@@ -51,6 +51,7 @@ def test_round_trip(tmp_path: Path) -> None:
             "name": "small",
             "digest": digest,
             "num_tasks": 2,
+            "metadata": {},
             "num_pairs": 5,
             "tasks": [
                 {

@@ -8,7 +8,6 @@ files and the same config give the same digest. The readers of the three formats
 
 from __future__ import annotations
 
-import os
 import random
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping
@@ -16,8 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+from softprompt_registry.config import flatten
 from softprompt_registry.dod.file_rows import ENDINGS, Fault, ending_of, is_text, jsonl_rows, rows_of
-from softprompt_registry.dod.store import DodStore
+from softprompt_registry.dod.store import dod_written_whole, require_free
 from softprompt_registry.dod.task import (
     PAIR_SPLITS,
     TASK_KINDS,
@@ -118,36 +118,27 @@ def build_dod_from_files(
     Raises:
         DataError: `out` exists, or the files have problems; the first 20 are listed, each with its file and line.
     """
-    if out.is_dir() or (out.exists() and not overwrite):
-        raise DataError(
-            f"building a DoD from the files in {str(folder)!r}: {str(out)!r} exists already; expected a new name. "
-            "Choose another one, or allow overwriting if it is an old DoD."
-        )
+    doing = f"building a DoD from the files in {str(folder)!r}"
+    require_free(out, doing, overwrite=overwrite)  # before a folder full of problems is read
     problems = _Problems(folder, skip_bad_rows=config.skip_bad_rows)
     files = _task_files(folder, problems)
     records = _read_records(folder / RECORDS_FILE, files, problems)
     duplicates: dict[str, int] = {}
     num_pairs = 0
-    building = out.with_name(out.name + ".building")
-    _remove_database(building)
-    try:
-        with DodStore.create(building) as store:
-            for name, path in files.items():
-                task, dropped = _read_task(name, path, records.get(name, _Record()), config, problems)
-                if dropped:
-                    duplicates[path.name] = dropped
-                if task is None or problems.found:
-                    continue  # read on, to report the problems of all files at once
-                store.add_task(task)
-                num_pairs += len(task.pairs)
-                if progress is not None:
-                    progress(f"{name}: {task.kind}, {len(task.pairs)} pairs")
-            problems.raise_if_any()
-            digest = store.digest
-        _remove_database(out, journals_only=True)
-        os.replace(building, out)
-    finally:
-        _remove_database(building)
+    with dod_written_whole(out, doing, overwrite=overwrite) as store:
+        for name, path in files.items():
+            task, dropped = _read_task(name, path, records.get(name, _Record()), config, problems)
+            if dropped:
+                duplicates[path.name] = dropped
+            if task is None or problems.found:
+                continue  # read on, to report the problems of all files at once
+            store.add_task(task)
+            num_pairs += len(task.pairs)
+            if progress is not None:
+                progress(f"{name}: {task.kind}, {len(task.pairs)} pairs")
+        problems.raise_if_any()
+        store.set_metadata("build", {"builder": "files", "settings": flatten(config)})
+        digest = store.digest
     return FilesReport(
         path=out,
         digest=digest,
@@ -156,14 +147,6 @@ def build_dod_from_files(
         duplicates=duplicates,
         skipped_rows={name: dict(reasons) for name, reasons in problems.skipped.items()},
     )
-
-
-def _remove_database(path: Path, *, journals_only: bool = False) -> None:
-    """Remove a SQLite file and the journals that a killed writer leaves beside it."""
-    for journal in ("-wal", "-shm", "-journal"):
-        path.with_name(path.name + journal).unlink(missing_ok=True)
-    if not journals_only:
-        path.unlink(missing_ok=True)
 
 
 class _Problems:

@@ -1,7 +1,8 @@
 """A dataset of datasets in one SQLite file.
 
-Three tables: `datasets` (a row per task), `labels` (a row per label, in order) and `examples` (a row per pair). A task
-is added in one transaction, so a killed writer leaves whole tasks only. The format is specified in docs/formats.md.
+Three tables hold the content: `datasets` (a row per task), `labels` (a row per label, in order) and `examples` (a row per
+pair). `metadata` says how the DoD was made and what an audit found; it does not count for the digest. A task is added in
+one transaction, so a killed writer leaves whole tasks only. The format is specified in docs/formats.md.
 """
 
 from __future__ import annotations
@@ -15,9 +16,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, cast
 
-from softprompt_registry.dod.task import Pair, PairSplit, Task, TaskKind, TaskSplit
+from softprompt_registry.dod.task import Pair, Task, TaskKind, TaskSplit
 from softprompt_registry.errors import DataError
 from softprompt_registry.fingerprints import digest_of_dod
+from softprompt_registry.storage import locked_file
 
 FORMAT_VERSION = 1
 APPLICATION_ID = (
@@ -47,9 +49,16 @@ CREATE TABLE examples (
     split TEXT NOT NULL CHECK (split IN ('train', 'validation', 'test')),
     input TEXT NOT NULL,
     output TEXT NOT NULL,
+    num_tokens INTEGER,
     PRIMARY KEY (dataset_id, position)
 ) STRICT, WITHOUT ROWID;
+CREATE TABLE metadata (
+    key TEXT PRIMARY KEY,
+    value TEXT NOT NULL
+) STRICT, WITHOUT ROWID;
 """
+JOURNALS = ("-wal", "-shm", "-journal")
+"""What SQLite leaves beside a file whose writer was killed."""
 
 
 class DodStore:
@@ -63,6 +72,10 @@ class DodStore:
         self.path = path
         self._connection = connection
         self._writable = writable
+        # Files of 0.1.0's first builds have neither token counts nor metadata; both were added without a new version.
+        columns = {row[1] for row in connection.execute("PRAGMA table_info(examples)")}
+        self._num_tokens = "num_tokens" if "num_tokens" in columns else "NULL"
+        self._has_metadata = bool(connection.execute("PRAGMA table_info(metadata)").fetchone())
 
     @classmethod
     def create(cls, path: Path) -> DodStore:
@@ -160,9 +173,9 @@ class DodStore:
                 ((dataset_id, position, label) for position, label in enumerate(task.labels)),
             )
             self._connection.executemany(
-                "INSERT INTO examples VALUES (?, ?, ?, ?, ?)",
+                "INSERT INTO examples VALUES (?, ?, ?, ?, ?, ?)",
                 (
-                    (dataset_id, position, pair.split, pair.input, pair.output)
+                    (dataset_id, position, pair.split, pair.input, pair.output, pair.num_tokens)
                     for position, pair in enumerate(task.pairs)
                 ),
             )
@@ -197,7 +210,8 @@ class DodStore:
             )
         labels = self._connection.execute("SELECT label FROM labels WHERE dataset_id = ? ORDER BY position", (row[0],))
         examples = self._connection.execute(
-            "SELECT input, output, split FROM examples WHERE dataset_id = ? ORDER BY position", (row[0],)
+            f"SELECT input, output, split, {self._num_tokens} FROM examples WHERE dataset_id = ? ORDER BY position",
+            (row[0],),
         )
         return Task(
             name=row[1],
@@ -206,13 +220,27 @@ class DodStore:
             hard_prompts=tuple(json.loads(row[4])),
             source=row[5],
             labels=tuple(label for (label,) in labels),
-            pairs=tuple(Pair(text, output, cast(PairSplit, split)) for text, output, split in examples),
+            pairs=tuple(Pair(*example) for example in examples),
         )
 
     def tasks(self, split: TaskSplit | None = None) -> Iterator[Task]:
         """The tasks one after the other; only one is in memory at a time."""
         for name in self.task_names(split):
             yield self.task(name)
+
+    def metadata(self) -> dict[str, Any]:
+        """How the DoD was made (`build`), what an audit found (`audit`); empty where nothing was written down."""
+        if not self._has_metadata:
+            return {}
+        return {key: json.loads(value) for key, value in self._connection.execute("SELECT key, value FROM metadata")}
+
+    def set_metadata(self, key: str, value: Any) -> None:
+        """Write one JSON value down under `key`, in place of an earlier one."""
+        with self._transaction():
+            self._connection.execute(
+                "INSERT INTO metadata VALUES (?, ?) ON CONFLICT (key) DO UPDATE SET value = excluded.value",
+                (key, json.dumps(value, ensure_ascii=False, sort_keys=True)),
+            )
 
     def manifest(self) -> dict[str, Any]:
         """What a DoD is made of, without its examples: the record that MLflow keeps."""
@@ -226,5 +254,77 @@ class DodStore:
             "digest": self.digest,
             "num_tasks": len(rows),
             "num_pairs": sum(row[3] for row in rows),
+            "metadata": self.metadata(),
             "tasks": [dict(zip(columns, row, strict=True)) for row in rows],
         }
+
+
+@contextmanager
+def dod_written_whole(out: Path, doing: str, *, overwrite: bool = False) -> Iterator[DodStore]:
+    """A new DoD that grows in `<out>.building` and takes its name in one step when the block ends without an error.
+
+    An existing `out` stays as it is until then; after an error nothing is left.
+
+    Args:
+        doing: what is being done, for the error messages: "building a DoD from …".
+        overwrite: replace `out` if it exists.
+
+    Raises:
+        DataError: `out` exists and may not be replaced, or the disk does not take the file.
+        BusyError: another process is writing the same DoD.
+    """
+    require_free(out, doing, overwrite=overwrite)
+    building = out.with_name(out.name + ".building")
+    with locked_file(out):
+        _remove_database(building)
+        try:
+            with DodStore.create(building) as store:
+                yield store
+            for journal in JOURNALS:
+                out.with_name(out.name + journal).unlink(missing_ok=True)
+            os.replace(building, out)
+        except sqlite3.OperationalError as error:
+            raise DataError(
+                f"{doing}: writing {str(building)!r} failed ({error}); nothing was left there. Make room on the disk, or "
+                "choose a folder that can be written."
+            ) from error
+        finally:
+            _remove_database(building)
+
+
+def require_free(out: Path, doing: str, *, overwrite: bool) -> None:
+    """Refuse an output that exists, unless it is a file that may be replaced."""
+    if out.is_dir() or (out.exists() and not overwrite):
+        raise DataError(
+            f"{doing}: {str(out)!r} exists already; expected a new name. Choose another one, or allow overwriting if it is "
+            "an old DoD."
+        )
+
+
+def _remove_database(path: Path) -> None:
+    """Remove a SQLite file and the journals that a killed writer leaves beside it."""
+    for journal in JOURNALS:
+        path.with_name(path.name + journal).unlink(missing_ok=True)
+    path.unlink(missing_ok=True)
+
+
+def note_in_dod(path: Path, key: str, value: Any) -> None:
+    """Write a metadata entry into an existing DoD; its content, and so its digest, stays the same.
+
+    Raises:
+        DataError: the file is no DoD, was made before DoDs had metadata, or cannot be written.
+    """
+    with DodStore.open(path) as store:
+        has_metadata = store._has_metadata
+    if not has_metadata:
+        raise DataError(
+            f"noting {key!r} in DoD {str(path)!r}: it was built before DoDs had a metadata table. Build it again."
+        )
+    connection = sqlite3.connect(path, isolation_level=None)
+    try:
+        with DodStore(path, connection, writable=True) as writable:
+            writable.set_metadata(key, value)
+    except sqlite3.OperationalError as error:
+        raise DataError(
+            f"noting {key!r} in DoD {str(path)!r}: SQLite cannot write it ({error}). Make the file writable."
+        ) from error

@@ -29,6 +29,8 @@ class Pair:
     input: str
     output: str
     split: PairSplit = "train"
+    num_tokens: int | None = None
+    """Tokens of input and output together, where the builder counted them; not part of the digest."""
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,93 @@
+"""English words: which exist, how they inflect, which share a root, and which are held out for the evaluation.
+
+`lemminflect` (its lexicon) and NLTK's Snowball stemmer do the work; nothing is downloaded.
+"""
+
+from __future__ import annotations
+
+import re
+from functools import cache
+from typing import TYPE_CHECKING
+
+from softprompt_registry.dod.inspect_datasets import EVALUATION_LABELS
+
+if TYPE_CHECKING:
+    from nltk.stem.snowball import SnowballStemmer
+
+_WORD = re.compile(r"[^\W\d_]+(?:'[^\W\d_]+)?")
+_FUNCTION_WORDS = frozenset(
+    "a about above after again against all am an and any are as at be because been before being below between both but by "
+    "can could did do does doing down during each few for from further had has have having he her here hers him his how i "
+    "if in into is it its just me more most must my no nor not now of off on once only or other our ours out over own same "
+    "shall she should so some such than that the their theirs them then there these they this those through to too under "
+    "until up us very was we were what when where which while who whom whose why will with would you your yours".split()
+)
+MIN_ROOT_LETTERS = 4
+"""Stems shorter than this count as the same root only when they are equal: "art" is no root of "artery"."""
+
+
+def words_of(text: str) -> list[str]:
+    """The words of a text in lower case, in order; digits and punctuation are left out."""
+    return [word.lower() for word in _WORD.findall(text)]
+
+
+@cache
+def is_english_word(word: str) -> bool:
+    """Whether the lexicon or the list of function words has it, in any inflected form."""
+    import lemminflect
+
+    word = word.lower()
+    return word in _FUNCTION_WORDS or bool(lemminflect.getAllLemmas(word))
+
+
+def share_of_english(text: str) -> float:
+    """Share of a text's words that are English, from 0 to 1; 0 without words. Names and numbers keep it below 1."""
+    words = words_of(text)
+    known = sum(is_english_word(word.partition("'")[0]) for word in words)
+    return known / len(words) if words else 0.0
+
+
+@cache
+def inflections(word: str) -> frozenset[str]:
+    """A word with all its inflected forms, in lower case: "bad" gives bad, worse, worst."""
+    import lemminflect
+
+    word = word.lower()
+    lemmas = {word} | {lemma for forms in lemminflect.getAllLemmas(word).values() for lemma in forms}
+    inflected = {form for lemma in lemmas for forms in lemminflect.getAllInflections(lemma).values() for form in forms}
+    return frozenset({word} | {form.lower() for form in lemmas | inflected})
+
+
+@cache
+def _stemmer() -> SnowballStemmer:
+    from nltk.stem.snowball import SnowballStemmer
+
+    return SnowballStemmer("english")
+
+
+@cache
+def stem(word: str) -> str:
+    """Snowball (Porter 2) stem of a word."""
+    return str(_stemmer().stem(word.lower()))
+
+
+def same_root(word: str, other: str) -> bool:
+    """Whether one word is, inflects or derives from the other: musician and music, happily and happiness.
+
+    Compares stems: equal, or one begins with the other of at least `MIN_ROOT_LETTERS` letters. This errs on the side of
+    saying yes ("carp" and "carpet").
+    """
+    shorter, longer = sorted((stem(word), stem(other)), key=len)
+    if shorter == longer or other.lower() in inflections(word):
+        return True
+    return len(shorter) >= MIN_ROOT_LETTERS and longer.startswith(shorter)
+
+
+@cache
+def held_out_words() -> frozenset[str]:
+    """Every label word of the evaluation sets, with its inflections: no training task may have one as a label.
+
+    Paper: its label generator could produce these words, which makes the evaluation easier than it should be.
+    """
+    words = {word for labels in EVALUATION_LABELS.values() for label in labels for word in words_of(label)}
+    return frozenset(form for word in words for form in inflections(word))
