@@ -38,7 +38,7 @@ from mlflow_plugins.serving_target import TargetModel
 from softprompt_registry.base_models import load_base_model_for, require_same_base
 from softprompt_registry.errors import ArtifactError, SoftPromptError
 from softprompt_registry.fingerprints import SHORT, digest_of_file, digest_of_json
-from softprompt_registry.language_models import (
+from softprompt_registry.language_models.protocol import (
     Completion,
     Usage,
     usage_of,

@@ -10,12 +10,8 @@ from collections.abc import Mapping, Sequence
 
 from mlflow_plugins.serving_requests import RequestRefused, ServingConfig
 from softprompt_registry.errors import LanguageModelError
-from softprompt_registry.language_models import (
-    Completion,
-    CompletionRequest,
-    OpenAICompatible,
-    OpenAICompatibleConfig,
-)
+from softprompt_registry.language_models.openai_compatible import OpenAICompatible, OpenAICompatibleConfig
+from softprompt_registry.language_models.protocol import Completion, CompletionRequest
 
 TARGET_MODEL_VARIABLE = "SOFTPROMPT_TARGET_MODEL"
 

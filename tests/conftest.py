@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import os
 import shutil
+import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from llm_server import LlmServer
 
 # Read by the libraries when they are imported: tests ask no server for anything.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -66,3 +71,19 @@ def tiny_folder(_tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The tiny base model (seed 0) on the disk, and the place where artifacts find their base model."""
     monkeypatch.setenv("SOFTPROMPT_BASE_MODEL", str(_tiny_folder))
     return _tiny_folder
+
+
+@pytest.fixture
+def llm_server(monkeypatch: pytest.MonkeyPatch) -> Iterator[LlmServer]:
+    """A server that speaks OpenAI's API, with its key in the environment."""
+    from llm_server import KEY, LlmServer
+
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    with LlmServer() as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        yield server
+        server.stopping.set()
+        server.shutdown()
+        thread.join()

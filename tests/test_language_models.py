@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import random
 import re
@@ -11,150 +10,20 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from email.utils import formatdate
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import pytest
+from llm_server import KEY, LlmServer, Reply, chat, error_body
 
 from softprompt_registry.errors import ConfigError, LanguageModelError
-from softprompt_registry.language_models import (
-    Completion,
-    CompletionRequest,
-    OpenAICompatible,
-    OpenAICompatibleConfig,
-    Prices,
-    Usage,
-    usage_of,
-)
-
-KEY = "sk-test-0123456789abcdef"
-
-
-@dataclass(frozen=True)
-class Reply:
-    status: int = 200
-    body: Any = None
-    """Sent as JSON, or as it is when it is bytes; None: the prompt in upper case, as a chat completion."""
-    headers: dict[str, str] = field(default_factory=dict)
-    delay_s: float = 0.0
-    cut: bool = False
-    """Close the connection in the middle of the body."""
-    drip: bool = False
-    """Send a space every 50 ms, as some providers do to keep a connection open, and never an answer."""
-
-
-@dataclass(frozen=True)
-class Received:
-    path: str
-    authorization: str | None
-    body: dict[str, Any]
-    at: float
-
-
-class LlmServer(ThreadingHTTPServer):
-    """Answers with `replies` in order, then by upper-casing; or by the prompt, where `reply_to` is set."""
-
-    daemon_threads = False  # server_close() waits for every handler, so no socket outlives the test
-
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), _Handler)
-        self.replies: list[Reply] = []
-        self.reply_to: Callable[[str], Reply] | None = None
-        self.received: list[Received] = []
-        self.most_at_once = 0
-        self.at_once = 0
-        self.lock = threading.Lock()
-        self.stopping = threading.Event()
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        if not isinstance(sys.exception(), ConnectionError):  # the client hung up: several tests want that
-            super().handle_error(request, client_address)
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_port}/v1"
-
-
-class _Handler(BaseHTTPRequestHandler):
-    server: LlmServer
-    protocol_version = "HTTP/1.1"
-
-    def log_message(self, *arguments: Any) -> None:
-        pass
-
-    def do_POST(self) -> None:
-        server = self.server
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        prompt = body["prompt"] if "prompt" in body else body["messages"][-1]["content"]
-        with server.lock:
-            server.received.append(Received(self.path, self.headers["Authorization"], body, time.monotonic()))
-            server.at_once += 1
-            server.most_at_once = max(server.most_at_once, server.at_once)
-            if server.reply_to is not None:
-                reply = server.reply_to(prompt)
-            else:
-                reply = server.replies.pop(0) if server.replies else Reply()
-        server.stopping.wait(reply.delay_s)
-        with server.lock:
-            server.at_once -= 1  # before the answer leaves: after it the client may already send the next request
-        self._send(reply, prompt)
-
-    def _send(self, reply: Reply, prompt: str) -> None:
-        content = chat(prompt.upper()) if reply.body is None else reply.body
-        if not isinstance(content, bytes):
-            content = json.dumps(content).encode()
-        self.send_response(reply.status)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(content) if not reply.drip else 1_000_000))
-        for name, value in reply.headers.items():
-            self.send_header(name, value)
-        self.end_headers()
-        if reply.cut:
-            self.wfile.write(content[: len(content) // 2])
-            self.close_connection = True
-        elif reply.drip:
-            while not self.server.stopping.wait(0.05):
-                self.wfile.write(b" ")
-        else:
-            self.wfile.write(content)
-
-
-def chat(
-    text: str | None, *, finish_reason: str = "stop", prompt_tokens: int = 7, completion_tokens: int = 3
-) -> dict[str, Any]:
-    return {
-        "id": "chatcmpl-1",
-        "object": "chat.completion",
-        "created": 0,
-        "model": "tiny",
-        "choices": [
-            {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": finish_reason},
-        ],
-        "usage": {
-            "prompt_tokens": prompt_tokens,
-            "completion_tokens": completion_tokens,
-            "total_tokens": prompt_tokens + completion_tokens,
-        },
-    }
-
-
-def error_body(message: str, code: str | None = None) -> dict[str, Any]:
-    return {"error": {"message": message, "type": "error", "code": code}}
+from softprompt_registry.language_models.openai_compatible import OpenAICompatible, OpenAICompatibleConfig
+from softprompt_registry.language_models.protocol import Completion, CompletionRequest, Prices, Usage, usage_of
 
 
 @pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[LlmServer]:
-    monkeypatch.setenv("OPENAI_API_KEY", KEY)
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    with LlmServer() as server:
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-        thread.start()
-        yield server
-        server.stopping.set()
-        server.shutdown()
-        thread.join()
+def server(llm_server: LlmServer) -> LlmServer:
+    return llm_server
 
 
 def model_at(server: LlmServer, **settings: Any) -> OpenAICompatible:
@@ -590,7 +459,7 @@ def test_settings_that_cannot_work_are_refused(settings: dict[str, Any], words: 
 
 def test_importing_loads_no_client() -> None:
     program = (
-        "import sys, softprompt_registry.language_models\n"
+        "import sys, softprompt_registry.language_models.openai_compatible\n"
         "print([name for name in ('openai', 'torch', 'mlflow', 'transformers') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)

@@ -1,7 +1,6 @@
-"""Text in, text out behind one protocol: the target LLMs that a hard prompt is used on.
+"""Any server that speaks OpenAI's API: OpenAI itself, `vllm serve`, llama.cpp, a gateway.
 
-A `LanguageModel` takes a batch of requests and gives one result per request, in order. A request that failed is
-returned as its `LanguageModelError`, so one bad row never spoils the others. Importing this module loads no client.
+Importing this module loads no client.
 """
 
 from __future__ import annotations
@@ -14,16 +13,18 @@ import random
 import re
 import threading
 import time
-from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from datetime import UTC
 from email.utils import parsedate_to_datetime
+from queue import SimpleQueue
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, Self
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self
 from urllib.parse import urlsplit
 
 from softprompt_registry.errors import ConfigError, LanguageModelError
+from softprompt_registry.language_models.protocol import Completion, CompletionRequest, Finished, Prices
 
 if TYPE_CHECKING:
     import openai
@@ -33,89 +34,6 @@ _log = logging.getLogger(__name__)
 
 _MAX_PROVIDER_MESSAGE = 200  # characters
 _DEADLINE_GRACE_S = 0.25  # lets a try that is cut off by the deadline report what it saw
-
-
-# --- The protocol and what passes through it ---
-
-
-@dataclass(frozen=True)
-class CompletionRequest:
-    prompt: str
-    """The user's text. A completions endpoint gets `system`, an empty line and then this, as one string."""
-    system: str | None = None
-    """Instruction that stands before the prompt, in its own message where the endpoint has messages."""
-    max_tokens: int = 256
-    """Longest answer, in the server's tokens."""
-    temperature: float = 0.0
-    """0 asks for the most probable answer."""
-    stop: tuple[str, ...] = ()
-    """The answer ends before the first of these strings."""
-
-
-@dataclass(frozen=True)
-class Completion:
-    """One answer. An empty or refused answer has the text "" and says why in `finish_reason`."""
-
-    text: str
-    prompt_tokens: int
-    completion_tokens: int
-    latency_s: float
-    """Duration of the try that succeeded, without earlier tries and the waits between them."""
-    finish_reason: str | None
-    attempts: int
-
-
-class LanguageModel(Protocol):
-    @property
-    def name(self) -> str: ...
-
-    def complete(self, requests: Sequence[CompletionRequest]) -> list[Completion | LanguageModelError]:
-        """One result per request, in order; a failed request is returned as its error, never raised."""
-        ...
-
-
-# --- What it cost ---
-
-
-class Prices(NamedTuple):
-    per_million_prompt_tokens: float
-    per_million_completion_tokens: float
-
-
-@dataclass(frozen=True)
-class Usage:
-    """Tokens as the server counted them; `Usage()` is zero, so `sum(usages, Usage())` works."""
-
-    requests: int = 0
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-    cost: float | None = 0.0
-    """In the currency of the prices. None when no prices are known; a sum with an unknown part is unknown."""
-
-    def __add__(self, other: Usage) -> Usage:
-        return Usage(
-            self.requests + other.requests,
-            self.prompt_tokens + other.prompt_tokens,
-            self.completion_tokens + other.completion_tokens,
-            None if self.cost is None or other.cost is None else self.cost + other.cost,
-        )
-
-
-def usage_of(results: Iterable[Completion | LanguageModelError], prices: Prices | None) -> Usage:
-    """The sum over a batch. An error counts as a request without tokens, since no server reports what it billed."""
-    results = list(results)
-    completions = [result for result in results if isinstance(result, Completion)]
-    prompt_tokens = sum(completion.prompt_tokens for completion in completions)
-    completion_tokens = sum(completion.completion_tokens for completion in completions)
-    cost = None
-    if prices is not None:
-        cost = (
-            prompt_tokens * prices.per_million_prompt_tokens + completion_tokens * prices.per_million_completion_tokens
-        ) / 1_000_000
-    return Usage(len(results), prompt_tokens, completion_tokens, cost)
-
-
-# --- Any server that speaks OpenAI's API ---
 
 
 @dataclass(frozen=True)
@@ -132,6 +50,8 @@ class OpenAICompatibleConfig:
     """What the chat endpoint calls the limit; OpenAI's reasoning models only take `max_completion_tokens`."""
     send_temperature: bool = True
     """False for models that refuse a temperature, such as OpenAI's reasoning models."""
+    structured_output: Literal["json_schema", "json_object", "none"] = "json_schema"
+    """How an answer's JSON schema is asked for: as the schema, as "some JSON", or only by the prompt's own words."""
     timeout_s: float = 60.0
     """Longest silence of the server within one try, in seconds."""
     deadline_s: float = 600.0
@@ -162,6 +82,7 @@ class OpenAICompatibleConfig:
         for name, choices in {
             "endpoint": ("chat", "completions"),
             "max_tokens_parameter": ("max_tokens", "max_completion_tokens"),
+            "structured_output": ("json_schema", "json_object", "none"),
         }.items():
             value = getattr(self, name)
             if value not in choices:
@@ -269,6 +190,31 @@ class OpenAICompatible:
             for future in futures:
                 future.cancel()
 
+    def stream(self, requests: Iterable[CompletionRequest]) -> Iterator[Finished]:
+        """Results as they finish; `deadline_s` counts for each request from its start, not for the whole stream."""
+        done: SimpleQueue[tuple[int, Future[Completion | LanguageModelError]]] = SimpleQueue()
+        in_flight: set[Future[Completion | LanguageModelError]] = set()
+        waiting = iter(enumerate(requests))
+        try:
+            while True:
+                # Twice as many as threads: none of them waits for the caller to take a result.
+                while len(in_flight) < 2 * self.config.max_concurrency and (drawn := next(waiting, None)):
+                    index, request = drawn
+                    future = self._threads.submit(self._complete_streamed, request)
+                    in_flight.add(future)
+                    future.add_done_callback(lambda finished, index=index: done.put((index, finished)))
+                if not in_flight:
+                    return
+                index, future = done.get()
+                in_flight.remove(future)
+                yield Finished(index, future.result())
+        finally:
+            for future in in_flight:
+                future.cancel()
+
+    def _complete_streamed(self, request: CompletionRequest) -> Completion | LanguageModelError:
+        return self._complete_one(request, time.monotonic() + self.config.deadline_s)
+
     def _complete_one(self, request: CompletionRequest, deadline: float) -> Completion | LanguageModelError:
         import openai
 
@@ -320,6 +266,12 @@ class OpenAICompatible:
             arguments["temperature"] = request.temperature
         if request.stop:
             arguments["stop"] = list(request.stop)
+        if request.presence_penalty:
+            arguments["presence_penalty"] = request.presence_penalty
+        if request.seed is not None:
+            arguments["seed"] = request.seed
+        if request.json_schema is not None and config.structured_output != "none":
+            arguments["extra_body"] = {"response_format": _response_format(request.json_schema, config)}
         if config.endpoint == "completions":
             prompt = request.prompt if request.system is None else f"{request.system}\n\n{request.prompt}"
             raw = self._client.completions.with_raw_response.create(
@@ -433,6 +385,15 @@ class OpenAICompatible:
             request.headers.clear()
         failure.__cause__ = failure.__context__ = None
         return failure.with_traceback(None)
+
+
+def _response_format(json_schema: str, config: OpenAICompatibleConfig) -> dict[str, Any]:
+    if config.structured_output == "json_object":
+        return {"type": "json_object"}
+    return {
+        "type": "json_schema",
+        "json_schema": {"name": "answer", "schema": json.loads(json_schema), "strict": True},
+    }
 
 
 def _messages(request: CompletionRequest) -> list[ChatCompletionMessageParam]:

@@ -1,0 +1,116 @@
+"""Text in, text out: what is asked, what comes back, what it cost.
+
+A `LanguageModel` takes requests and gives one result per request. A request that failed is returned as its
+`LanguageModelError`, so one bad row never spoils the others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+from softprompt_registry.errors import LanguageModelError
+
+
+@dataclass(frozen=True)
+class CompletionRequest:
+    prompt: str
+    """The user's text. A completions endpoint gets `system`, an empty line and then this, as one string."""
+    system: str | None = None
+    """Instruction that stands before the prompt, in its own message where the endpoint has messages."""
+    max_tokens: int = 256
+    """Longest answer, in the server's tokens."""
+    temperature: float = 0.0
+    """0 asks for the most probable answer."""
+    stop: tuple[str, ...] = ()
+    """The answer ends before the first of these strings."""
+    presence_penalty: float = 0.0
+    """Subtracted from the logits of tokens that the answer has already."""
+    seed: int | None = None
+    """Of the sampling. None leaves it to the engine."""
+    json_schema: str | None = None
+    """A JSON schema, as JSON text, that the answer must follow."""
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One answer. An empty or refused answer has the text "" and says why in `finish_reason`."""
+
+    text: str
+    prompt_tokens: int
+    completion_tokens: int
+    latency_s: float
+    """Duration of the try that succeeded, without earlier tries and the waits between them."""
+    finish_reason: str | None
+    attempts: int
+
+
+class Finished(NamedTuple):
+    """One result of a stream."""
+
+    index: int
+    """Position of its request among those that were drawn, from 0."""
+    result: Completion | LanguageModelError
+
+
+class LanguageModel(Protocol):
+    @property
+    def name(self) -> str: ...
+
+    def complete(self, requests: Sequence[CompletionRequest]) -> list[Completion | LanguageModelError]:
+        """One result per request, in order; a failed request is returned as its error, never raised."""
+        ...
+
+    def stream(self, requests: Iterable[CompletionRequest]) -> Iterator[Finished]:
+        """Results as they finish, in any order.
+
+        Requests are drawn only as fast as they can be worked on, so there may be millions of them. Closing the iterator
+        drops what is in flight.
+        """
+        ...
+
+    def close(self) -> None:
+        """Free threads, sockets or the model's memory. A second call does nothing."""
+        ...
+
+
+# --- What it cost ---
+
+
+class Prices(NamedTuple):
+    per_million_prompt_tokens: float
+    per_million_completion_tokens: float
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Tokens as the server counted them; `Usage()` is zero, so `sum(usages, Usage())` works."""
+
+    requests: int = 0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    cost: float | None = 0.0
+    """In the currency of the prices. None when no prices are known; a sum with an unknown part is unknown."""
+
+    def __add__(self, other: Usage) -> Usage:
+        return Usage(
+            self.requests + other.requests,
+            self.prompt_tokens + other.prompt_tokens,
+            self.completion_tokens + other.completion_tokens,
+            None if self.cost is None or other.cost is None else self.cost + other.cost,
+        )
+
+
+def usage_of(results: Iterable[Completion | LanguageModelError], prices: Prices | None) -> Usage:
+    """The sum over a batch. An error counts as a request without tokens, since no server reports what it billed."""
+    results = list(results)
+    completions = [result for result in results if isinstance(result, Completion)]
+    prompt_tokens = sum(completion.prompt_tokens for completion in completions)
+    completion_tokens = sum(completion.completion_tokens for completion in completions)
+    cost = None
+    if prices is not None:
+        cost = (
+            prompt_tokens * prices.per_million_prompt_tokens + completion_tokens * prices.per_million_completion_tokens
+        ) / 1_000_000
+    return Usage(len(results), prompt_tokens, completion_tokens, cost)
