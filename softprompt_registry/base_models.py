@@ -336,7 +336,7 @@ def load_base_model(
 
     if dtype not in ("float32", "bfloat16"):
         raise BaseModelError(f"loading base model {reference!r}: dtype {dtype!r} is not float32 or bfloat16.")
-    location, revision, name = _locate(reference)
+    location, revision, name = model_location(reference)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     # On a CPU the plain attention was 10-20 % faster than the fused one for the short rows of prompt tuning.
     attention = "eager" if device == "cpu" else "sdpa"
@@ -374,7 +374,7 @@ def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
-def _locate(reference: str) -> tuple[str, str | None, str]:
+def model_location(reference: str) -> tuple[str, str | None, str]:
     """(what transformers loads, revision, name for the record) of a reference. Folder names carry no path."""
     if reference.startswith("packaged:"):
         return str(_packaged_folder(reference.removeprefix("packaged:"))), None, reference

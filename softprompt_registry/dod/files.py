@@ -320,11 +320,11 @@ def _read_task(
     labels: tuple[str, ...] = ()
     if kind == "classification":
         labels = record.labels or tuple(sorted({output for _, output in splits}))
-    pairs = _draw(splits, kind, config.max_pairs_per_task, _seed_of("pairs", config.seed, name))
+    pairs = _draw(splits, kind, config.max_pairs_per_task, seed_of("pairs", config.seed, name))
     if file_has_splits:
         pair_splits = [cast(PairSplit, splits[pair]) for pair in pairs]
     else:
-        pair_splits = assign_pair_splits(len(pairs), config.pair_shares, _seed_of("splits", config.seed, name))
+        pair_splits = assign_pair_splits(len(pairs), config.pair_shares, seed_of("splits", config.seed, name))
     try:
         task = Task(
             name=name,
@@ -415,9 +415,9 @@ def _draw(
 
 def _draw_task_split(name: str, config: FilesConfig) -> TaskSplit:
     """Hashes the name instead of shuffling the names, so that a new task moves no other to the other side."""
-    return "test" if _seed_of("tasks", config.seed, name) / 16**13 < config.test_share else "train"
+    return "test" if seed_of("tasks", config.seed, name) / 16**13 < config.test_share else "train"
 
 
-def _seed_of(purpose: str, seed: int, name: str) -> int:
+def seed_of(purpose: str, seed: int, name: str) -> int:
     """A number below 16^13 (exact as a float) from the config's seed and a task's name."""
     return int(digest_of_json([purpose, seed, name])[:13], 16)

@@ -18,6 +18,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from datetime import UTC
 from email.utils import parsedate_to_datetime
+from functools import partial
 from queue import SimpleQueue
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     import openai
     from openai.types.chat import ChatCompletionMessageParam
 
+_Answering = Future[Completion | LanguageModelError]
 _log = logging.getLogger(__name__)
 
 _MAX_PROVIDER_MESSAGE = 200  # characters
@@ -192,8 +194,8 @@ class OpenAICompatible:
 
     def stream(self, requests: Iterable[CompletionRequest]) -> Iterator[Finished]:
         """Results as they finish; `deadline_s` counts for each request from its start, not for the whole stream."""
-        done: SimpleQueue[tuple[int, Future[Completion | LanguageModelError]]] = SimpleQueue()
-        in_flight: set[Future[Completion | LanguageModelError]] = set()
+        done: SimpleQueue[tuple[int, _Answering]] = SimpleQueue()
+        in_flight: set[_Answering] = set()
         waiting = iter(enumerate(requests))
         try:
             while True:
@@ -202,7 +204,7 @@ class OpenAICompatible:
                     index, request = drawn
                     future = self._threads.submit(self._complete_streamed, request)
                     in_flight.add(future)
-                    future.add_done_callback(lambda finished, index=index: done.put((index, finished)))
+                    future.add_done_callback(partial(_put, done, index))
                 if not in_flight:
                     return
                 index, future = done.get()
@@ -385,6 +387,10 @@ class OpenAICompatible:
             request.headers.clear()
         failure.__cause__ = failure.__context__ = None
         return failure.with_traceback(None)
+
+
+def _put(queue: SimpleQueue[tuple[int, _Answering]], index: int, future: _Answering) -> None:
+    queue.put((index, future))
 
 
 def _response_format(json_schema: str, config: OpenAICompatibleConfig) -> dict[str, Any]:

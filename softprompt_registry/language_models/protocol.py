@@ -46,7 +46,8 @@ class Completion:
     attempts: int
 
 
-class Finished(NamedTuple):
+@dataclass(frozen=True)
+class Finished:
     """One result of a stream."""
 
     index: int

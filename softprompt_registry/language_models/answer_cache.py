@@ -1,0 +1,171 @@
+"""Every answer of a language model on the disk as soon as it is there, keyed by what was asked.
+
+A second run with the same requests asks for nothing; a run that was stopped asks for what is missing. A changed prompt,
+model or setting is another request, so nothing stale is ever used.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sqlite3
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from softprompt_registry.errors import DataError, LanguageModelError
+from softprompt_registry.fingerprints import digest_of_json
+from softprompt_registry.language_models.protocol import Completion, CompletionRequest, LanguageModel
+from softprompt_registry.recording import ProgressBar
+
+APPLICATION_ID = 0x53_50_41_31  # "SPA1" in the SQLite header
+MAX_FAILURES_IN_A_ROW = 20
+"""So many failed requests without an answer between them end the work: key, address or server are wrong."""
+
+
+class AnswerCache:
+    """An open file of answers. Use as a context manager.
+
+    Raises:
+        DataError: the file is something else, is damaged, or cannot be written (a full disk); what it holds stays there.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._connection = sqlite3.connect(path, isolation_level=None)
+        try:
+            application_id = self._connection.execute("PRAGMA application_id").fetchone()[0]
+            if application_id == 0 and not self._connection.execute("SELECT 1 FROM sqlite_master").fetchone():
+                self._connection.execute("PRAGMA journal_mode = WAL")
+                self._connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+            elif application_id != APPLICATION_ID:
+                raise sqlite3.DatabaseError(f"application id {application_id:#x} instead of {APPLICATION_ID:#x}")
+            # A killed process loses nothing in this mode; only a power cut can lose the last answers.
+            self._connection.execute("PRAGMA synchronous = NORMAL")
+            self._connection.execute(
+                "CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, text TEXT NOT NULL, finish_reason TEXT, "
+                "prompt_tokens INTEGER NOT NULL, completion_tokens INTEGER NOT NULL, latency_s REAL NOT NULL, "
+                "attempts INTEGER NOT NULL) STRICT, WITHOUT ROWID"
+            )
+        except sqlite3.DatabaseError as error:
+            self._connection.close()
+            raise DataError(
+                f"opening the answers in {str(path)!r}: SQLite cannot use the file ({error}); expected one written by "
+                "softprompt-registry. Move it away to start anew."
+            ) from error
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._connection.close()
+
+    def __len__(self) -> int:
+        return int(self._connection.execute("SELECT count(*) FROM answers").fetchone()[0])
+
+    def get(self, model_name: str, request: CompletionRequest) -> Completion | None:
+        """The stored answer to a request; None if there is none yet."""
+        row = self._connection.execute(
+            "SELECT text, prompt_tokens, completion_tokens, latency_s, finish_reason, attempts FROM answers WHERE key = ?",
+            (_key(model_name, request),),
+        ).fetchone()
+        return None if row is None else Completion(*row)
+
+    def put(self, model_name: str, request: CompletionRequest, answer: Completion) -> None:
+        """Store an answer; it is on the disk when this returns."""
+        try:
+            self._connection.execute(
+                "INSERT OR REPLACE INTO answers (key, text, prompt_tokens, completion_tokens, latency_s, finish_reason, "
+                "attempts) VALUES (?, ?, ?, ?, ?, ?, ?)",
+                (
+                    _key(model_name, request),
+                    # A server may send lone surrogates, which UTF-8 cannot hold.
+                    answer.text.encode("utf-8", "replace").decode("utf-8"),
+                    answer.prompt_tokens,
+                    answer.completion_tokens,
+                    answer.latency_s,
+                    answer.finish_reason,
+                    answer.attempts,
+                ),
+            )
+        except sqlite3.OperationalError as error:
+            raise DataError(
+                f"storing an answer in {str(self.path)!r}: SQLite cannot write ({error}); the {len(self)} answers before it "
+                "are safe. Make room on the disk and run the same command again."
+            ) from error
+
+
+def _key(model_name: str, request: CompletionRequest) -> str:
+    return digest_of_json({"model": model_name, **dataclasses.asdict(request)})
+
+
+@dataclasses.dataclass
+class Asked:
+    """What a run asked for, and what it cost."""
+
+    requests: int = 0
+    """Answered in this run; those found in the cache are not counted."""
+    failed: int = 0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    seconds: float = 0.0
+    last_failure: LanguageModelError | None = None
+
+    def add(self, answer: Completion) -> None:
+        self.requests += 1
+        self.prompt_tokens += answer.prompt_tokens
+        self.completion_tokens += answer.completion_tokens
+
+
+def ask_missing(
+    model: LanguageModel, cache: AnswerCache, requests: Iterable[CompletionRequest], bar: ProgressBar, asked: Asked
+) -> None:
+    """Ask for every answer that the cache lacks, with as much in flight as the model takes.
+
+    Args:
+        bar: moves on by one for each request, those in the cache included.
+        asked: is added to.
+
+    Raises:
+        LanguageModelError: `MAX_FAILURES_IN_A_ROW` requests failed with no answer between them. Fewer failures are counted
+            in `asked` and leave their answers missing.
+    """
+    drawn: dict[int, CompletionRequest] = {}
+
+    def missing() -> Iterator[CompletionRequest]:
+        for request in requests:
+            if cache.get(model.name, request) is not None:
+                bar.advance()
+                continue
+            drawn[len(drawn) + finished] = request
+            yield request
+
+    finished = in_a_row = 0
+    started = time.monotonic()
+    try:
+        for item in model.stream(missing()):
+            request = drawn.pop(item.index)
+            finished += 1
+            if isinstance(item.result, LanguageModelError):
+                asked.failed += 1
+                asked.last_failure = item.result
+                in_a_row += 1
+                if in_a_row >= MAX_FAILURES_IN_A_ROW:
+                    raise LanguageModelError(
+                        f"asking {model.name!r}: {in_a_row} requests in a row failed; the {len(cache)} answers before them "
+                        f"are safe in {str(cache.path)!r}. The last one: {item.result}",
+                        retryable=item.result.retryable,
+                        hint="Then run the same command again; it goes on where it was.",
+                    ) from item.result
+            else:
+                in_a_row = 0
+                cache.put(model.name, request, item.result)
+                asked.add(item.result)
+            rate = asked.completion_tokens / max(time.monotonic() - started + asked.seconds, 1e-9)
+            bar.advance(1, f"{rate:.0f} tokens/s" + (f", {asked.failed} failed" if asked.failed else ""))
+    finally:
+        asked.seconds += time.monotonic() - started

@@ -1,0 +1,210 @@
+"""A causal LLM in this process through transformers: slower than vLLM, and runs wherever torch does."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import TYPE_CHECKING, Any, Literal
+
+from softprompt_registry.errors import ConfigError, LanguageModelError
+from softprompt_registry.language_models.local_prompts import cut_at_stop, prompt_ids
+from softprompt_registry.language_models.protocol import Completion, CompletionRequest, Finished
+
+if TYPE_CHECKING:
+    import torch
+
+    from softprompt_registry.base_models import BaseModel
+
+
+@dataclass(frozen=True)
+class TransformersConfig:
+    model: str
+    """`packaged:NAME`, a local folder, or a Hub name with an optional `@revision`."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the weights in memory."""
+    batch_size: int = 8
+    """Requests that are answered together; answers do not depend on who shares the batch, but for rounding."""
+
+    def __post_init__(self) -> None:
+        if not self.model or self.batch_size < 1:
+            raise ConfigError(
+                f"reading the language model's settings: model is {self.model!r} and batch_size {self.batch_size!r}; "
+                "name a model, and set batch_size to 1 or more."
+            )
+
+
+class OnTransformers:
+    """Answers requests in batches, each row with its own temperature, seed, penalty and JSON schema."""
+
+    def __init__(self, config: TransformersConfig, base_model: BaseModel | None = None) -> None:
+        """Loads the model; a `base_model` that is loaded already is used instead."""
+        from softprompt_registry.base_models import load_base_model
+
+        self.config = config
+        self._base_model: BaseModel | None = base_model or load_base_model(config.model, dtype=config.dtype)
+        self.name = self._base_model.ref.name
+        self._grammar_tokenizer: Any = None
+
+    def close(self) -> None:
+        self._base_model = None
+
+    def complete(self, requests: Sequence[CompletionRequest]) -> list[Completion | LanguageModelError]:
+        results = {finished.index: finished.result for finished in self.stream(requests)}
+        return [results[index] for index in range(len(requests))]
+
+    def stream(self, requests: Iterable[CompletionRequest]) -> Iterator[Finished]:
+        waiting = iter(enumerate(requests))
+        while batch := list(islice(waiting, self.config.batch_size)):
+            yield from self._answer(batch)
+
+    def _answer(self, batch: list[tuple[int, CompletionRequest]]) -> Iterator[Finished]:
+        import torch
+
+        base_model = self._base_model
+        if base_model is None:
+            raise RuntimeError("this language model is closed")
+        rows: list[_Row] = []
+        for index, request in batch:
+            ids = prompt_ids(base_model.tokenizer, request)
+            room = base_model.max_positions - len(ids)
+            try:
+                if room < 1:
+                    raise _Unanswerable(
+                        f"its prompt has {len(ids)} tokens; the model takes {base_model.max_positions}.",
+                        "Shorten the prompt, or choose a model with a longer context.",
+                    )
+                rows.append(_Row(index, request, ids, min(room, request.max_tokens), self._matcher(request)))
+            except _Unanswerable as fault:
+                error = LanguageModelError(
+                    f"asking model {self.name!r} in this process: {fault.found}", retryable=False, hint=fault.hint
+                )
+                yield Finished(index, error)
+        if not rows:
+            return
+        started = time.monotonic()
+        with torch.no_grad():
+            joined = base_model.join(None, [row.prompt_ids for row in rows], pad_side="left")
+            mask, positions = joined.attention_mask, joined.position_ids[:, -1:]
+            output = base_model.model(
+                inputs_embeds=joined.inputs_embeds,
+                attention_mask=mask,
+                position_ids=joined.position_ids,
+                use_cache=True,
+                logits_to_keep=1,
+            )
+            while True:
+                logits = output.logits[:, -1].float().cpu()  # (B, V)
+                for row, scores in zip(rows, logits, strict=True):
+                    row.take(_choose(row, scores), base_model)
+                kept = [number for number, row in enumerate(rows) if row.finish_reason is None]
+                for row in rows:
+                    if row.finish_reason is not None:
+                        yield Finished(row.index, row.completion(base_model, time.monotonic() - started))
+                if not kept:
+                    return
+                cache = output.past_key_values
+                if len(kept) < len(rows):  # rows that have finished leave the batch
+                    chosen = torch.tensor(kept, device=base_model.device)
+                    cache.batch_select_indices(chosen)
+                    mask, positions = mask[chosen], positions[chosen]
+                    rows = [rows[number] for number in kept]
+                mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
+                positions = positions + 1
+                output = base_model.model(
+                    input_ids=torch.tensor([[row.ids[-1]] for row in rows], device=base_model.device),
+                    attention_mask=mask,
+                    position_ids=positions,
+                    past_key_values=cache,
+                    use_cache=True,
+                    logits_to_keep=1,
+                )
+
+    def _matcher(self, request: CompletionRequest) -> Any:
+        """What says, token by token, which tokens keep the answer within its JSON schema."""
+        if request.json_schema is None:
+            return None
+        import llguidance
+        import llguidance.hf
+
+        assert self._base_model is not None
+        if self._grammar_tokenizer is None:
+            tokenizer, vocab_size = self._base_model.tokenizer, self._base_model.ref.vocab_size
+            self._grammar_tokenizer = llguidance.hf.from_tokenizer(tokenizer, n_vocab=vocab_size)
+        # Free white space would let a small model fill the whole answer with it.
+        grammar = llguidance.LLMatcher.grammar_from_json_schema(
+            request.json_schema, overrides={"whitespace_flexible": False}
+        )
+        matcher = llguidance.LLMatcher(self._grammar_tokenizer, grammar)
+        if matcher.is_error():
+            raise _Unanswerable(f"its JSON schema cannot be followed ({matcher.get_error()}).", "Correct the schema.")
+        return matcher
+
+
+class _Unanswerable(Exception):
+    def __init__(self, found: str, hint: str) -> None:
+        super().__init__(found)
+        self.found, self.hint = found, hint
+
+
+class _Row:
+    """One request on its way through the batch."""
+
+    def __init__(self, index: int, request: CompletionRequest, ids: list[int], max_tokens: int, matcher: Any) -> None:
+        import torch
+
+        self.index, self.request, self.prompt_ids, self.max_tokens, self.matcher = (
+            index,
+            request,
+            ids,
+            max_tokens,
+            matcher,
+        )
+        self.ids: list[int] = []
+        self.finish_reason: str | None = None
+        self.generator = torch.Generator()
+        if request.seed is None:
+            self.generator.seed()
+        else:
+            self.generator.manual_seed(request.seed)
+
+    def take(self, token: int, base_model: BaseModel) -> None:
+        if token == base_model.eos_id:
+            self.finish_reason = "stop"
+            return
+        self.ids.append(token)
+        if self.matcher is not None:
+            self.matcher.consume_token(token)
+        if self.request.stop and cut_at_stop(base_model.decode(self.ids), self.request.stop)[1]:
+            self.finish_reason = "stop"
+        elif len(self.ids) >= self.max_tokens:
+            self.finish_reason = "length"
+
+    def completion(self, base_model: BaseModel, latency_s: float) -> Completion:
+        text, _ = cut_at_stop(base_model.decode(self.ids), self.request.stop)
+        return Completion(
+            text=text,
+            prompt_tokens=len(self.prompt_ids),
+            completion_tokens=len(self.ids),
+            latency_s=latency_s,
+            finish_reason=self.finish_reason,
+            attempts=1,
+        )
+
+
+def _choose(row: _Row, scores: torch.Tensor) -> int:
+    """The next token of one row from its logits (V,), which are changed in place."""
+    import torch
+
+    request = row.request
+    if request.presence_penalty and row.ids:
+        scores[list(set(row.ids))] -= request.presence_penalty
+    if row.matcher is not None:
+        allowed = torch.frombuffer(bytearray(row.matcher.compute_logit_bias()), dtype=torch.uint8) > 0  # (V,)
+        scores[~allowed[: len(scores)]] = -math.inf
+    if request.temperature <= 0:
+        return int(scores.argmax())
+    probabilities = torch.softmax(scores / request.temperature, dim=0)
+    return int(torch.multinomial(probabilities, 1, generator=row.generator))

@@ -1,0 +1,152 @@
+"""A causal LLM in this process through vLLM, which keeps thousands of requests in flight. Needs `vllm` installed."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from softprompt_registry.errors import ConfigError, LanguageModelError
+from softprompt_registry.language_models.local_prompts import prompt_ids
+from softprompt_registry.language_models.protocol import Completion, CompletionRequest, Finished
+
+
+@dataclass(frozen=True)
+class VllmConfig:
+    model: str
+    """`packaged:NAME`, a local folder, or a Hub name with an optional `@revision`."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Of the weights in memory; `auto` takes the checkpoint's."""
+    max_model_len: int | None = 4096
+    """Longest prompt and answer together, in tokens; null for the model's own limit, which costs memory."""
+    max_in_flight: int = 4096
+    """Requests handed to vLLM at the same time; it runs `max_num_seqs` of them together and queues the rest."""
+    max_num_seqs: int = 256
+    """Sequences in one batch of vLLM."""
+    tensor_parallel_size: int = 1
+    """GPUs that share one copy of the model."""
+    gpu_memory_utilization: float = 0.9
+    """Share of a GPU's memory that vLLM may take."""
+    enforce_eager: bool = False
+    """Skip compilation and CUDA graphs: a quicker start, slower afterwards."""
+
+    def __post_init__(self) -> None:
+        if not self.model or min(self.max_in_flight, self.max_num_seqs, self.tensor_parallel_size) < 1:
+            raise ConfigError(
+                f"reading the language model's settings: model is {self.model!r}, max_in_flight {self.max_in_flight!r}, "
+                f"max_num_seqs {self.max_num_seqs!r}, tensor_parallel_size {self.tensor_parallel_size!r}; name a model, "
+                "and set the numbers to 1 or more."
+            )
+
+
+class OnVllm:
+    """Answers requests with vLLM's own scheduler; each result comes as soon as its request is done."""
+
+    def __init__(self, config: VllmConfig) -> None:
+        try:
+            import vllm
+        except ImportError as error:
+            raise LanguageModelError(
+                f"loading model {config.model!r} with vLLM: the package cannot be imported ({error}).",
+                retryable=False,
+                hint="Install softprompt-registry[vllm] on a GPU machine, or run `make vllm` for vLLM on a CPU.",
+            ) from error
+        from softprompt_registry.base_models import model_location
+
+        self.config = config
+        location, revision, self.name = model_location(config.model)
+        self._llm: Any = vllm.LLM(
+            model=location,
+            revision=revision,
+            dtype=config.dtype,
+            max_model_len=config.max_model_len,
+            max_num_seqs=config.max_num_seqs,
+            tensor_parallel_size=config.tensor_parallel_size,
+            gpu_memory_utilization=config.gpu_memory_utilization,
+            enforce_eager=config.enforce_eager,
+            # A checkpoint's own generation settings must not bend what is asked for.
+            generation_config="vllm",
+            # Free white space would let a small model fill the whole answer with it.
+            structured_outputs_config={"backend": "guidance", "disable_any_whitespace": True},
+            disable_log_stats=True,
+        )
+        self._number = 0
+
+    def close(self) -> None:
+        """End vLLM's worker process and free its memory."""
+        if self._llm is not None:
+            self._llm.llm_engine.engine_core.shutdown()
+            self._llm = None
+
+    def complete(self, requests: Sequence[CompletionRequest]) -> list[Completion | LanguageModelError]:
+        results = {finished.index: finished.result for finished in self.stream(requests)}
+        return [results[index] for index in range(len(requests))]
+
+    def stream(self, requests: Iterable[CompletionRequest]) -> Iterator[Finished]:
+        if self._llm is None:
+            raise RuntimeError("this language model is closed")
+        engine = self._llm.llm_engine
+        waiting = iter(enumerate(requests))
+        in_flight: dict[str, tuple[int, float]] = {}  # vLLM's id → position, start
+        try:
+            while True:
+                while len(in_flight) < self.config.max_in_flight and (drawn := next(waiting, None)):
+                    index, request = drawn
+                    request_id = f"request-{self._number}"
+                    self._number += 1
+                    try:
+                        ids = prompt_ids(self._llm.get_tokenizer(), request)
+                        engine.add_request(request_id, {"prompt_token_ids": ids}, _sampling(request))
+                    except ValueError as error:  # a prompt beyond the context, a schema that cannot be followed
+                        yield Finished(index, self._refused(error))
+                        continue
+                    in_flight[request_id] = (index, time.monotonic())
+                if not in_flight:
+                    return
+                for output in engine.step():
+                    if output.finished and output.request_id in in_flight:
+                        index, started = in_flight.pop(output.request_id)
+                        yield Finished(index, _completion(output, time.monotonic() - started))
+        finally:
+            if in_flight:
+                with contextlib.suppress(Exception):  # the engine may be what failed
+                    engine.abort_request(list(in_flight))
+
+    def _refused(self, error: ValueError) -> LanguageModelError:
+        return LanguageModelError(
+            f"asking model {self.name!r} in vLLM: it refused the request ({str(error)[:200]}).",
+            retryable=False,
+            hint="Shorten the prompt or raise max_model_len; correct the JSON schema if it is about that.",
+        )
+
+
+def _sampling(request: CompletionRequest) -> Any:
+    from vllm import SamplingParams
+    from vllm.sampling_params import StructuredOutputsParams
+
+    structured = None
+    if request.json_schema is not None:
+        structured = StructuredOutputsParams(json=json.loads(request.json_schema))
+    return SamplingParams(
+        max_tokens=request.max_tokens,
+        temperature=request.temperature,
+        presence_penalty=request.presence_penalty,
+        seed=request.seed,
+        stop=list(request.stop) or None,
+        structured_outputs=structured,
+    )
+
+
+def _completion(output: Any, latency_s: float) -> Completion:
+    answer = output.outputs[0]
+    return Completion(
+        text=answer.text,
+        prompt_tokens=len(output.prompt_token_ids),
+        completion_tokens=len(answer.token_ids),
+        latency_s=latency_s,
+        finish_reason=answer.finish_reason,
+        attempts=1,
+    )

@@ -1,0 +1,60 @@
+"""Which language model to use, as a setting."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from softprompt_registry.config import build_config
+from softprompt_registry.errors import ConfigError
+from softprompt_registry.language_models.protocol import LanguageModel
+
+
+@dataclass(frozen=True)
+class LanguageModelConfig:
+    engine: Literal["openai", "vllm", "transformers"] = "openai"
+    """`openai`: any server that speaks OpenAI's API; `vllm`, `transformers`: a model in this process."""
+    model: str = ""
+    """The server's name for the model; in this process `packaged:NAME`, a folder, or a Hub name with `@revision`."""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """Settings of the engine, such as `base_url` and `max_concurrency`, or `tensor_parallel_size`."""
+
+
+@contextmanager
+def open_language_model(config: LanguageModelConfig) -> Iterator[LanguageModel]:
+    """The language model for the length of the block.
+
+    Raises:
+        ConfigError: no model is named, or an option is unknown to its engine.
+        LanguageModelError: it cannot be reached or loaded.
+    """
+    model = _opened(config)
+    try:
+        yield model
+    finally:
+        model.close()
+
+
+def _opened(config: LanguageModelConfig) -> LanguageModel:
+    if not config.model:
+        raise ConfigError(
+            f"opening a language model with engine {config.engine!r}: no model is named; expected the setting `model`. "
+            "Name one, and for a server of your own `options.base_url` too."
+        )
+    if "model" in config.options:
+        raise ConfigError("opening a language model: `model` stands in its options; it belongs beside them.")
+    settings = {**config.options, "model": config.model}
+    where = f"the options of engine {config.engine!r}"
+    if config.engine == "vllm":
+        from softprompt_registry.language_models.on_vllm import OnVllm, VllmConfig
+
+        return OnVllm(build_config(VllmConfig, settings, where))
+    if config.engine == "transformers":
+        from softprompt_registry.language_models.on_transformers import OnTransformers, TransformersConfig
+
+        return OnTransformers(build_config(TransformersConfig, settings, where))
+    from softprompt_registry.language_models.openai_compatible import OpenAICompatible, OpenAICompatibleConfig
+
+    return OpenAICompatible(build_config(OpenAICompatibleConfig, settings, where))
