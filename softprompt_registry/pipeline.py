@@ -13,7 +13,6 @@ from typing import Any
 
 import mlflow
 
-from softprompt_registry import stages
 from softprompt_registry.base_models import default_reference, load_base_model
 from softprompt_registry.dod.store import DodStore
 from softprompt_registry.errors import PromotionRefused
@@ -22,6 +21,10 @@ from softprompt_registry.registry.promotion import Decision, Policy, promote
 from softprompt_registry.registry.registration import RegisteredVersion
 from softprompt_registry.soft_prompts.bank import SoftPromptBank
 from softprompt_registry.soft_prompts.tuning import TuningConfig
+from softprompt_registry.stages.evaluating import evaluate
+from softprompt_registry.stages.registering import register
+from softprompt_registry.stages.training import train
+from softprompt_registry.stages.tuning import tune
 from softprompt_registry.storage import write_text
 from softprompt_registry.translators.training import TranslatorConfig
 from softprompt_registry.verbalization.verbalizer import VerbalizationConfig
@@ -71,15 +74,13 @@ def run_pipeline(config: PipelineConfig, dod_path: Path, folder: Path) -> Pipeli
         with _timed("load base model", seconds):
             base_model = load_base_model(config.base_model or default_reference())
         with _timed("tune soft prompts", seconds):
-            bank = stages.tune(base_model, dod_path, config.tuning, folder / "bank")
+            bank = tune(base_model, dod_path, config.tuning, folder / "bank")
         with _timed("train translator", seconds):
-            translator = stages.train(base_model, bank.model_uri, dod_path, config.translator, folder / "translator")
+            translator = train(base_model, bank.model_uri, dod_path, config.translator, folder / "translator")
         with _timed("verbalize and evaluate", seconds):
-            evaluated = stages.evaluate(
-                base_model, translator.model_uri, bank.model_uri, dod_path, config.verbalization
-            )
+            evaluated = evaluate(base_model, translator.model_uri, bank.model_uri, dod_path, config.verbalization)
         with _timed("register and promote", seconds):
-            registered = stages.register(translator.model_uri, config.model_name)
+            registered = register(translator.model_uri, config.model_name)
             decision, refusal = _try_promote(registered, config.policy)
         del base_model
         with _timed("serve one soft prompt in-process", seconds):

@@ -28,7 +28,7 @@ from softprompt_registry.dod.prompt_files import PromptFile, read_prompt, read_s
 from softprompt_registry.dod.store import dod_written_whole
 from softprompt_registry.dod.task import Pair, Task, assign_pair_splits
 from softprompt_registry.errors import ConfigError, LanguageModelError
-from softprompt_registry.language_models.answer_cache import AnswerCache, Asked, ask_missing
+from softprompt_registry.language_models.answer_cache import AnswerCache, Asked, ask_all
 from softprompt_registry.language_models.opening import LanguageModelConfig
 from softprompt_registry.language_models.protocol import CompletionRequest, LanguageModel
 from softprompt_registry.recording import NullRecorder, Recorder
@@ -390,17 +390,8 @@ class _Build:
     # --- Asking ---
 
     def _ask(self, cache: AnswerCache, requests: Iterator[CompletionRequest], title: str, total: int) -> None:
-        failed_before = self.asked.failed
-        with self._recorder.progress(title, total) as bar:
-            ask_missing(self._model, cache, requests, bar, self.asked)
-        failed = self.asked.failed - failed_before
-        if failed and not self._config.skip_failed_requests:
-            raise LanguageModelError(
-                f"asking for {title}: {failed} of {total} requests failed; all other answers are safe in "
-                f"{str(cache.path)!r}. The last failure: {self.asked.last_failure}",
-                retryable=True,
-                hint="Run the same command again to ask for those alone, or set skip_failed_requests=true to go on without.",
-            )
+        skip = self._config.skip_failed_requests
+        ask_all(self._model, cache, requests, title, total, self._recorder, self.asked, skip_failed=skip)
 
     def _read(self, cache: AnswerCache, request: CompletionRequest, what: str) -> list[str] | None:
         """The list of strings in a stored answer; None, and counted, if it is no such list."""

@@ -17,7 +17,7 @@ from typing import Self
 from softprompt_registry.errors import DataError, LanguageModelError
 from softprompt_registry.fingerprints import digest_of_json
 from softprompt_registry.language_models.protocol import Completion, CompletionRequest, LanguageModel
-from softprompt_registry.recording import ProgressBar
+from softprompt_registry.recording import ProgressBar, Recorder
 
 APPLICATION_ID = 0x53_50_41_31  # "SPA1" in the SQLite header
 MAX_FAILURES_IN_A_ROW = 20
@@ -169,3 +169,37 @@ def ask_missing(
             bar.advance(1, f"{rate:.0f} tokens/s" + (f", {asked.failed} failed" if asked.failed else ""))
     finally:
         asked.seconds += time.monotonic() - started
+
+
+def ask_all(
+    model: LanguageModel,
+    cache: AnswerCache,
+    requests: Iterable[CompletionRequest],
+    title: str,
+    total: int,
+    recorder: Recorder,
+    asked: Asked,
+    *,
+    skip_failed: bool,
+) -> None:
+    """One round of requests with a progress bar; see `ask_missing`.
+
+    Args:
+        title: what is asked for, on the bar and in the error.
+        total: how many requests there are.
+        skip_failed: leave the answers of failed requests missing instead of raising when the others are there.
+
+    Raises:
+        LanguageModelError: requests failed.
+    """
+    failed_before = asked.failed
+    with recorder.progress(title, total) as bar:
+        ask_missing(model, cache, requests, bar, asked)
+    failed = asked.failed - failed_before
+    if failed and not skip_failed:
+        raise LanguageModelError(
+            f"asking for {title}: {failed} of {total} requests failed; all other answers are safe in {str(cache.path)!r}. "
+            f"The last failure: {asked.last_failure}",
+            retryable=True,
+            hint="Run the same command again to ask for those alone, or set skip_failed_requests=true to go on without.",
+        )

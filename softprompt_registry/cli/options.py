@@ -1,0 +1,109 @@
+"""The command group, and the options that commands share."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from softprompt_registry import __version__
+from softprompt_registry.errors import SoftPromptError
+
+if TYPE_CHECKING:
+    from softprompt_registry.base_models import BaseModel, BaseModelRef, DType
+
+CommandT = TypeVar("CommandT", bound=Callable[..., Any])
+
+ORDER = (
+    "build-dod",
+    "audit-dod",
+    "paraphrase-dod",
+    "tune",
+    "train-translator",
+    "verbalize",
+    "evaluate",
+    "register",
+    "promote",
+    "list",
+    "lineage",
+    "demo",
+)
+
+
+class StageGroup(click.Group):
+    """Lists commands in the order of the data, and turns our errors into one clean message and exit code 1."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return [name for name in ORDER if name in self.commands]
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except SoftPromptError as error:
+            raise click.ClickException(str(error)) from error
+
+
+@click.group(cls=StageGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="softprompt")
+def main() -> None:
+    """Tune soft prompts, translate them into plain language, register and serve them with MLflow.
+
+    Where runs and models go is MLflow's matter: set MLFLOW_TRACKING_URI, or take its default, ./mlflow.db. Keys of target
+    LLMs come from the environment only.
+    """
+    # MLflow prints links to runs on stdout, where `--json` promises JSON alone.
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
+
+
+def with_json(command: CommandT) -> CommandT:
+    """--json: machine output on stdout."""
+    return click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")(command)
+
+
+def with_settings(command: CommandT) -> CommandT:
+    """--config and --set."""
+    command = click.option("--set", "-s", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a setting.")(
+        command
+    )
+    return click.option("--config", type=click.Path(path_type=Path), help="YAML file with settings.")(command)
+
+
+def with_base_model(command: CommandT) -> CommandT:
+    """--base-model and --dtype."""
+    command = click.option(
+        "--dtype",
+        type=click.Choice(["float32", "bfloat16"]),
+        help="Weights' type. Default: that of the bank or translator that is read, else float32.",
+    )(command)
+    return click.option(
+        "--base-model",
+        help="packaged:NAME, a folder, or a Hub name with @revision. Default: $SOFTPROMPT_BASE_MODEL, else that of the "
+        "bank or translator that is read, else packaged:smollm2-135m-instruct.",
+    )(command)
+
+
+def dod_option(command: CommandT) -> CommandT:
+    """--dod."""
+    return click.option("--dod", required=True, type=click.Path(path_type=Path), help="DoD file (.sqlite).")(command)
+
+
+def section_of(section: str, config: Path | None, overrides: Sequence[str]) -> dict[str, Any]:
+    """One section of the settings file with the overrides on top; a file of one section needs no heading."""
+    from softprompt_registry.config import apply_overrides, read_yaml
+
+    values = read_yaml(config) if config else {}
+    if isinstance(values.get(section), dict):
+        values = values[section]
+    return apply_overrides(values, overrides)
+
+
+def open_base_model(base_model: str | None, dtype: DType | None, *, read_by: BaseModelRef | None = None) -> BaseModel:
+    """The base model asked for; without one, that of the artifact that will be used with it."""
+    from softprompt_registry.base_models import default_reference, load_base_model, load_base_model_for
+
+    if read_by is not None:
+        return load_base_model_for(read_by, override=base_model, dtype=dtype)
+    return load_base_model(base_model or default_reference(), dtype=dtype or "float32")

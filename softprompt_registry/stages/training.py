@@ -1,0 +1,55 @@
+"""Training a translator as an MLflow run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import mlflow
+
+from mlflow_plugins import translator as translator_flavor
+from mlflow_plugins.dod_dataset import from_dod
+from mlflow_plugins.recording import MlflowRecorder
+from softprompt_registry import figures
+from softprompt_registry.base_models import BaseModel
+from softprompt_registry.config import flatten
+from softprompt_registry.dod.store import DodStore
+from softprompt_registry.errors import DataError
+from softprompt_registry.fingerprints import digest_of_directory
+from softprompt_registry.registry import conventions
+from softprompt_registry.registry.artifacts import find_artifact
+from softprompt_registry.soft_prompts.bank import SoftPromptBank
+from softprompt_registry.stages.running import StageResult, lineage_params, log_inputs, logged_model, stage_run
+from softprompt_registry.translators.training import TranslatorConfig, train_translator
+
+
+def train(base_model: BaseModel, bank_uri: str, dod_path: Path, config: TranslatorConfig, out: Path) -> StageResult:
+    """Train a translator on the bank's training tasks and log it."""
+    with DodStore.open(dod_path) as store, stage_run("train-translator", base_model) as run_id:
+        found = find_artifact(bank_uri, "bank")
+        bank = SoftPromptBank(found.folder)
+        require_same_dod(bank, store)
+        dataset = from_dod(str(dod_path))
+        log_inputs(base_model.ref, dataset, context="training", upstream=found.model_id)
+        params = lineage_params(base_model.ref, store.name, store.digest) | {"bank_digest": bank.digest}
+        if found.model_id:
+            params["bank_model_id"] = found.model_id
+        with logged_model("translator", conventions.TRANSLATOR, params) as model_id:
+            recorder = MlflowRecorder(model_id=model_id, dataset=dataset)
+            recorder.params("translator", flatten(config))
+            tasks = {task.name: task for task in store.tasks("train") if task.name in bank.records}
+            translator = train_translator(base_model, bank, tasks, config, out, recorder=recorder)
+            mlflow.log_model_params({"artifact_digest": digest_of_directory(out)}, model_id=model_id)
+            losses = {name: translator.record.training[name] for name in ("train_losses", "validation_losses")}
+            recorder.figure("training_curves.png", figures.curves(f"Translator, {len(tasks)} tasks", losses))
+            translator_flavor.log_model(out, name="translator", model_id=model_id)
+    return StageResult(run_id, model_id, out)
+
+
+def require_same_dod(bank: SoftPromptBank, store: DodStore) -> None:
+    """A bank and a DoD that are used together must belong together."""
+    if bank.dod_digest is not None and bank.dod_digest != store.digest:
+        raise DataError(
+            f"using bank {bank.folder.name!r} with DoD {store.name!r}: the bank was tuned on DoD "
+            f"{bank.header.get('dod_name')!r} with digest {bank.dod_digest[:12]}, this one has {store.digest[:12]}. "
+            "Use the DoD that the bank was tuned on."
+        )
