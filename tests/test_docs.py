@@ -148,7 +148,7 @@ def test_what_is_named_exists(page: Path) -> None:
 
 def test_a_wrong_name_is_found() -> None:
     text = """Run `softprompt tune --dod x`, `softprompt rollback` or `make all`.
-See `docs/none.md`, `docs/*.md`, `nothing.py` and `cli.py`.
+See `docs/none.md`, `docs/*.md`, `nothing.py` and `config.py`.
 
 ```bash
 softprompt list --json
