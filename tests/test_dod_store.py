@@ -114,11 +114,10 @@ from softprompt_registry.dod.task import Pair, Task
 
 class DeadlyPairs(tuple):
     armed = False
-    def __iter__(self):
-        for number, pair in enumerate(super().__iter__()):
-            if self.armed and number == 2000:
-                os.kill(os.getpid(), signal.SIGKILL)
-            yield pair
+    def __getitem__(self, place):
+        if self.armed and isinstance(place, slice) and place.start >= 2000:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().__getitem__(place)
 
 store = DodStore.create(Path(sys.argv[1]))
 store.add_task(Task(name="whole", kind="generation", pairs=(Pair("hey", "HEY"),)))

@@ -1,0 +1,196 @@
+"""Writes and reads a DoD of 5,500 tasks × 500 pairs (2.75 million rows), and the same rows in two other ways.
+
+    python benchmarks/dod_store.py
+    python benchmarks/dod_store.py --quick --json figures.json
+
+Ours: `DodStore.add_task`, which checks each task and computes its digest. Beside it what a user would write instead: a plain
+`sqlite3` loop with one INSERT per row and a commit per task, without checks or digests, and Hugging Face `datasets`
+(Arrow, written by `Dataset.from_generator`; needs the extra `hub`). Each runs in a process of its own, so that peak
+memory is its own; rows are made in memory beforehand for one task and varied by a counter, and making them is timed apart
+and taken off. One task is read 200 times at random places, files in the system's cache.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import resource
+import sqlite3
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+PAIRS = 500
+LABELS = ("music", "films", "books", "art", "software")
+READS = 200
+WORDS = "the a new old red river city garden people early late after before runs opens holds under quiet letter day".split()
+
+
+def texts() -> list[str]:
+    """500 sentences of 8 to 20 words."""
+    generator = random.Random(0)
+    return [" ".join(generator.choices(WORDS, k=generator.randint(8, 20))) for _ in range(PAIRS)]
+
+
+def rows_of(task: int, sentences: list[str]) -> list[tuple[str, str, str]]:
+    """(input, output, split) of one task; no two tasks share an input."""
+    return [
+        (f"{sentence} {task} {row}", LABELS[row % 5], "train" if row < 400 else "validation" if row < 450 else "test")
+        for row, sentence in enumerate(sentences)
+    ]
+
+
+def seconds_to_make_rows(num_tasks: int) -> float:
+    sentences = texts()
+    started = time.perf_counter()
+    for task in range(num_tasks):
+        rows_of(task, sentences)
+    return time.perf_counter() - started
+
+
+def with_dod_store(folder: Path, num_tasks: int) -> dict[str, float]:
+    from softprompt_registry.dod.store import DodStore
+    from softprompt_registry.dod.task import Pair, Task
+
+    def tasks() -> Iterator[Task]:
+        sentences = texts()
+        for number in range(num_tasks):
+            pairs = tuple(Pair(text, label, split) for text, label, split in rows_of(number, sentences))  # type: ignore[arg-type]
+            yield Task(name=f"task{number:05d}", kind="classification", pairs=pairs, labels=LABELS)
+
+    path = folder / "ours.sqlite"
+    started = time.perf_counter()
+    with DodStore.create(path) as store:
+        for task in tasks():
+            store.add_task(task)
+    written = time.perf_counter() - started
+    with DodStore.open(path) as store:
+        read = _milliseconds(lambda number: len(store.task(f"task{number:05d}").pairs), num_tasks)
+        started = time.perf_counter()
+        assert store.digest
+        manifest = store.manifest()
+        manifest_s = time.perf_counter() - started
+    assert manifest["num_pairs"] == num_tasks * PAIRS
+    return {"write_s": written, "task_read_ms": read, "mib": path.stat().st_size / 2**20, "manifest_s": manifest_s}
+
+
+def with_sqlite_loop(folder: Path, num_tasks: int) -> dict[str, float]:
+    path = folder / "loop.sqlite"
+    sentences = texts()
+    connection = sqlite3.connect(path)
+    connection.execute("CREATE TABLE tasks (id INTEGER PRIMARY KEY, name TEXT UNIQUE)")
+    connection.execute("CREATE TABLE rows (task_id INTEGER, input TEXT, output TEXT, split TEXT)")
+    connection.execute("CREATE INDEX rows_by_task ON rows (task_id)")
+    started = time.perf_counter()
+    for number in range(num_tasks):
+        task_id = connection.execute("INSERT INTO tasks (name) VALUES (?)", (f"task{number:05d}",)).lastrowid
+        for text, label, split in rows_of(number, sentences):
+            connection.execute("INSERT INTO rows VALUES (?, ?, ?, ?)", (task_id, text, label, split))
+        connection.commit()
+    written = time.perf_counter() - started
+
+    def read(number: int) -> int:
+        query = "SELECT input, output, split FROM rows WHERE task_id = ?"
+        return len(connection.execute(query, (number + 1,)).fetchall())
+
+    result = {"write_s": written, "task_read_ms": _milliseconds(read, num_tasks), "mib": path.stat().st_size / 2**20}
+    connection.close()
+    return result
+
+
+def with_hf_datasets(folder: Path, num_tasks: int) -> dict[str, float]:
+    import datasets
+
+    datasets.disable_progress_bars()
+
+    def rows() -> Iterator[dict[str, str]]:
+        sentences = texts()
+        for number in range(num_tasks):
+            for text, label, split in rows_of(number, sentences):
+                yield {"task": f"task{number:05d}", "input": text, "output": label, "split": split}
+
+    started = time.perf_counter()
+    dataset = datasets.Dataset.from_generator(rows, cache_dir=str(folder / "cache"))
+    dataset.save_to_disk(str(folder / "arrow"))
+    written = time.perf_counter() - started
+    opened = datasets.load_from_disk(str(folder / "arrow"))
+
+    def read(number: int) -> int:
+        # The rows of a task lie together and there are 500 of each, which a user of Arrow would have to know.
+        return len(opened[number * PAIRS : (number + 1) * PAIRS]["input"])
+
+    size = sum(file.stat().st_size for file in (folder / "arrow").rglob("*") if file.is_file())
+    return {"write_s": written, "task_read_ms": _milliseconds(read, num_tasks), "mib": size / 2**20}
+
+
+def _milliseconds(read: Callable[[int], int], num_tasks: int) -> float:
+    """Median time to read one task."""
+    generator = random.Random(1)
+    times = []
+    for _ in range(READS):
+        number = generator.randrange(num_tasks)
+        started = time.perf_counter()
+        assert read(number) == PAIRS
+        times.append(time.perf_counter() - started)
+    return statistics.median(times) * 1000
+
+
+WAYS = {"ours": with_dod_store, "sqlite3 loop": with_sqlite_loop, "HF datasets": with_hf_datasets}
+
+
+def measure(way: str, num_tasks: int) -> dict[str, float]:
+    """One way in this process."""
+    with tempfile.TemporaryDirectory() as folder:
+        figures = WAYS[way](Path(folder), num_tasks)
+    figures["peak_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    figures["write_s"] -= seconds_to_make_rows(num_tasks)
+    figures["rows_written_per_s"] = num_tasks * PAIRS / figures["write_s"]
+    return figures
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tasks", type=int, default=5500)
+    parser.add_argument("--quick", action="store_true", help="a tenth of the tasks")
+    parser.add_argument("--json", type=Path, help="write the figures to this file")
+    parser.add_argument("--way", choices=list(WAYS), help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    num_tasks = arguments.tasks // 10 if arguments.quick else arguments.tasks
+    if arguments.way:
+        print(json.dumps(measure(arguments.way, num_tasks)))
+        return
+    results: dict[str, dict[str, Any]] = {}
+    for way in WAYS:
+        results[way] = _in_own_process(way, num_tasks)
+    small = _in_own_process("ours", max(num_tasks // 10, 10))
+    columns = ("rows_written_per_s", "write_s", "task_read_ms", "peak_mib", "mib")
+    print(f"{num_tasks} tasks × {PAIRS} pairs = {num_tasks * PAIRS:,} rows")
+    print(f"{'':14}" + "".join(f"{name:>20}" for name in columns))
+    for way, figures in results.items():
+        print(f"{way:14}" + "".join(f"{figures[name]:20,.1f}" for name in columns))
+    ours = results["ours"]
+    print(f"peak memory of ours with a tenth of the tasks: {small['peak_mib']:.0f} MiB")
+    print(f"digest and manifest of the whole DoD: {ours['manifest_s']:.2f} s")
+    for way in list(WAYS)[1:]:
+        print(f"ours writes {ours['rows_written_per_s'] / results[way]['rows_written_per_s']:.2f} × as fast as {way}")
+    if arguments.json:
+        figures = {name: ours[name] for name in ("rows_written_per_s", "task_read_ms", "peak_mib", "manifest_s")}
+        figures["peak_mib_tenth"] = small["peak_mib"]
+        for way, prefix in (("sqlite3 loop", "sqlite_loop"), ("HF datasets", "hf_datasets")):
+            figures |= {f"{prefix}_{name}": results[way][name] for name in ("rows_written_per_s", "task_read_ms", "peak_mib")}
+        arguments.json.write_text(json.dumps({"figures": figures}, indent=2) + "\n")
+
+
+def _in_own_process(way: str, num_tasks: int) -> dict[str, Any]:
+    command = [sys.executable, __file__, "--way", way, "--tasks", str(num_tasks)]
+    return dict(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
+
+
+if __name__ == "__main__":
+    main()
