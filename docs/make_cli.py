@@ -41,6 +41,41 @@ may leave the heading out. A command takes the bare key (`softprompt tune -s epo
 
 SETTINGS = [
     ("build-dod files", "section `files`", "softprompt_registry/dod/files.py", "FilesConfig"),
+    (
+        "build-dod classification",
+        "section `classification`",
+        "softprompt_registry/dod/classification.py",
+        "ClassificationConfig",
+    ),
+    ("build-dod general", "section `general`", "softprompt_registry/dod/general.py", "GeneralConfig"),
+    ("build-dod inspect", "section `inspect`", "softprompt_registry/dod/inspect_datasets.py", "InspectConfig"),
+    ("build-dod ood", "section `ood`", "softprompt_registry/dod/ood_datasets.py", "OodConfig"),
+    ("audit-dod", "section `audit`", "softprompt_registry/dod/audit.py", "AuditConfig"),
+    ("paraphrase-dod", "section `paraphrase`", "softprompt_registry/dod/paraphrase.py", "ParaphraseConfig"),
+    (
+        "the LLM that writes",
+        "section `generator` inside `classification` and `paraphrase`",
+        "softprompt_registry/language_models/opening.py",
+        "LanguageModelConfig",
+    ),
+    (
+        "engine openai",
+        "section `options` inside `generator`",
+        "softprompt_registry/language_models/openai_compatible.py",
+        "OpenAICompatibleConfig",
+    ),
+    (
+        "engine vllm",
+        "section `options` inside `generator`",
+        "softprompt_registry/language_models/on_vllm.py",
+        "VllmConfig",
+    ),
+    (
+        "engine transformers",
+        "section `options` inside `generator`",
+        "softprompt_registry/language_models/on_transformers.py",
+        "TransformersConfig",
+    ),
     ("tune", "section `tuning`", "softprompt_registry/soft_prompts/tuning.py", "TuningConfig"),
     ("train-translator", "section `translator`", "softprompt_registry/translators/training.py", "TranslatorConfig"),
     (

@@ -360,6 +360,26 @@ def load_base_model(
     return base_model
 
 
+def load_tokenizer(reference: str) -> PreTrainedTokenizerBase:
+    """A base model's tokenizer alone, for work that only counts tokens.
+
+    Raises:
+        BaseModelError: nothing of that name can be loaded.
+    """
+    import transformers
+
+    location, revision, _ = model_location(reference)
+    try:
+        with quiet_transformers():
+            tokenizer: PreTrainedTokenizerBase = transformers.AutoTokenizer.from_pretrained(location, revision=revision)
+    except (OSError, ValueError, KeyError) as error:
+        raise BaseModelError(
+            f"loading the tokenizer of base model {reference!r}: transformers could not ({_first_line(error)}). Check the "
+            f"name, or point {BASE_MODEL_VARIABLE} at a local folder."
+        ) from error
+    return tokenizer
+
+
 def load_base_model_for(ref: BaseModelRef, *, override: str | None = None, dtype: DType | None = None) -> BaseModel:
     """The base model that an artifact names, from `override`, else the environment, else the artifact's own name."""
     reference = override or os.environ.get(BASE_MODEL_VARIABLE) or ref.name
@@ -375,7 +395,7 @@ def _first_line(error: Exception) -> str:
 
 
 def model_location(reference: str) -> tuple[str, str | None, str]:
-    """(what transformers loads, revision, name for the record) of a reference. Folder names carry no path."""
+    """(what transformers or vLLM loads, revision, name for the record) of a reference. Folder names carry no path."""
     if reference.startswith("packaged:"):
         return str(_packaged_folder(reference.removeprefix("packaged:"))), None, reference
     if reference.startswith("local:"):

@@ -36,7 +36,8 @@ class Received:
 
 
 class LlmServer(ThreadingHTTPServer):
-    """Answers with `replies` in order, then by upper-casing; or by the prompt, where `reply_to` is set."""
+    """Answers with `replies` in order, then by upper-casing; or by the prompt or the whole body, where `reply_to` or
+    `reply_to_body` is set."""
 
     daemon_threads = False  # server_close() waits for every handler, so no socket outlives the test
 
@@ -44,6 +45,7 @@ class LlmServer(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.replies: list[Reply] = []
         self.reply_to: Callable[[str], Reply] | None = None
+        self.reply_to_body: Callable[[dict[str, Any]], Reply] | None = None
         self.received: list[Received] = []
         self.most_at_once = 0
         self.at_once = 0
@@ -74,7 +76,9 @@ class _Handler(BaseHTTPRequestHandler):
             server.received.append(Received(self.path, self.headers["Authorization"], body, time.monotonic()))
             server.at_once += 1
             server.most_at_once = max(server.most_at_once, server.at_once)
-            if server.reply_to is not None:
+            if server.reply_to_body is not None:
+                reply = server.reply_to_body(body)
+            elif server.reply_to is not None:
                 reply = server.reply_to(prompt)
             else:
                 reply = server.replies.pop(0) if server.replies else Reply()

@@ -7,8 +7,9 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import pyarrow
 import pyarrow.parquet
@@ -18,6 +19,7 @@ from task_files import HEAD, NO_SPLITS, ROWS, Row, build, csv_bytes, jsonl_bytes
 from softprompt_registry.dod.files import FilesConfig, build_dod_from_files
 from softprompt_registry.dod.task import Pair, Task
 from softprompt_registry.errors import ConfigError, DataError
+from softprompt_registry.recording import NullRecorder
 
 # Formats
 
@@ -90,15 +92,29 @@ def test_pyarrow_is_imported_only_for_parquet(tmp_path: Path) -> None:
     assert loaded == ["False", "True"]
 
 
+class ProgressRecorder(NullRecorder):
+    """Keeps the notes of its bar."""
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    def progress(self, title: str, total: int) -> AbstractContextManager[Self]:
+        return nullcontext(self)
+
+    def advance(self, steps: int = 1, note: str = "") -> None:
+        self.notes.append(note)
+
+
 def test_other_files_are_ignored_and_progress_is_told(tmp_path: Path) -> None:
     (tmp_path / "sub").mkdir()
     for name in ("README.md", ".hidden.csv", "sub/c.csv", "out.dod"):
         (tmp_path / name).write_text("not a task")
     (tmp_path / "b.csv").write_bytes(csv_bytes(ROWS))
     (tmp_path / "a.jsonl").write_bytes(jsonl_bytes([{"input": "x", "output": "a long free text"}]))
-    told: list[str] = []
-    build_dod_from_files(tmp_path, tmp_path / "new" / "x.dod", config=FilesConfig(), progress=told.append)
-    assert told == ["a: generation, 1 pairs", "b: classification, 8 pairs"]
+    recorder = ProgressRecorder()
+    report = build_dod_from_files(tmp_path, tmp_path / "new" / "x.dod", config=FilesConfig(), recorder=recorder)
+    assert (report.tasks, report.pairs) == (2, 9)
+    assert recorder.notes == ["a", "b"]
 
 
 # Kind, labels, splits, draws
@@ -222,11 +238,14 @@ def test_interrupted_build_leaves_the_old_dod_untouched(tmp_path: Path) -> None:
     build(tmp_path, None, a__csv=HEAD, b__csv=HEAD)
     before = (tmp_path / "out.dod").read_bytes()
 
-    def interrupt(line: str) -> None:
-        raise KeyboardInterrupt
+    class Interrupting(ProgressRecorder):
+        def advance(self, steps: int = 1, note: str = "") -> None:
+            raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        build_dod_from_files(tmp_path, tmp_path / "out.dod", config=FilesConfig(), overwrite=True, progress=interrupt)
+        build_dod_from_files(
+            tmp_path, tmp_path / "out.dod", config=FilesConfig(), overwrite=True, recorder=Interrupting()
+        )
     assert (tmp_path / "out.dod").read_bytes() == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.csv", "b.csv", "out.dod"]
 

@@ -17,6 +17,8 @@ from softprompt_registry.dod.vocabulary import (
 from softprompt_registry.language_models.protocol import Completion
 
 _LABEL = re.compile(r"[a-z]+")
+_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
+"""What JSON's escapes can bring in and a text does not have; UTF-8 cannot hold the last of them."""
 
 
 def label_set_schema(count: int) -> str:
@@ -53,7 +55,7 @@ def read_string_list(answer: Completion) -> list[str] | str:
     except (ValueError, RecursionError):
         return "cut off at max_tokens" if answer.finish_reason == "length" else "not JSON"
     lists = [item for item in value.values() if isinstance(item, list)] if isinstance(value, dict) else []
-    if len(lists) != 1 or not all(isinstance(item, str) and item.strip() for item in lists[0]):
+    if len(lists) != 1 or not lists[0] or not all(isinstance(item, str) and item.strip() for item in lists[0]):
         return "not one list of strings"
     return list(lists[0])
 
@@ -80,6 +82,8 @@ def label_set_fault(labels: Sequence[str], count: int) -> str | None:
 
 def sentence_fault(sentence: str, label: str, *, min_words: int, max_words: int, min_english: float) -> str | None:
     """Why a sentence is refused as an example of `label`; None if it is good."""
+    if _CONTROL.search(sentence):
+        return "control characters"
     words = words_of(sentence)
     if len(words) < min_words:
         return f"under {min_words} words"

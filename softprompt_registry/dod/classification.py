@@ -15,16 +15,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from softprompt_registry.config import flatten
 from softprompt_registry.dod.answer_checks import (
     label_set_fault,
-    label_set_schema,
     read_string_list,
     sentence_fault,
-    sentences_schema,
 )
+from softprompt_registry.dod.classification_requests import ClassificationRequests, recorded_settings
 from softprompt_registry.dod.files import seed_of
-from softprompt_registry.dod.prompt_files import PromptFile, read_prompt, read_styles
 from softprompt_registry.dod.store import dod_written_whole
 from softprompt_registry.dod.task import Pair, Task, assign_pair_splits
 from softprompt_registry.errors import ConfigError, LanguageModelError
@@ -86,7 +83,8 @@ class ClassificationConfig:
     """The LLM that writes. Paper: Mistral-Small-3.1-24B-Instruct in vLLM."""
 
     def __post_init__(self) -> None:
-        counts = ("num_tasks", "sentences_per_label", "seed_words", "sentences_per_call", "max_label_tries")
+        counts = ["num_tasks", "sentences_per_label", "seed_words", "sentences_per_call", "max_label_tries"]
+        counts += ["max_tokens_per_sentence"]
         low = [name for name in counts if getattr(self, name) < 1] + (["labels_per_task"] * (self.labels_per_task < 2))
         if low or self.max_extra_calls < 0:
             raise ConfigError(
@@ -97,6 +95,18 @@ class ClassificationConfig:
             raise ConfigError(
                 f"reading the settings of a classification DoD: test_share is {self.test_share} and min_english "
                 f"{self.min_english}; expected shares from 0 to 1. Correct them."
+            )
+        shares, least = self.pair_shares, self.min_sentences_per_label
+        if len(shares) != 3 or min(shares) < 0 or not 0.999 < sum(shares) < 1.001:
+            raise ConfigError(
+                f"reading the settings of a classification DoD: pair_shares are {list(shares)}; expected three numbers "
+                "from 0 up that add up to 1. Correct them."
+            )
+        if self.min_words > self.max_words or not 1 <= (1 if least is None else least) <= self.sentences_per_label:
+            raise ConfigError(
+                f"reading the settings of a classification DoD: min_words is {self.min_words} and max_words "
+                f"{self.max_words}, min_sentences_per_label is {least} and sentences_per_label {self.sentences_per_label}; "
+                "expected a least below its most, and at least one sentence. Correct them."
             )
 
 
@@ -168,7 +178,7 @@ def build_dod_classification(
             "build",
             {
                 "builder": "classification",
-                "settings": flatten(config),
+                "settings": recorded_settings(config),
                 "model": model.name,
                 "tasks": made,
                 "given_up": report.given_up,
@@ -202,20 +212,12 @@ class _Build:
     def __init__(
         self, seed_words: Sequence[str], model: LanguageModel, config: ClassificationConfig, recorder: Recorder
     ) -> None:
-        if len(seed_words) < config.seed_words:
-            raise ConfigError(
-                f"building a classification DoD: there are {len(seed_words)} seed words; expected at least "
-                f"{config.seed_words}. Give a longer list."
-            )
         self.given_up: Counter[str] = Counter()
         self.refused: Counter[str] = Counter()
         self.answers = 0
         self.asked = Asked()
-        self._words, self._model, self._config, self._recorder = seed_words, model, config, recorder
-        name = "label_set" if config.related_labels else "unrelated_label_set"
-        self._label_prompt: PromptFile = read_prompt(name, config.prompts_folder, ("count", "words"))
-        self._sentence_prompt: PromptFile = read_prompt("sentences", config.prompts_folder, ("count", "label"))
-        self._styles = read_styles("styles", config.prompts_folder)
+        self._model, self._config, self._recorder = model, config, recorder
+        self._requests = ClassificationRequests(seed_words, config)
 
     def tasks(self, cache: AnswerCache) -> Iterator[Task]:
         """Every task, as soon as it is complete."""
@@ -231,7 +233,9 @@ class _Build:
                 break
             total = sum(sum(wanted[task.name].values()) for task in active)
             title = "sentences" if number == 0 else f"sentences, again ({number})"
-            self._ask(cache, (r for task in active for r in self._requests(task, wanted[task.name])), title, total)
+            self._ask(
+                cache, (r for task in active for r in self._sentence_requests(task, wanted[task.name])), title, total
+            )
             for task in active:
                 self._take_sentences(task, wanted[task.name], cache)
                 if self._complete(task):
@@ -255,11 +259,11 @@ class _Build:
             open_tasks = [number for number in range(config.num_tasks) if number not in found]
             if not open_tasks:
                 break
-            requests = (self._label_request(number, attempt) for number in open_tasks)
+            requests = (self._requests.label_set(number, attempt) for number in open_tasks)
             title = "label sets" if attempt == 0 else f"label sets, again ({attempt})"
             self._ask(cache, requests, title, len(open_tasks))
             for number in open_tasks:
-                labels = self._labels_in(cache, self._label_request(number, attempt), taken)
+                labels = self._labels_in(cache, self._requests.label_set(number, attempt), taken)
                 if labels is not None:
                     found[number] = labels
                     taken.add(frozenset(labels))
@@ -268,20 +272,6 @@ class _Build:
             self.given_up["no good label set"] += missing
         for number in sorted(found):
             yield "_".join([f"{number:05d}", *found[number]]), found[number]
-
-    def _label_request(self, number: int, attempt: int) -> CompletionRequest:
-        config = self._config
-        seed = seed_of("label set", config.seed, f"{number}/{attempt}")
-        words = random.Random(seed).sample(self._words, config.seed_words)
-        values = {"count": config.labels_per_task, "words": ", ".join(words)}
-        return CompletionRequest(
-            self._label_prompt.fill(values),
-            system=self._label_prompt.system,
-            max_tokens=20 + 12 * config.labels_per_task,
-            temperature=config.label_temperature,
-            seed=seed % 2**31,
-            json_schema=label_set_schema(config.labels_per_task),
-        )
 
     def _labels_in(
         self, cache: AnswerCache, request: CompletionRequest, taken: set[frozenset[str]]
@@ -316,30 +306,10 @@ class _Build:
             wanted[label] = calls
         return wanted
 
-    def _requests(self, task: _Unfinished, wanted: Mapping[str, int]) -> Iterator[CompletionRequest]:
+    def _sentence_requests(self, task: _Unfinished, wanted: Mapping[str, int]) -> Iterator[CompletionRequest]:
         for label, calls in wanted.items():
             for call in range(task.calls[label], task.calls[label] + calls):
-                yield self._sentence_request(task, label, call)
-
-    def _sentence_request(self, task: _Unfinished, label: str, call: int) -> CompletionRequest:
-        config = self._config
-        seed = seed_of("sentences", config.seed, f"{task.name}/{label}/{call}")
-        values = {
-            "count": config.sentences_per_call,
-            "label": label,
-            "other_labels": ", ".join(other for other in task.labels if other != label),
-            # Each label begins elsewhere in the list, so that the style does not tell the label.
-            "style": self._styles[(task.labels.index(label) * 7 + call) % len(self._styles)],
-        }
-        return CompletionRequest(
-            self._sentence_prompt.fill(values),
-            system=self._sentence_prompt.system,
-            max_tokens=20 + config.max_tokens_per_sentence * config.sentences_per_call,
-            temperature=config.sentence_temperature,
-            presence_penalty=config.presence_penalty,
-            seed=seed % 2**31,
-            json_schema=sentences_schema(config.sentences_per_call),
-        )
+                yield self._requests.sentences(task.name, task.labels, label, call)
 
     def _take_sentences(self, task: _Unfinished, wanted: Mapping[str, int], cache: AnswerCache) -> None:
         """Add the good sentences of this round's answers, in the order of the requests."""
@@ -347,7 +317,9 @@ class _Build:
         seen = {_plain(sentence) for sentences in task.sentences.values() for sentence in sentences}
         for label, calls in wanted.items():
             for call in range(task.calls[label], task.calls[label] + calls):
-                for sentence in self._read(cache, self._sentence_request(task, label, call), "answer") or []:
+                for sentence in (
+                    self._read(cache, self._requests.sentences(task.name, task.labels, label, call), "answer") or []
+                ):
                     sentence = " ".join(sentence.split())
                     if len(task.sentences[label]) >= config.sentences_per_label:
                         break  # more than was needed; not refused

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -31,6 +31,7 @@ from softprompt_registry.dod.task import (
 )
 from softprompt_registry.errors import ConfigError, DataError
 from softprompt_registry.fingerprints import digest_of_json
+from softprompt_registry.recording import NullRecorder, Recorder
 
 RECORDS_FILE = "tasks.jsonl"
 RECORD_KEYS = ("name", "kind", "split", "labels", "hard_prompts", "source")
@@ -101,7 +102,7 @@ def build_dod_from_files(
     *,
     config: FilesConfig,
     overwrite: bool = False,
-    progress: Callable[[str], None] | None = None,
+    recorder: Recorder | None = None,
 ) -> FilesReport:
     """Read every task file in `folder` and write the DoD `out`, whole or not at all.
 
@@ -113,7 +114,7 @@ def build_dod_from_files(
         out: the DoD to write; its folder is made where missing.
         config: see `FilesConfig`.
         overwrite: replace `out` if it exists.
-        progress: called with one line of text after each task.
+        recorder: is told the progress.
 
     Raises:
         DataError: `out` exists, or the files have problems; the first 20 are listed, each with its file and line.
@@ -125,17 +126,18 @@ def build_dod_from_files(
     records = _read_records(folder / RECORDS_FILE, files, problems)
     duplicates: dict[str, int] = {}
     num_pairs = 0
+    recorder = recorder or NullRecorder()
     with dod_written_whole(out, doing, overwrite=overwrite) as store:
-        for name, path in files.items():
-            task, dropped = _read_task(name, path, records.get(name, _Record()), config, problems)
-            if dropped:
-                duplicates[path.name] = dropped
-            if task is None or problems.found:
-                continue  # read on, to report the problems of all files at once
-            store.add_task(task)
-            num_pairs += len(task.pairs)
-            if progress is not None:
-                progress(f"{name}: {task.kind}, {len(task.pairs)} pairs")
+        with recorder.progress("task files", len(files)) as bar:
+            for name, path in files.items():
+                task, dropped = _read_task(name, path, records.get(name, _Record()), config, problems)
+                if dropped:
+                    duplicates[path.name] = dropped
+                bar.advance(1, name)
+                if task is None or problems.found:
+                    continue  # read on, to report the problems of all files at once
+                store.add_task(task)
+                num_pairs += len(task.pairs)
         problems.raise_if_any()
         store.set_metadata("build", {"builder": "files", "settings": flatten(config)})
         digest = store.digest

@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from softprompt_registry.config import flatten
 from softprompt_registry.dod.classification import answers_path
+from softprompt_registry.dod.classification_requests import recorded_settings
 from softprompt_registry.dod.files import seed_of
 from softprompt_registry.dod.prompt_files import read_prompt, read_styles
 from softprompt_registry.dod.store import DodStore, dod_written_whole
@@ -147,7 +147,7 @@ def paraphrase_dod(
             "build",
             {
                 "builder": "paraphrase",
-                "settings": flatten(config),
+                "settings": recorded_settings(config),
                 "model": model.name,
                 "from": {"name": source.name, "digest": source.digest, "build": source.metadata().get("build")},
                 # How many hard prompts each task had before: with them, the digest before can be worked out again.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, cast
 
-from softprompt_registry.dod.file_rows import Fault, ending_of, rows_of
+from softprompt_registry.dod.file_rows import Fault, Rows, ending_of, rows_of
 from softprompt_registry.errors import DataError
 
 PARTS_OF_SPEECH = ("noun", "adj")
@@ -26,13 +26,16 @@ def read_seed_words(path: Path, *, min_letters: int) -> list[str]:
             "word, pos and count. Correct the path, or leave it out to use the Brown corpus of NLTK."
         )
     counts: dict[str, int] = {}
-    for line, row in rows_of(path, ("word", "pos")):
+    for line, row in _rows(path):
         if isinstance(row, Fault):
             raise DataError(
                 f"reading seed words from {path.name!r}, line {line}: found {row.found}; expected {row.expected}. "
                 f"{row.advice}"
             )
-        word, count = _word_and_count(row, f"reading seed words from {path.name!r}, line {line}")
+        doing = f"reading seed words from {path.name!r}, line {line}"
+        word, count = _word_and_count(row, doing)
+        if "pos" not in row:
+            raise DataError(f"{doing}: found {sorted(row)} without 'pos'; expected a part of speech. Add it.")
         if row["pos"] in PARTS_OF_SPEECH and _usable(word, min_letters):
             counts[word] = counts.get(word, 0) + count
     return _ordered(counts, f"in {path.name!r}")
@@ -65,13 +68,22 @@ def brown_words(*, min_letters: int, min_count: int = 3) -> list[str]:
     return _ordered({word: count for word, count in counts.items() if count >= min_count}, "in the Brown corpus")
 
 
+def _rows(path: Path) -> Rows:
+    """The rows with their counts, if there are any: Parquet gives only the columns that it is asked for."""
+    for line, row in rows_of(path, ("word", "pos", "count")):
+        if isinstance(row, Fault) and row.reason == "missing column":
+            yield from rows_of(path, ("word", "pos"))
+            return
+        yield line, row
+
+
 def _word_and_count(row: dict[str, Any], doing: str) -> tuple[str, int]:
     word, count = row.get("word"), row.get("count", 1)
     try:
         if not isinstance(word, str):
             raise ValueError
         return word.lower(), int(count)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise DataError(
             f"{doing}: found word {word!r} with count {count!r}; expected a word and a whole number. Correct the row."
         ) from None

@@ -1,34 +1,36 @@
 """English words: which exist, how they inflect, which share a root, and which are held out for the evaluation.
 
-`lemminflect` (its lexicon) and NLTK's Snowball stemmer do the work; nothing is downloaded.
+`lemminflect` (its lexicon) and `snowballstemmer` do the work; nothing is downloaded.
 """
 
 from __future__ import annotations
 
 import re
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import Any
 
 from softprompt_registry.dod.inspect_datasets import EVALUATION_LABELS
 
-if TYPE_CHECKING:
-    from nltk.stem.snowball import SnowballStemmer
-
 _WORD = re.compile(r"[^\W\d_]+(?:'[^\W\d_]+)?")
 _FUNCTION_WORDS = frozenset(
-    "a about above after again against all am an and any are as at be because been before being below between both but by "
-    "can could did do does doing down during each few for from further had has have having he her here hers him his how i "
-    "if in into is it its just me more most must my no nor not now of off on once only or other our ours out over own same "
-    "shall she should so some such than that the their theirs them then there these they this those through to too under "
-    "until up us very was we were what when where which while who whom whose why will with would you your yours".split()
+    "a about above after again against all although am amid among amongst an and any are as at be because been before being "
+    "below beneath beside between both but by can cannot could despite did do does doing down during each every few for from "
+    "further had has have having he her here hers him his how i if in into is it its just me more most must my no nor not now "
+    "of off on once only onto or other our ours out over own per same shall she should so some such than that the their "
+    "theirs them then there these they this those through to too toward towards under unless until up upon us versus very was "
+    "we were what when where which while whilst who whom whose why will with would you your yours "
+    "three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen "
+    "twenty thirty forty fifty sixty seventy eighty ninety "
+    "alas bye dr etc gonna gotta hey hi hmm kinda mr mrs ms oh ok oops ugh uh um vs wanna yeah".split()
 )
+"""Words that are no nouns, verbs, adjectives or adverbs, and so are missing in the lexicon."""
 MIN_ROOT_LETTERS = 4
 """Stems shorter than this count as the same root only when they are equal: "art" is no root of "artery"."""
 
 
 def words_of(text: str) -> list[str]:
-    """The words of a text in lower case, in order; digits and punctuation are left out."""
-    return [word.lower() for word in _WORD.findall(text)]
+    """The words of a text in lower case, in order; digits and punctuation are left out, apostrophes are plain ones."""
+    return [word.lower() for word in _WORD.findall(text.replace("’", "'"))]
 
 
 @cache
@@ -43,8 +45,14 @@ def is_english_word(word: str) -> bool:
 def share_of_english(text: str) -> float:
     """Share of a text's words that are English, from 0 to 1; 0 without words. Names and numbers keep it below 1."""
     words = words_of(text)
-    known = sum(is_english_word(word.partition("'")[0]) for word in words)
+    known = sum(map(_is_english, words))
     return known / len(words) if words else 0.0
+
+
+def _is_english(word: str) -> bool:
+    """The same with an apostrophe: "farmer's" as farmer, "isn't" as is, "won't" as won."""
+    head, _, tail = word.partition("'")
+    return is_english_word(head) or (tail == "t" and head.endswith("n") and is_english_word(head[:-1]))
 
 
 @cache
@@ -59,16 +67,16 @@ def inflections(word: str) -> frozenset[str]:
 
 
 @cache
-def _stemmer() -> SnowballStemmer:
-    from nltk.stem.snowball import SnowballStemmer
+def _stemmer() -> Any:
+    import snowballstemmer
 
-    return SnowballStemmer("english")
+    return snowballstemmer.stemmer("english")
 
 
 @cache
 def stem(word: str) -> str:
     """Snowball (Porter 2) stem of a word."""
-    return str(_stemmer().stem(word.lower()))
+    return str(_stemmer().stemWord(word.lower()))
 
 
 def same_root(word: str, other: str) -> bool:

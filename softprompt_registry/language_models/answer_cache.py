@@ -34,8 +34,9 @@ class AnswerCache:
     def __init__(self, path: Path) -> None:
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._connection = sqlite3.connect(path, isolation_level=None)
+        connection: sqlite3.Connection | None = None
         try:
+            self._connection = connection = sqlite3.connect(path, isolation_level=None)
             application_id = self._connection.execute("PRAGMA application_id").fetchone()[0]
             if application_id == 0 and not self._connection.execute("SELECT 1 FROM sqlite_master").fetchone():
                 self._connection.execute("PRAGMA journal_mode = WAL")
@@ -50,10 +51,14 @@ class AnswerCache:
                 "attempts INTEGER NOT NULL) STRICT, WITHOUT ROWID"
             )
         except sqlite3.DatabaseError as error:
-            self._connection.close()
+            if connection is not None:
+                connection.close()
+            advice = "Move it away to start anew."
+            if isinstance(error, sqlite3.OperationalError):
+                advice = "Make room on the disk, and see that the file and its folder can be written."
             raise DataError(
                 f"opening the answers in {str(path)!r}: SQLite cannot use the file ({error}); expected one written by "
-                "softprompt-registry. Move it away to start anew."
+                f"softprompt-registry. {advice}"
             ) from error
 
     def __enter__(self) -> Self:
@@ -69,10 +74,17 @@ class AnswerCache:
 
     def get(self, model_name: str, request: CompletionRequest) -> Completion | None:
         """The stored answer to a request; None if there is none yet."""
-        row = self._connection.execute(
-            "SELECT text, prompt_tokens, completion_tokens, latency_s, finish_reason, attempts FROM answers WHERE key = ?",
-            (_key(model_name, request),),
-        ).fetchone()
+        try:
+            row = self._connection.execute(
+                "SELECT text, prompt_tokens, completion_tokens, latency_s, finish_reason, attempts FROM answers "
+                "WHERE key = ?",
+                (_key(model_name, request),),
+            ).fetchone()
+        except sqlite3.DatabaseError as error:
+            raise DataError(
+                f"reading an answer in {str(self.path)!r}: SQLite cannot read it ({error}); expected a whole file written "
+                "by softprompt-registry. Move it away to start anew, or put a backup in its place."
+            ) from error
         return None if row is None else Completion(*row)
 
     def put(self, model_name: str, request: CompletionRequest, answer: Completion) -> None:
@@ -96,6 +108,11 @@ class AnswerCache:
             raise DataError(
                 f"storing an answer in {str(self.path)!r}: SQLite cannot write ({error}); the {len(self)} answers before it "
                 "are safe. Make room on the disk and run the same command again."
+            ) from error
+        except sqlite3.DatabaseError as error:
+            raise DataError(
+                f"storing an answer in {str(self.path)!r}: SQLite cannot use the file ({error}); expected a whole file "
+                "written by softprompt-registry. Move it away to start anew, or put a backup in its place."
             ) from error
 
 

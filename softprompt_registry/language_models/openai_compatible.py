@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self
 from urllib.parse import urlsplit
 
 from softprompt_registry.errors import ConfigError, LanguageModelError
+from softprompt_registry.language_models.http_limits import OpenSockets, joined_until
 from softprompt_registry.language_models.protocol import Completion, CompletionRequest, Finished, Prices
 
 if TYPE_CHECKING:
@@ -161,7 +162,14 @@ class OpenAICompatible:
         self._secret = _secret_pattern(key)
         # Only waiting times come from here, and programs that share a server should not wait in step: no fixed seed.
         self._jitter = jitter or random.Random()
-        self._client = openai.OpenAI(api_key=key, base_url=config.base_url, max_retries=0, timeout=config.timeout_s)
+        self._sockets = OpenSockets()
+        self._client = openai.OpenAI(
+            api_key=key,
+            base_url=config.base_url,
+            max_retries=0,
+            timeout=config.timeout_s,
+            http_client=openai.DefaultHttpxClient(event_hooks={"request": [self._sockets.watch]}),
+        )
         self._server = urlsplit(str(self._client.base_url)).netloc.rpartition("@")[2]
         self._threads = ThreadPoolExecutor(config.max_concurrency, thread_name_prefix="language-model")
         self._closing = threading.Event()
@@ -178,8 +186,9 @@ class OpenAICompatible:
         """Drop what is queued, cut what is in flight, and free threads and sockets. A second call does nothing."""
         self._closing.set()
         self._threads.shutdown(wait=False, cancel_futures=True)
-        self._client.close()  # before the threads are waited for: it ends an answer that would drip in for ever
+        self._sockets.cut()  # else the threads would wait for a silent server as long as timeout_s
         self._threads.shutdown(wait=True)
+        self._client.close()
 
     def complete(self, requests: Sequence[CompletionRequest]) -> list[Completion | LanguageModelError]:
         deadline = time.monotonic() + self.config.deadline_s
@@ -229,7 +238,7 @@ class OpenAICompatible:
                 break
             timeout_s = min(config.timeout_s, deadline - started)
             try:
-                reply = _read_reply(self._send(request, timeout_s), config.endpoint)
+                reply = _read_reply(self._send(request, timeout_s, deadline), config.endpoint)
             except (openai.OpenAIError, _BadReply, UnicodeEncodeError) as failure:
                 wait_s = max(_retry_after_s(failure), self._jitter.uniform(0, backoff_s))
                 last = self._explain(failure, attempt, timeout_s)
@@ -256,12 +265,14 @@ class OpenAICompatible:
             backoff_s = min(2 * backoff_s, config.max_backoff_s)
         return self._deadline_error(last)
 
-    def _send(self, request: CompletionRequest, timeout_s: float) -> bytes:
+    def _send(self, request: CompletionRequest, timeout_s: float, deadline: float) -> bytes:
         """The body of the server's reply.
 
         The raw body is read here instead of the client's objects: the client does not check a reply, and a damaged
         one would only show as an AttributeError later.
         """
+        import openai
+
         config = self.config
         arguments: dict[str, Any] = {"model": config.model, "timeout": timeout_s}
         if config.send_temperature:
@@ -276,13 +287,21 @@ class OpenAICompatible:
             arguments["extra_body"] = {"response_format": _response_format(request.json_schema, config)}
         if config.endpoint == "completions":
             prompt = request.prompt if request.system is None else f"{request.system}\n\n{request.prompt}"
-            raw = self._client.completions.with_raw_response.create(
+            opening = self._client.completions.with_streaming_response.create(
                 prompt=prompt, max_tokens=request.max_tokens, **arguments
             )
         else:
             arguments[config.max_tokens_parameter] = request.max_tokens
-            raw = self._client.chat.completions.with_raw_response.create(messages=_messages(request), **arguments)
-        return bytes(raw.http_response.content)
+            opening = self._client.chat.completions.with_streaming_response.create(
+                messages=_messages(request), **arguments
+            )
+        with opening as reply:
+            try:
+                return joined_until(reply.iter_bytes(), deadline)
+            except Exception as error:  # of the HTTP library; which one depends on the version of openai
+                timed_out = "Timeout" in type(error).__name__
+                failure = openai.APITimeoutError if timed_out else openai.APIConnectionError
+                raise failure(request=reply.http_request) from error
 
     # --- Errors ---
 

@@ -12,6 +12,7 @@ from mlflow_plugins.recording import MlflowRecorder
 from softprompt_registry import figures
 from softprompt_registry.base_models import BaseModel
 from softprompt_registry.config import flatten
+from softprompt_registry.dod.paraphrase import digest_before_paraphrasing
 from softprompt_registry.dod.store import DodStore
 from softprompt_registry.errors import DataError
 from softprompt_registry.fingerprints import digest_of_directory
@@ -46,10 +47,11 @@ def train(base_model: BaseModel, bank_uri: str, dod_path: Path, config: Translat
 
 
 def require_same_dod(bank: SoftPromptBank, store: DodStore) -> None:
-    """A bank and a DoD that are used together must belong together."""
-    if bank.dod_digest is not None and bank.dod_digest != store.digest:
-        raise DataError(
-            f"using bank {bank.folder.name!r} with DoD {store.name!r}: the bank was tuned on DoD "
-            f"{bank.header.get('dod_name')!r} with digest {bank.dod_digest[:12]}, this one has {store.digest[:12]}. "
-            "Use the DoD that the bank was tuned on."
-        )
+    """A bank and a DoD that are used together must belong together; paraphrased hard prompts change nothing in that."""
+    if bank.dod_digest in (None, store.digest) or bank.dod_digest == digest_before_paraphrasing(store):
+        return
+    raise DataError(
+        f"using bank {bank.folder.name!r} with DoD {store.name!r}: the bank was tuned on DoD "
+        f"{bank.header.get('dod_name')!r} with digest {str(bank.dod_digest)[:12]}, this one has {store.digest[:12]}. "
+        "Use the DoD that the bank was tuned on, or a paraphrase of it."
+    )

@@ -1,0 +1,510 @@
+"""An audit of a DoD: how large it is, and what in it makes a number wrong or teaches less than it could.
+
+The tasks are read once, one at a time. What compares texts across tasks keeps an 8-byte hash of each, not the text. The
+findings depend on the content alone: not on the order of tasks and pairs, and not on the time.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import statistics
+import unicodedata
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from softprompt_registry.config import flatten
+from softprompt_registry.dod.audit_findings import (
+    FINDING_KINDS,
+    SEVERITIES,
+    Audit,
+    Example,
+    Finding,
+    Lengths,
+    Sizes,
+    TaskRow,
+    excerpt,
+    plural,
+    what_is_found,
+)
+from softprompt_registry.dod.store import DodStore
+from softprompt_registry.dod.task import PAIR_SPLITS, TASK_SPLITS, Pair, Task, TaskSplit
+from softprompt_registry.dod.vocabulary import MIN_ROOT_LETTERS, held_out_words, inflections, stem, words_of
+from softprompt_registry.errors import ConfigError, DataError
+from softprompt_registry.recording import NullRecorder, Recorder
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+
+@dataclass(frozen=True)
+class AuditConfig:
+    """From where on an audit calls something a finding."""
+
+    min_pairs_per_task: int = 50
+    """A task with fewer pairs is a finding."""
+    min_label_balance: float = 0.5
+    """Least balance of a classification task, from 0 to 1: the smaller of the rarest label's share of the pairs over an
+    equal share, and an equal share over the most frequent label's."""
+    max_label_leak_share: float = 0.05
+    """Largest share of a classification task's inputs, from 0 to 1, that may contain their own label, an inflection or a
+    derivation of it."""
+    max_shared_input_share: float = 0.5
+    """Largest share of a task's inputs, from 0 to 1, that other tasks of its side may have too."""
+    max_pair_tokens: int | None = 400
+    """Longest input and output together (paper section A.7). Pairs without a token count are counted in words, of which
+    a text has fewer than tokens. None skips this."""
+    max_hard_prompt_tokens: int | None = 300
+    """Longest hard prompt; counted only with a tokenizer. None skips this."""
+    max_examples: int = 5
+    """Examples kept of each finding."""
+
+    def __post_init__(self) -> None:
+        for name in ("min_label_balance", "max_label_leak_share", "max_shared_input_share"):
+            self._check(name, 0 <= getattr(self, name) <= 1, "a share from 0 to 1")
+        for name in ("min_pairs_per_task", "max_examples"):
+            self._check(name, getattr(self, name) >= 0, "0 or more")
+        for name in ("max_pair_tokens", "max_hard_prompt_tokens"):
+            self._check(name, getattr(self, name) is None or getattr(self, name) >= 1, "1 or more, or null to skip it")
+
+    def _check(self, name: str, good: bool, expected: str) -> None:
+        if not good:
+            raise ConfigError(
+                f"reading the config of an audit: {name} is {getattr(self, name)}; expected {expected}. Correct it."
+            )
+
+
+def audit_dod(path: Path, *, config: AuditConfig, tokenizer: Any = None, recorder: Recorder | None = None) -> Audit:
+    """Read the DoD once and say what is in it.
+
+    Inputs and hard prompts count as the same text when they are equal in compatibility form (NFKC), without case and with
+    single spaces.
+
+    Args:
+        path: the DoD; it is not changed.
+        config: see `AuditConfig`.
+        tokenizer: a Hugging Face tokenizer, for pairs without a token count and for hard prompts.
+        recorder: gets the progress, and the numbers of errors, warnings and notes.
+
+    Raises:
+        DataError: the file is not a DoD, or has no tasks.
+    """
+    recorder = recorder or NullRecorder()
+    reading = _Reading(config, tokenizer)
+    with DodStore.open(path) as store:
+        names = store.task_names()
+        if not names:
+            raise DataError(f"auditing DoD {str(path)!r}: found no tasks; expected at least one. Build it again.")
+        with recorder.progress("audit tasks", len(names)) as bar:
+            for task in store.tasks():
+                reading.read(task)
+                bar.advance(note=excerpt(task.name))
+        reading.compare_tasks(store)
+        digest = store.digest
+    audit = reading.audit(path, digest)
+    for severity in SEVERITIES:
+        recorder.metric(f"{severity}s", audit.number_of(severity))
+    return audit
+
+
+class _Reading:
+    """What is known while the tasks go by."""
+
+    def __init__(self, config: AuditConfig, tokenizer: Any) -> None:
+        self._config, self._tokenizer = config, tokenizer
+        self._counts: Counter[str] = Counter()
+        self._tasks: dict[str, set[str]] = defaultdict(set)
+        self._examples: dict[str, list[tuple[float, Example]]] = defaultdict(list)
+        self._rows: list[dict[str, Any]] = []
+        self._inputs, self._hard_prompts = _SharedTexts(), _SharedTexts()
+        self._label_sets: dict[frozenset[str], dict[TaskSplit, list[str]]] = {}
+        self._lengths: dict[str, Counter[int]] = {side: Counter() for side in TASK_SPLITS}
+        self._num_hard_prompts = self._counted_in_words = 0
+
+    def _found(self, code: str, tasks: Iterable[str], count: int = 1) -> None:
+        self._counts[code] += count
+        self._tasks[code].update(tasks)
+
+    def _example(self, code: str, weight: float, task: str, text: str, detail: str) -> None:
+        """Offer an example; the heaviest are kept, equal ones in the order of task and text."""
+        kept = self._examples[code]
+        kept.append((-weight, Example(task, excerpt(text), excerpt(detail))))
+        if len(kept) > 20 * (self._config.max_examples + 1):
+            self._examples[code] = self._best(code)
+
+    def _best(self, code: str) -> list[tuple[float, Example]]:
+        kept = sorted(self._examples[code], key=lambda item: (item[0], dataclasses.astuple(item[1])))
+        return kept[: self._config.max_examples]
+
+    def read(self, task: Task) -> None:
+        """Take in one task."""
+        splits: Counter[str] = Counter(pair.split for pair in task.pairs)
+        self._rows.append(
+            {"name": task.name, "side": task.split, "kind": task.kind, "pairs": len(task.pairs)}
+            | {split: splits[split] for split in PAIR_SPLITS}
+            | {"labels": len(task.labels), "balance": None, "label_in_inputs": None, "other_label_in_inputs": None}
+        )
+        for split in PAIR_SPLITS:
+            if not splits[split]:
+                self._note_task(f"tasks_without_{split}_pairs", task, plural(len(task.pairs), "pair"))
+        if len(task.pairs) < self._config.min_pairs_per_task:
+            self._note_task("small_tasks", task, plural(len(task.pairs), "pair"), weight=-len(task.pairs))
+        if not task.ground_truth:
+            self._note_task("missing_ground_truth", task, plural(len(task.pairs), "pair"))
+        self._read_duplicates(task)
+        self._read_lengths(task)
+        self._read_hard_prompts(task)
+        if task.kind == "classification":
+            self._read_balance(task)
+            self._read_labels(task)
+            self._read_label_words(task)
+
+    def _note_task(self, code: str, task: Task, detail: str, weight: float = 0.0, text: str = "") -> None:
+        self._found(code, [task.name])
+        self._example(code, weight, task.name, text, detail)
+
+    def _read_duplicates(self, task: Task) -> None:
+        places: dict[str, list[Pair]] = {}
+        for pair in task.pairs:
+            places.setdefault(_plain(pair.input), []).append(pair)
+        self._inputs.add(places)
+        several = "contradictions" if task.kind == "classification" else "several_outputs"
+        counts: Counter[str] = Counter()
+        for pairs in places.values():
+            if len(pairs) == 1:
+                continue
+            splits, outputs = {pair.split for pair in pairs}, {pair.output for pair in pairs}
+            codes = ["leaks_between_splits"] if "train" in splits and len(splits) > 1 else []
+            codes += [several] if len(outputs) > 1 else []
+            for code in codes or ["repeated_inputs"]:  # counted as repeated only where nothing is worse about it
+                counts[code] += 1
+                self._found(code, [task.name])
+                where = " and ".join(f"{sum(p.split == s for p in pairs)} {s}" for s in PAIR_SPLITS if s in splits)
+                shown = " | ".join(excerpt(output) for output in sorted(outputs)[:4])
+                self._example(code, len(pairs), task.name, min(p.input for p in pairs), f"{where}; output {shown}")
+        self._rows[-1] |= {
+            "leaks": counts["leaks_between_splits"],
+            "contradictions": counts["contradictions"],
+            "repeated": counts["repeated_inputs"],
+        }
+
+    def _read_lengths(self, task: Task) -> None:
+        lengths = [pair.num_tokens for pair in task.pairs]
+        missing = [position for position, length in enumerate(lengths) if length is None]
+        pairs = [task.pairs[position] for position in missing]
+        if self._tokenizer is None:
+            self._counted_in_words += len(pairs)
+            counted = [len(pair.input.split()) + len(pair.output.split()) for pair in pairs]
+        else:
+            parts = zip(
+                *(self._num_tokens([getattr(p, part) for p in pairs]) for part in ("input", "output")), strict=True
+            )
+            counted = [sum(part) for part in parts]
+        for position, length in zip(missing, counted, strict=True):
+            lengths[position] = length
+        measured = [length for length in lengths if length is not None]
+        self._lengths[task.split].update(measured)
+        self._rows[-1]["longest"] = max(measured)
+        limit = self._config.max_pair_tokens
+        if limit is not None and max(measured) > limit:
+            long = [(length, pair) for length, pair in zip(measured, task.pairs, strict=True) if length > limit]
+            self._found("long_pairs", [task.name], len(long))
+            for length, pair in long:
+                self._example("long_pairs", length, task.name, pair.input, f"{length:,} long")
+
+    def _num_tokens(self, texts: Sequence[str]) -> list[int]:
+        return (
+            [len(ids) for ids in self._tokenizer(list(texts), add_special_tokens=False)["input_ids"]] if texts else []
+        )
+
+    def _read_hard_prompts(self, task: Task) -> None:
+        self._num_hard_prompts += len(task.hard_prompts)
+        self._hard_prompts.add(dict.fromkeys(map(_plain, task.hard_prompts)))
+        if task.split == "train":
+            for prompt in task.hard_prompts:
+                held_out = sorted(held_out_words().intersection(words_of(prompt)))
+                if held_out:
+                    self._note_task(
+                        "held_out_words_in_hard_prompts", task, ", ".join(held_out), weight=len(held_out), text=prompt
+                    )
+        limit = self._config.max_hard_prompt_tokens
+        if self._tokenizer is not None and limit is not None:
+            for prompt, length in zip(task.hard_prompts, self._num_tokens(task.hard_prompts), strict=True):
+                if length > limit:
+                    self._note_task("long_hard_prompts", task, f"{length:,} tokens", weight=length, text=prompt)
+
+    def _read_balance(self, task: Task) -> None:
+        counts = Counter({label: 0 for label in task.labels})
+        counts.update(pair.output for pair in task.pairs)
+        ordered = sorted(counts, key=lambda label: (counts[label], label))
+        equal = len(task.pairs) / len(counts)
+        balance = min(counts[ordered[0]] / equal, equal / counts[ordered[-1]])
+        self._rows[-1]["balance"] = balance
+        if balance < self._config.min_label_balance:
+            detail = " and ".join(f"{excerpt(label)!r} {counts[label]:,}" for label in (ordered[0], ordered[-1]))
+            detail = (
+                f"balance {balance:.2f}: {detail} of {plural(len(task.pairs), 'pair')}; equal would be {equal:,.4g}"
+            )
+            self._note_task("unbalanced_labels", task, detail, weight=-balance)
+
+    def _read_labels(self, task: Task) -> None:
+        trained = {pair.output for pair in task.pairs if pair.split == "train"}
+        for label in task.labels:
+            if trained and label not in trained:  # without any train pair, that alone is the finding
+                self._note_task("labels_without_train_pairs", task, f"label {label!r}")
+            held_out = sorted(held_out_words().intersection(words_of(label)))
+            if task.split == "train" and held_out:
+                self._note_task("held_out_labels", task, f"label {label!r}: {', '.join(held_out)}")
+        sides = self._label_sets.setdefault(frozenset(map(_plain, task.labels)), {"train": [], "test": []})
+        sides[task.split].append(task.name)
+
+    def _read_label_words(self, task: Task) -> None:
+        needed = {label: _telling_words(label) for label in task.labels}
+        roots = _SameRoots({word for words in needed.values() for word in words})
+        own = other = 0
+        examples: list[tuple[str, str, str]] = []
+        for pair in task.pairs:
+            seen: dict[str, str] = {}  # label word → the word of the input that shares its root
+            for word in words_of(pair.input):
+                if found := roots[word]:
+                    seen = dict.fromkeys(found, word) | seen
+            if not seen:
+                continue
+            inside = [label for label, words in needed.items() if words and words <= seen.keys()]
+            if pair.output in inside:
+                own += 1
+                said = ", ".join(sorted(seen[word] for word in needed[pair.output]))
+                examples.append((pair.input, pair.output, said))
+            others = sorted(label for label in inside if label != pair.output)
+            if others:
+                other += 1
+                detail = f"label {pair.output!r}, the input also has {', '.join(map(repr, others))}"
+                self._example("other_labels_in_inputs", len(others), task.name, pair.input, detail)
+        share = own / len(task.pairs)
+        self._rows[-1] |= {"label_in_inputs": share, "other_label_in_inputs": other / len(task.pairs)}
+        if other:
+            self._found("other_labels_in_inputs", [task.name], other)
+        if share > self._config.max_label_leak_share:
+            text, label, said = min(examples)
+            detail = f"{own:,} of {plural(len(task.pairs), 'input')}; here label {label!r}, the input says {said!r}"
+            self._note_task("labels_in_inputs", task, detail, weight=share, text=text)
+
+    def compare_tasks(self, store: DodStore) -> None:
+        """What only shows across tasks; the texts of the examples are read again, since only hashes were kept."""
+        names = [row["name"] for row in self._rows]
+        side_of = {row["name"]: row["side"] for row in self._rows}
+        on_test_side = [row["side"] == "test" for row in self._rows]
+        for shared, on_both_sides, on_one_side in (
+            (self._inputs, "inputs_on_both_sides", "shared_inputs"),
+            (self._hard_prompts, "hard_prompts_on_both_sides", None),
+        ):
+            both_sides, one_side, per_task = shared.compare(on_test_side, self._config.max_examples)
+            for code, group in ((on_both_sides, both_sides), (on_one_side, one_side)):
+                if code is None or not group.count:
+                    continue
+                self._found(code, (names[task] for task in group.tasks), group.count)
+                for digest, tasks in group.examples:
+                    among = sorted(names[task] for task in tasks)
+                    task = store.task(among[0])
+                    texts = [p.input for p in task.pairs] if shared is self._inputs else task.hard_prompts
+                    text = min(text for text in texts if _hash(_plain(text)) == digest)
+                    self._example(
+                        code, len(tasks), task.name, text, f"{plural(len(among), 'task')}; {_by_side(among, side_of)}"
+                    )
+            if shared is self._inputs:
+                for row, (both, one, size) in zip(self._rows, per_task, strict=True):
+                    row |= {"shared_inputs": one, "both_sides_inputs": both}
+                    if one > self._config.max_shared_input_share * size:
+                        self._found("mostly_shared_tasks", [row["name"]])
+                        detail = f"{one:,} of {plural(size, 'different input')}"
+                        self._example("mostly_shared_tasks", one / size, row["name"], "", detail)
+        for labels, sides in self._label_sets.items():
+            among = sorted(sides["train"] + sides["test"])
+            for code, is_so in (
+                ("label_sets_on_both_sides", all(sides.values())),
+                ("repeated_label_sets", max(map(len, sides.values())) > 1),
+            ):
+                if is_so:
+                    self._found(code, among)
+                    self._example(code, len(among), among[0], ", ".join(sorted(labels)), _by_side(among, side_of))
+
+    def audit(self, path: Path, digest: str) -> Audit:
+        """The findings, sizes and rows."""
+        settings, rows = flatten(self._config), sorted(self._rows, key=lambda row: str(row["name"]))
+        findings = tuple(
+            Finding(
+                code=code,
+                kind=kind,
+                title=f"{plural(self._counts[code], kind.unit)} {what_is_found(kind, settings)}",
+                count=self._counts[code],
+                tasks=tuple(sorted(self._tasks[code])),
+                examples=tuple(example for _, example in self._best(code)),
+            )
+            for code, kind in FINDING_KINDS.items()
+            if self._counts[code]
+        )
+        for row in rows:
+            kinds = Counter(f.kind.severity for f in findings if row["name"] in self._tasks[f.code])
+            row |= {"errors": kinds["error"], "warnings": kinds["warning"]}
+        off = "the settings switch it off"
+        not_checked = {} if self._config.max_pair_tokens is not None else {"long_pairs": off}
+        if self._config.max_hard_prompt_tokens is None or (self._tokenizer is None and self._num_hard_prompts):
+            not_checked["long_hard_prompts"] = (
+                off if self._config.max_hard_prompt_tokens is None else "it needs a tokenizer"
+            )
+        if len({row["side"] for row in rows}) == 1:
+            both_sides = (code for code in FINDING_KINDS if code.endswith("_on_both_sides"))
+            not_checked |= dict.fromkeys(both_sides, f"all tasks are {rows[0]['side']} tasks")
+        counts = [row["pairs"] for row in rows]
+        total = Counter({key: sum(row[key] for row in rows) for key in PAIR_SPLITS})
+        lengths = sum(self._lengths.values(), Counter[int]())
+        p50, p90, p99 = (_percentile(lengths, percent) for percent in (50, 90, 99))
+        units = {0: "tokens", sum(counts): "words"}
+        return Audit(
+            path=path,
+            digest=digest,
+            settings=flatten(self._config),
+            sizes=Sizes(
+                tasks=len(rows),
+                train_tasks=sum(row["side"] == "train" for row in rows),
+                test_tasks=sum(row["side"] == "test" for row in rows),
+                classification_tasks=sum(row["kind"] == "classification" for row in rows),
+                pairs=sum(counts),
+                train_pairs=total["train"],
+                validation_pairs=total["validation"],
+                test_pairs=total["test"],
+                min_pairs=min(counts),
+                median_pairs=statistics.median(counts),
+                max_pairs=max(counts),
+                label_sets=len(self._label_sets),
+                hard_prompts=self._num_hard_prompts,
+            ),
+            lengths=Lengths(units.get(self._counted_in_words, "tokens or words"), p50, p90, p99, max(lengths)),
+            findings=findings,
+            not_checked=not_checked,
+            rows=tuple(TaskRow(**row) for row in rows),
+            pair_lengths={side: dict(sorted(counted.items())) for side, counted in self._lengths.items()},
+        )
+
+
+@dataclass(frozen=True)
+class _Shared:
+    """Texts that several tasks have: how many, which tasks, and of those in most tasks the hash and the tasks."""
+
+    count: int
+    tasks: list[int]
+    examples: list[tuple[int, list[int]]]
+
+
+class _SharedTexts:
+    """Finds texts that several tasks have by 8-byte hashes; among 3 million texts two meet by chance once in 4 million."""
+
+    def __init__(self) -> None:
+        self._hashes: list[NDArray[np.uint64]] = []
+
+    def add(self, texts: Iterable[str]) -> None:
+        """The different texts of the next task."""
+        import numpy as np
+
+        self._hashes.append(np.fromiter(map(_hash, texts), np.uint64))
+
+    def compare(
+        self, test_side: Sequence[bool], max_examples: int
+    ) -> tuple[_Shared, _Shared, list[tuple[int, int, int]]]:
+        """What tasks on both sides have, what several tasks on one side have, and per task the number of each and of all
+        its texts."""
+        import numpy as np
+
+        sizes = np.array([len(hashes) for hashes in self._hashes])
+        hashes = np.concatenate(self._hashes)
+        self._hashes.clear()
+        # `np.unique` of them all would be shorter, and hold twice as many arrays of this length.
+        ordered = np.sort(hashes)
+        twice = np.unique(ordered[1:][ordered[1:] == ordered[:-1]])
+        del ordered
+        several = np.searchsorted(twice, hashes) != np.searchsorted(twice, hashes, side="right")
+        hashes, tasks = hashes[several], np.repeat(np.arange(len(sizes), dtype=np.int32), sizes)[several]
+        hashes, group = np.unique(hashes, return_inverse=True)
+        tested = np.array(test_side)[tasks]
+        on_test = np.bincount(group, weights=tested, minlength=len(hashes))
+        on_train = np.bincount(group, minlength=len(hashes)) - on_test
+        both_sides = ((on_test > 0) & (on_train > 0))[group]
+        one_side = np.where(tested, on_test[group], on_train[group]) > 1
+
+        def shared(chosen: NDArray[np.bool_]) -> _Shared:
+            groups, num_tasks = np.unique(group[chosen], return_counts=True)
+            widest = groups[np.lexsort((hashes[groups], -num_tasks))][:max_examples]
+            examples = [(int(hashes[number]), tasks[chosen & (group == number)].tolist()) for number in widest]
+            return _Shared(len(groups), np.unique(tasks[chosen]).tolist(), examples)
+
+        counts = (np.bincount(tasks[chosen], minlength=len(sizes)).tolist() for chosen in (both_sides, one_side))
+        return shared(both_sides), shared(one_side), list(zip(*counts, sizes.tolist(), strict=True))
+
+
+class _SameRoots(dict[str, frozenset[str]]):
+    """Word → those of a few label words that `same_root` holds for, with one stem instead of a call for each of them."""
+
+    def __init__(self, label_words: Iterable[str]) -> None:
+        self._by_form: dict[str, set[str]] = defaultdict(set)
+        self._by_beginning: dict[str, list[tuple[str, str]]] = defaultdict(list)
+        for label_word in label_words:
+            for form in inflections(label_word):
+                self._by_form[form].add(label_word)
+            self._by_beginning[stem(label_word)[:MIN_ROOT_LETTERS]].append((stem(label_word), label_word))
+        self._initials = {word[0] for word in (*self._by_form, *self._by_beginning)}
+
+    def __missing__(self, word: str) -> frozenset[str]:
+        if word[0] not in self._initials:  # stemming changes ends only, and most words need none
+            self[word] = _NOTHING
+            return _NOTHING
+        found = set(self._by_form.get(word, ()))
+        root = stem(word)
+        for other, label_word in self._by_beginning.get(root[:MIN_ROOT_LETTERS], ()):
+            shorter, longer = sorted((root, other), key=len)
+            if shorter == longer or (len(shorter) >= MIN_ROOT_LETTERS and longer.startswith(shorter)):
+                found.add(label_word)
+        self[word] = frozenset(found) or _NOTHING
+        return self[word]
+
+
+_NOTHING: frozenset[str] = frozenset()
+
+
+def _telling_words(label: str) -> frozenset[str]:
+    """The words that a text with this label in it must have all; single letters ("A") say nothing."""
+    words = {word for word in words_of(label) if len(word) > 1}
+    return frozenset({word for word in words if len(word) > 2} or words)
+
+
+def _plain(text: str) -> str:
+    """What two texts have in common that count as the same."""
+    return " ".join((text if text.isascii() else unicodedata.normalize("NFKC", text)).casefold().split())
+
+
+def _hash(text: str) -> int:
+    """For comparing within one audit; nothing stores it."""
+    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")
+
+
+def _by_side(names: Sequence[str], side_of: Mapping[str, str]) -> str:
+    """ "train: a, b, c and 31 more; test: d"."""
+    texts = []
+    for side in TASK_SPLITS:
+        there = [name for name in names if side_of[name] == side]
+        more = f" and {len(there) - 3:,} more" if len(there) > 3 else ""
+        texts += [f"{side}: {', '.join(map(excerpt, there[:3]))}{more}"] if there else []
+    return "; ".join(texts)
+
+
+def _percentile(counts: Mapping[int, int], percent: int) -> int:
+    """Nearest rank: the least length that so many percent of the pairs do not exceed."""
+    rank = -(-percent * sum(counts.values()) // 100)
+    for length in sorted(counts):
+        rank -= counts[length]
+        if rank <= 0:
+            break
+    return length

@@ -1,0 +1,87 @@
+"""Building, paraphrasing and auditing DoDs as MLflow runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
+
+import mlflow
+
+from mlflow_plugins.dod_dataset import from_dod
+from mlflow_plugins.recording import MlflowRecorder
+from softprompt_registry.config import flatten
+from softprompt_registry.dod.audit import AuditConfig, audit_dod
+from softprompt_registry.dod.audit_findings import Audit
+from softprompt_registry.dod.audit_page import audit_figures, write_audit_page
+from softprompt_registry.dod.store import DodStore, note_in_dod
+from softprompt_registry.recording import Recorder
+from softprompt_registry.stages.running import stage_run
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class BuildReport(Protocol):
+    """What every builder tells."""
+
+    @property
+    def path(self) -> Path: ...
+
+    @property
+    def digest(self) -> str: ...
+
+
+@runtime_checkable
+class HasTable(Protocol):
+    """A report with a row per task."""
+
+    def table(self) -> Mapping[str, Sequence[Any]]: ...
+
+
+ReportT = TypeVar("ReportT", bound=BuildReport)
+
+
+def build(stage: str, config: Any, build_dod: Callable[[Recorder], ReportT]) -> tuple[str, ReportT]:
+    """(run id, report) of a build whose settings, counts and DoD are recorded.
+
+    Args:
+        stage: name of the run, and prefix of its params.
+        config: the builder's settings.
+        build_dod: the builder itself; it reports its progress to the recorder it is given.
+    """
+    with stage_run(stage) as run_id:
+        recorder = MlflowRecorder()
+        recorder.params(stage.replace("-", "_"), flatten(config))
+        report = build_dod(recorder)
+        log_dod(report.path, context="built")
+        if isinstance(report, HasTable):
+            recorder.table("tasks.json", report.table())
+    return run_id, report
+
+
+def log_dod(path: Path, *, context: str) -> None:
+    """A DoD as an input of the active run: one dataset, its manifest, and how many tasks and pairs it has."""
+    mlflow.log_input(from_dod(str(path)), context=context)
+    with DodStore.open(path) as store:
+        manifest = store.manifest()
+    mlflow.log_dict(manifest, "dod_manifest.json")
+    mlflow.log_metrics({"num_tasks": manifest["num_tasks"], "num_pairs": manifest["num_pairs"]})
+
+
+def audit(
+    dod_path: Path, config: AuditConfig, page: Path, *, tokenizer: PreTrainedTokenizerBase | None = None
+) -> tuple[str, Audit]:
+    """(run id, audit) of a DoD. The page goes to `page` and into the run, the findings into the DoD's metadata."""
+    with stage_run("audit-dod") as run_id:
+        recorder = MlflowRecorder()
+        recorder.params("audit", flatten(config))
+        found = audit_dod(dod_path, config=config, tokenizer=tokenizer, recorder=recorder)
+        write_audit_page(found, page)
+        note_in_dod(dod_path, "audit", found.to_json())
+        log_dod(dod_path, context="audited")
+        recorder.artifact(page)
+        for name, figure in audit_figures(found).items():
+            recorder.figure(name, figure)
+        recorder.table("tasks.json", found.table())
+    return run_id, found
