@@ -490,6 +490,18 @@ _PROBE = "The quick brown fox - 3.14 déjà-vu\n\tнет 東京 \U0001f642"
 """Text whose token ids tell two tokenizers of the same vocabulary apart (merges, normalisation, digits)."""
 
 
+def tokenizer_digest(tokenizer: Any) -> str:
+    """Digest of a tokenizer by what it does: vocabulary, special tokens and the ids of a probe."""
+    return digest_of_json(
+        {
+            "vocabulary": tokenizer.get_vocab(),
+            "bos": tokenizer.bos_token_id,
+            "eos": tokenizer.eos_token_id,
+            "probe": tokenizer(_PROBE, add_special_tokens=False)["input_ids"],
+        }
+    )
+
+
 def reference_of(model: Any, tokenizer: Any, *, name: str, revision: str | None, dtype: str) -> BaseModelRef:
     """The identity of a loaded model. Call before any adapter is added to it."""
     return BaseModelRef(
@@ -499,14 +511,7 @@ def reference_of(model: Any, tokenizer: Any, *, name: str, revision: str | None,
         hidden_size=int(model.config.hidden_size),
         vocab_size=int(model.get_input_embeddings().weight.shape[0]),
         num_layers=int(model.config.num_hidden_layers),
-        tokenizer_sha256=digest_of_json(
-            {
-                "vocabulary": tokenizer.get_vocab(),
-                "bos": tokenizer.bos_token_id,
-                "eos": tokenizer.eos_token_id,
-                "probe": tokenizer(_PROBE, add_special_tokens=False)["input_ids"],
-            }
-        ),
+        tokenizer_sha256=tokenizer_digest(tokenizer),
         embedding_sha256=_digest_of_tensor(model.get_input_embeddings().weight),
         weights_sha256=digest_of_json(
             [[key, list(tensor.shape), _digest_of_tensor(_sample(tensor))] for key, tensor in _weights(model)]

@@ -1,0 +1,350 @@
+"""The General DoD: Super-NaturalInstructions, English tasks as (input, output) pairs (paper section A.7).
+
+Steps: the benchmark's lists say which tasks are used and on which side; English tasks only; every output of an instance
+becomes a pair of its own; empty, repeated and too long pairs go; small tasks go; of the rest some pairs are drawn. The
+result depends neither on the order of the files nor on that of the instances. What is drawn of
+a task is decided in `general_pairs.py`; the readers are in `general_layouts.py` and `general_sources.py`.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+from softprompt_registry.base_models import tokenizer_digest
+from softprompt_registry.config import flatten
+from softprompt_registry.dod.files import MAX_PROBLEMS, seed_of
+from softprompt_registry.dod.general_layouts import open_source
+from softprompt_registry.dod.general_pairs import COUNTS, PairDraw, TokenCounter
+from softprompt_registry.dod.general_sources import (
+    LANGUAGE_KEYS,
+    DamagedTask,
+    Source,
+    SourceTask,
+    SplitLists,
+    TaskFacts,
+    read_split_lists,
+)
+from softprompt_registry.dod.store import dod_written_whole, require_free
+from softprompt_registry.dod.task import TASK_SPLITS, Pair, Task, TaskSplit, assign_pair_splits
+from softprompt_registry.errors import ConfigError, DataError
+from softprompt_registry.recording import NullRecorder, Recorder
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class GeneralConfig:
+    """How Super-NaturalInstructions becomes a DoD."""
+
+    max_tokens: int | None = 400
+    """Drop pairs with more tokens than this in input and output together, by the base model's tokenizer and without
+    special tokens; None keeps all (section A.7)."""
+    min_pairs: int = 500
+    """Drop tasks with fewer pairs left than this (section A.7)."""
+    max_pairs_per_task: int | None = 500
+    """Draw at most this many pairs of each task by `seed`; None keeps all, a whole task in memory at a time."""
+    pair_shares: tuple[float, float, float] = (0.8, 0.1, 0.1)
+    """Shares of train, validation and test pairs in a task."""
+    language: str | None = "English"
+    """Keep tasks whose input, output and instruction are all in this language alone; None keeps all. Flat and Hub copies
+    do not tell languages and are not filtered: there the lists decide."""
+    split_lists: str | None = None
+    """Folder with the benchmark's train_tasks.txt, test_tasks.txt and excluded_tasks.txt; None takes what the source says
+    itself, or the lists beside it."""
+    unlisted_to_train: bool = False
+    """Use tasks that are on no list as train tasks, instead of leaving them out."""
+    strict: bool = False
+    """Refuse a source with damaged tasks or lines, instead of leaving those out."""
+    seed: int = 0
+    """Seed of every draw; it is combined with the task's name, so tasks do not depend on each other."""
+
+    def __post_init__(self) -> None:
+        for name, least in (("max_tokens", 1), ("min_pairs", 1), ("max_pairs_per_task", 1)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                off = "" if name == "min_pairs" else ", or null for no limit"
+                raise ConfigError(
+                    f"reading the config of a General DoD: {name} is {value}; expected {least} or more{off}. Correct it."
+                )
+        shares = self.pair_shares
+        if len(shares) != 3 or min(shares) < 0 or not 0.999 < sum(shares) < 1.001:
+            raise ConfigError(
+                f"reading the config of a General DoD: pair_shares are {list(shares)}; expected three numbers >= 0 that "
+                "add up to 1. Correct them."
+            )
+
+
+TaskStatus = Literal["kept", "excluded", "unlisted", "other language", "too few pairs", "damaged"]
+
+
+@dataclass(frozen=True)
+class TaskRow:
+    """What became of one task. A task that is excluded, unlisted or damaged has no counts."""
+
+    name: str
+    split: str
+    """train or test; empty when no list says."""
+    status: TaskStatus
+    reason: str = ""
+    """Why it is not kept."""
+    instances: int = 0
+    bad_instances: int = 0
+    """Instances whose input is no text, or whose output is neither a text nor a list of texts."""
+    pairs: int = 0
+    """After unwinding; each of them is counted in exactly one of the next four."""
+    empty: int = 0
+    duplicates: int = 0
+    too_long: int = 0
+    available: int = 0
+    drawn: int = 0
+
+    @property
+    def kept(self) -> bool:
+        return self.status == "kept"
+
+
+@dataclass(frozen=True)
+class GeneralReport:
+    """What a build made of a source."""
+
+    path: Path
+    digest: str
+    layout: str
+    rows: tuple[TaskRow, ...]
+    """Every task that was found, by name."""
+    skipped: Mapping[str, str]
+    """File → why it, or some of its lines, was left out."""
+
+    def totals(self) -> dict[str, int]:
+        """Tasks by what became of them, and the counts of all tasks together."""
+        return _totals(self.rows, self.skipped)
+
+    def table(self) -> dict[str, list[Any]]:
+        """The rows as columns, for `Recorder.table` and for printing."""
+        return {each.name: [getattr(row, each.name) for row in self.rows] for each in fields(TaskRow)}
+
+
+def build_dod_general(
+    source: Path | str,
+    out: Path,
+    *,
+    tokenizer: PreTrainedTokenizerBase,
+    config: GeneralConfig | None = None,
+    overwrite: bool = False,
+    recorder: Recorder | None = None,
+) -> GeneralReport:
+    """Build the General DoD `out`, whole or not at all.
+
+    A damaged task is left out whole and named in the report, and the build goes on. Memory stays at one task's drawn
+    pairs and some 100 bytes for each pair of the task that is read.
+
+    Args:
+        source: a folder with the benchmark's repository (tasks/*.json, splits/default/), a flat copy (tasks.jsonl,
+            pairs.jsonl, each also with .gz) or a Hub copy (JSON Lines or Parquet); or `hub:NAME[@revision]`, `hub` for
+            the usual one, which is read from the Hub as it comes and needs the extra `hub`.
+        out: the DoD to write; its folder is made where missing.
+        tokenizer: the base model's, to count tokens.
+        config: see `GeneralConfig`.
+        overwrite: replace `out` if it exists.
+        recorder: is told the progress.
+
+    Raises:
+        DataError: `out` exists, the source is in none of the layouts or has no task to keep, or, with `strict`, something
+            in it is damaged.
+    """
+    config = config or GeneralConfig()
+    recorder = recorder or NullRecorder()
+    doing = f"building the General DoD from {str(source)!r}"
+    require_free(out, doing, overwrite=overwrite)  # before minutes are spent on reading
+    sides = _Sides(config)
+    counter = TokenCounter(tokenizer, config.max_tokens)
+    rows: list[TaskRow] = []
+    with (
+        dod_written_whole(out, doing, overwrite=overwrite) as store,
+        open_source(source, recorder, keep=sides.keep) as opened,
+        recorder.progress("General DoD", opened.num_tasks) as bar,
+    ):
+        sides.require_lists(opened, doing)
+        for found in opened.tasks:
+            row, task = _build_task(found, sides.side_of(found.name, found.side, opened.lists), counter, config)
+            if task is not None:
+                store.add_task(task)
+            if row.status == "damaged":
+                opened.skipped[_place(found)] = row.reason
+            _refuse_damage(opened.skipped, config, doing, least=MAX_PROBLEMS)
+            rows.append(row)
+            bar.advance(note=row.name)
+        _refuse_damage(opened.skipped, config, doing, least=1)
+        rows.sort(key=lambda row: row.name)
+        report = GeneralReport(out, store.digest, opened.layout, tuple(rows), dict(sorted(opened.skipped.items())))
+        _require_tasks(report, doing)
+        store.set_metadata("build", _build_record(report, opened, sides, tokenizer, config))
+    return report
+
+
+def _place(found: SourceTask) -> str:
+    """Where a damaged task lies: its file, and its name if the file holds others too."""
+    return found.file if found.file == f"{found.name}.json" else f"{found.file}, task {found.name!r}"
+
+
+class _Sides:
+    """On which side of the benchmark a task is."""
+
+    def __init__(self, config: GeneralConfig) -> None:
+        self._unlisted = "train" if config.unlisted_to_train else None
+        self.lists: SplitLists | None = None
+        """The lists that the config names."""
+        if config.split_lists is not None:
+            self.lists = read_split_lists(Path(config.split_lists))
+            if self.lists is None:
+                raise DataError(
+                    f"reading the benchmark's lists in {config.split_lists!r}: found neither 'train_tasks.txt' nor "
+                    "'test_tasks.txt'; expected at least one of them. Correct split_lists."
+                )
+
+    def side_of(self, name: str, told: str | None, beside: SplitLists | None) -> str | None:
+        """The config's lists come first, then what the source tells of the task, then the lists beside it."""
+        if self.lists is not None:
+            return self.lists.side_of(name) or self._unlisted
+        return told or (beside.side_of(name) if beside else None) or self._unlisted
+
+    def keep(self, name: str, told: str | None, beside: SplitLists | None) -> bool:
+        return self.side_of(name, told, beside) not in (None, "excluded")
+
+    def require_lists(self, source: Source, doing: str) -> None:
+        if source.layout == "repository" and not (self.lists or source.lists or self._unlisted):
+            raise DataError(
+                f"{doing}: found task files but no lists; expected the benchmark's train_tasks.txt and test_tasks.txt in "
+                "splits/default/ or beside the task files. Add them, name their folder in split_lists, or set "
+                "unlisted_to_train to use every task for training."
+            )
+
+
+def _build_task(
+    found: SourceTask, side: str | None, counter: TokenCounter, config: GeneralConfig
+) -> tuple[TaskRow, Task | None]:
+    """What becomes of a task, and the task if it is kept."""
+    if side is None:
+        return TaskRow(found.name, "", "unlisted", "on none of the benchmark's lists"), None
+    if side == "excluded":
+        return TaskRow(found.name, "", "excluded", "excluded by the benchmark"), None
+    row = TaskRow(found.name, side, "kept")
+    pairs = PairDraw(
+        found.name, counter, max_tokens=config.max_tokens, max_pairs=config.max_pairs_per_task, seed=config.seed
+    )
+    try:
+        if side not in TASK_SPLITS:
+            row = replace(row, split="")
+            raise DamagedTask(f"the split is {side!r}, not train, test or excluded")
+        facts = found.read(pairs.add)
+        other = _other_language(facts, config.language)
+        drawn = pairs.drawn()
+        row = replace(row, **pairs.counts)
+        if other:
+            return replace(row, status="other language", reason=other, drawn=0), None
+        if pairs.counts["available"] < config.min_pairs:
+            reason = f"{pairs.counts['available']} pairs, fewer than {config.min_pairs}"
+            return replace(row, status="too few pairs", reason=reason, drawn=0), None
+        return row, _task_of(found.name, cast(TaskSplit, side), facts, drawn, config)
+    except DamagedTask as error:
+        return TaskRow(found.name, row.split, "damaged", str(error)), None
+
+
+def _task_of(name: str, side: TaskSplit, facts: TaskFacts, drawn: list[Pair], config: GeneralConfig) -> Task:
+    # Paper: pairs are split 90/10 inside a task. We hold test pairs back as well, so that a soft prompt is measured on
+    # pairs that did not stop its tuning.
+    splits = assign_pair_splits(len(drawn), config.pair_shares, seed_of("splits", config.seed, name))
+    try:
+        return Task(
+            name=name,
+            kind="generation",  # as in the paper, also where the outputs are a handful of labels
+            split=side,
+            hard_prompts=facts.definitions,
+            source=facts.source,
+            pairs=tuple(replace(pair, split=split) for pair, split in zip(drawn, splits, strict=True)),
+        )
+    except DataError as error:  # a name that a DoD cannot have
+        raise DamagedTask(str(error)) from error
+
+
+def _other_language(facts: TaskFacts, language: str | None) -> str:
+    """Which other languages a task has; empty if it is all in `language`."""
+    if language is None or facts.languages is None:
+        return ""
+    missing = [key for key in LANGUAGE_KEYS if key not in facts.languages]
+    if missing:
+        raise DamagedTask(f"there is no {missing[0]!r}")
+    others = {key: names for key, names in facts.languages.items() if set(names) != {language}}
+    return ", ".join(f"{key} {list(names)}" for key, names in others.items())
+
+
+def _refuse_damage(skipped: Mapping[str, str], config: GeneralConfig, doing: str, *, least: int) -> None:
+    """With `strict`, stop as soon as there are `least` places that cannot be used."""
+    if not config.strict or len(skipped) < least:
+        return
+    lines = "\n".join(f"  {place}: {reason}" for place, reason in sorted(skipped.items())[:MAX_PROBLEMS])
+    raise DataError(
+        f"{doing}: nothing was written because of {len(skipped)} damaged place{'s' if len(skipped) > 1 else ''}; expected "
+        f"none with strict. Fetch these again, or turn strict off to leave them out:\n{lines}"
+    )
+
+
+def _require_tasks(report: GeneralReport, doing: str) -> None:
+    if any(row.kept for row in report.rows):
+        return
+    found = Counter(row.status for row in report.rows)
+    lines = "".join(f"\n  {place}: {reason}" for place, reason in list(report.skipped.items())[:MAX_PROBLEMS])
+    raise DataError(
+        f"{doing}: found {len(report.rows)} tasks and none to keep ({dict(found)}); expected at least one. Correct the "
+        f"source, its lists, or min_pairs and max_tokens.{lines}"
+    )
+
+
+def _totals(rows: Iterable[TaskRow], skipped: Mapping[str, str]) -> dict[str, int]:
+    rows = list(rows)
+    statuses = Counter(row.status for row in rows)
+    return {
+        "tasks": len(rows),
+        "train_tasks": sum(row.kept and row.split == "train" for row in rows),
+        "test_tasks": sum(row.kept and row.split == "test" for row in rows),
+        **{f"{status.replace(' ', '_')}_tasks": statuses[status] for status in NOT_KEPT},
+        "skipped_places": len(skipped),
+        **{count: sum(getattr(row, count) for row in rows) for count in COUNTS},
+    }
+
+
+NOT_KEPT: tuple[TaskStatus, ...] = ("excluded", "unlisted", "other language", "too few pairs", "damaged")
+
+
+def _build_record(
+    report: GeneralReport,
+    source: Source,
+    sides: _Sides,
+    tokenizer: PreTrainedTokenizerBase,
+    config: GeneralConfig,
+) -> dict[str, Any]:
+    """What the DoD's metadata keep of the build; no path of this machine."""
+    settings = flatten(config)
+    if config.split_lists is not None:
+        settings["split_lists"] = Path(config.split_lists).resolve().name
+    lists = sides.lists or source.lists
+    return {
+        "builder": "general",
+        "settings": settings,
+        "layout": source.layout,
+        "source": source.name,
+        "split_lists_sha256": lists.digest if lists else None,
+        "tokenizer": _tokenizer_identity(tokenizer),
+        "totals": report.totals(),
+    }
+
+
+def _tokenizer_identity(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
+    """A folder's name stands without its path."""
+    name = str(tokenizer.name_or_path)
+    return {"name": Path(name).name if Path(name).is_dir() else name, "sha256": tokenizer_digest(tokenizer)}

@@ -1,0 +1,965 @@
+"""The General DoD: exactly the right pairs from three layouts, damage named and left out, flat memory."""
+
+from __future__ import annotations
+
+import gzip
+import itertools
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from task_files import jsonl_bytes, parquet_bytes
+from tiny_llm import tiny_base_model, tiny_tokenizer
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from softprompt_registry.dod import general_sources
+from softprompt_registry.dod.general import GeneralConfig, GeneralReport, TaskRow, build_dod_general
+from softprompt_registry.dod.general_sources import DamagedTask, _read_task_file
+from softprompt_registry.dod.store import DodStore
+from softprompt_registry.dod.task import Task
+from softprompt_registry.errors import ConfigError, DataError
+from softprompt_registry.recording import NullRecorder
+
+SHARED = Path(__file__).parents[2] / "shared" / "data" / "super_natural"
+needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="the benchmark's flat copy is not beside the project")
+SMALL = GeneralConfig(min_pairs=1)
+ENGLISH = {key: ["English"] for key in ("Input_language", "Output_language", "Instruction_language")}
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    return tiny_tokenizer()
+
+
+def raw_task(instances: Any, definition: Any = "Do it.", **other: Any) -> dict[str, Any]:
+    """A task file's object as the repository has it."""
+    examples = [{"input": "example", "output": "no pair", "explanation": "because"}]
+    return {
+        "Contributors": ["somebody"],
+        "Source": ["quoref"],
+        "Categories": ["Question Generation"],
+        "Definition": definition,
+        **ENGLISH,
+        "Domains": ["Wikipedia"],
+        "Positive Examples": examples,
+        "Negative Examples": [],
+        "Instances": instances,
+        "Instance License": ["CC BY 4.0"],
+        **other,
+    }
+
+
+def instance(text: Any, *outputs: Any) -> dict[str, Any]:
+    return {"id": f"task-{text!s:.8}", "input": text, "output": list(outputs)}
+
+
+def numbered(count: int, word: str = "text") -> list[dict[str, Any]]:
+    return [instance(f"{word} {number}", f"answer {number}") for number in range(count)]
+
+
+def write_repository(
+    folder: Path,
+    files: Mapping[str, Any],
+    *,
+    test: Sequence[str] = (),
+    excluded: Sequence[str] = (),
+    unlisted: Sequence[str] = (),
+) -> Path:
+    """A copy of the repository; values are a task's object or the bytes of its file. What is on no list is for training."""
+    (folder / "tasks").mkdir(parents=True)
+    for name, content in files.items():
+        data = content if isinstance(content, bytes) else json.dumps(content, indent=4).encode()
+        (folder / "tasks" / f"{name}.json").write_bytes(data)
+    splits = folder / "splits" / "default"
+    splits.mkdir(parents=True)
+    train = [name for name in files if name not in {*test, *excluded, *unlisted}]
+    for side, names in (("train", train), ("test", test), ("excluded", excluded)):
+        (splits / f"{side}_tasks.txt").write_text("".join(f"{name}\n" for name in names))
+    return folder
+
+
+def build(
+    source: Path | str,
+    tokenizer: PreTrainedTokenizerFast,
+    config: GeneralConfig = SMALL,
+    out: Path | None = None,
+) -> tuple[GeneralReport, dict[str, Task]]:
+    out = out or Path(source) / "out.dod"
+    report = build_dod_general(source, out, tokenizer=tokenizer, config=config, overwrite=True)
+    with DodStore.open(out) as store:
+        assert store.digest == report.digest
+        assert store.metadata()["build"]["totals"] == report.totals()
+        tasks = {task.name: task for task in store.tasks()}
+    for row in report.rows:
+        assert row.pairs == row.empty + row.duplicates + row.too_long + row.available
+        assert row.drawn == (len(tasks[row.name].pairs) if row.kept else 0)
+    return report, tasks
+
+
+def pairs_of(task: Task) -> set[tuple[str, str, int | None]]:
+    assert len({(pair.input, pair.output) for pair in task.pairs}) == len(task.pairs)
+    return {(pair.input, pair.output, pair.num_tokens) for pair in task.pairs}
+
+
+# The pairs
+
+ODD_INSTANCES: list[Any] = [
+    instance("two outputs", "one", "two"),
+    {"id": "1", "input": "plain string", "output": "yes"},
+    {"id": "2", "input": "no id needed", "output": ["ok"]},
+    instance("two outputs", "one"),  # the second time
+    instance("same twice inside", "x", "x"),
+    instance("empty output", "", " \n"),
+    instance("  ", "empty input"),
+    instance("é" * 150, "a" * 100),  # 300 bytes and 100: exactly 400 tokens of the byte-level tokenizer
+    instance("é" * 150, "a" * 101),
+    instance("<eos>" * 398, "ok"),  # 1,992 characters, but 400 tokens
+    instance("word " * 200_000, "a 200k-token input"),
+    instance("b" * 1999, "2000 characters are not dropped unseen"),
+    instance(" kept as it is \n", "\tso"),
+    {"id": "3", "output": ["no input"]},
+    {"id": "4", "input": "no output"},
+    {"id": "5", "input": ["a", "list"], "output": ["x"]},
+    {"id": "6", "input": "a number", "output": 3},
+    {"id": "7", "input": "a number among texts", "output": ["x", 3]},
+    {"id": "8", "input": "nothing to learn", "output": []},
+    {"id": "9", "input": "half a pair \ud83d", "output": ["x"]},
+    {"id": "10", "input": "the other half", "output": ["\ude00"]},
+    instance("a whole pair \U0001f600", "x"),
+    "not an object",
+    None,
+]
+ODD_PAIRS = {
+    ("two outputs", "one", 14),
+    ("two outputs", "two", 14),
+    ("plain string", "yes", 15),
+    ("no id needed", "ok", 14),
+    ("same twice inside", "x", 18),
+    ("é" * 150, "a" * 100, 400),
+    ("<eos>" * 398, "ok", 400),
+    (" kept as it is \n", "\tso", 19),
+    ("a whole pair \U0001f600", "x", 18),
+}
+
+
+def test_exactly_the_right_pairs(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    report, tasks = build(write_repository(tmp_path, {"task1_odd": raw_task(ODD_INSTANCES)}), tokenizer)
+    assert pairs_of(tasks["task1_odd"]) == ODD_PAIRS
+    assert report.rows == (
+        TaskRow(
+            name="task1_odd",
+            split="train",
+            status="kept",
+            instances=24,
+            bad_instances=10,
+            pairs=17,
+            empty=3,
+            duplicates=2,
+            too_long=3,
+            available=9,
+            drawn=9,
+        ),
+    )
+    assert report.skipped == {}
+    task = tasks["task1_odd"]
+    assert (task.kind, task.split, task.labels) == ("generation", "train", ())
+    assert task.hard_prompts == ("Do it.",) and task.source == "Super-NaturalInstructions: quoref (CC BY 4.0)"
+
+
+def test_key_order_does_not_matter(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    record = raw_task(ODD_INSTANCES)
+    digests = set()
+    for number in range(4):
+        keys = list(record) if number == 0 else sorted(record, reverse=True)
+        if number > 1:
+            random.Random(number).shuffle(keys)
+        folder = write_repository(tmp_path / str(number), {"t": {key: record[key] for key in keys}})
+        digests.add(build(folder, tokenizer)[0].digest)
+    assert len(digests) == 1
+
+
+def test_definitions(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    texts = {
+        "string": " Do it. \n",
+        "list": ["Do it."],
+        "alternatives": ["Write a headline.", "", "Write a short summary.", "Write a headline. "],
+    }
+    folder = write_repository(tmp_path, {name: raw_task(numbered(3), text) for name, text in texts.items()})
+    _, tasks = build(folder, tokenizer)
+    assert {name: task.hard_prompts for name, task in tasks.items()} == {
+        "string": ("Do it.",),
+        "list": ("Do it.",),
+        "alternatives": ("Write a headline.", "Write a short summary."),
+    }
+    assert tasks["alternatives"].ground_truth == "Write a headline."
+
+
+def test_sides_and_reasons(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    files = {
+        "train": raw_task(numbered(6)),
+        "test": raw_task(numbered(6)),
+        "excluded": raw_task(numbered(6)),
+        "nowhere": raw_task(numbered(6)),
+        "small": raw_task([*numbered(4), *numbered(4)]),
+        "german": raw_task(numbered(6), Output_language=["German"]),
+        "both": raw_task(numbered(6), Input_language=["English", "German"]),
+    }
+    folder = write_repository(tmp_path, files, test=["test"], excluded=["excluded"], unlisted=["nowhere"])
+    report, tasks = build(folder, tokenizer, GeneralConfig(min_pairs=5))
+    assert {name: task.split for name, task in tasks.items()} == {"train": "train", "test": "test"}
+    assert {row.name: (row.split, row.status, row.reason, row.available) for row in report.rows} == {
+        "both": ("train", "other language", "Input_language ['English', 'German']", 6),
+        "excluded": ("", "excluded", "excluded by the benchmark", 0),
+        "german": ("train", "other language", "Output_language ['German']", 6),
+        "nowhere": ("", "unlisted", "on none of the benchmark's lists", 0),
+        "small": ("train", "too few pairs", "4 pairs, fewer than 5", 4),
+        "test": ("test", "kept", "", 6),
+        "train": ("train", "kept", "", 6),
+    }
+    assert report.totals() == {
+        "tasks": 7,
+        "train_tasks": 1,
+        "test_tasks": 1,
+        "excluded_tasks": 1,
+        "unlisted_tasks": 1,
+        "other_language_tasks": 2,
+        "too_few_pairs_tasks": 1,
+        "damaged_tasks": 0,
+        "skipped_places": 0,
+        "instances": 32,
+        "bad_instances": 0,
+        "pairs": 32,
+        "empty": 0,
+        "duplicates": 4,
+        "too_long": 0,
+        "available": 28,
+        "drawn": 12,
+    }
+    columns = report.table()
+    assert columns["name"] == sorted(files) and columns["status"][0] == "other language"
+    assert {len(column) for column in columns.values()} == {7}
+
+    _, tasks = build(folder, tokenizer, GeneralConfig(min_pairs=5, unlisted_to_train=True, language=None))
+    assert sorted(tasks) == ["both", "german", "nowhere", "test", "train"]
+
+
+def test_lists_of_the_config_and_beside_the_files(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    folder = write_repository(tmp_path / "in", {"a": raw_task(numbered(3)), "b": raw_task(numbered(3))}, test=["b"])
+    own = tmp_path / "my lists"
+    own.mkdir()
+    (own / "train_tasks.txt").write_bytes(b"\xef\xbb\xbfb.json\r\n\r\n")
+    (own / "test_tasks.txt").write_bytes(b"a")
+    config = GeneralConfig(min_pairs=1, split_lists=str(own))
+    report, tasks = build(folder, tokenizer, config)
+    assert {name: task.split for name, task in tasks.items()} == {"a": "test", "b": "train"}
+    with DodStore.open(report.path) as store:
+        record = store.metadata()["build"]
+    assert record["settings"]["split_lists"] == "my lists" and str(tmp_path) not in json.dumps(record)
+
+    # The folder of the task files itself is a source too; its lists lie beside the files or in the repository above.
+    _, tasks = build(folder / "tasks", tokenizer, out=tmp_path / "x.dod")
+    assert {name: task.split for name, task in tasks.items()} == {"a": "train", "b": "test"}
+    for file in own.iterdir():
+        file.rename(folder / "tasks" / file.name)
+    _, tasks = build(folder / "tasks", tokenizer, out=tmp_path / "x.dod")
+    assert {name: task.split for name, task in tasks.items()} == {"a": "test", "b": "train"}
+
+
+def test_wrong_lists(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    folder = write_repository(tmp_path / "in", {"a": raw_task(numbered(3))}, test=["a"])
+    lists = folder / "splits" / "default"
+    (lists / "train_tasks.txt").write_text("a\n")
+    with pytest.raises(
+        DataError, match=r"found \['a'\] on the train list and on the test list; expected each task on one"
+    ):
+        build(folder, tokenizer)
+    (lists / "train_tasks.txt").write_bytes(b"\xff")
+    with pytest.raises(DataError, match=r"train_tasks.txt': found a file that cannot be read .* Fetch the list again"):
+        build(folder, tokenizer)
+    for file in lists.iterdir():
+        file.unlink()
+    with pytest.raises(DataError, match="found task files but no lists; expected .*, or set unlisted_to_train"):
+        build(folder, tokenizer)
+    with pytest.raises(DataError, match="found neither 'train_tasks.txt' nor 'test_tasks.txt'"):
+        build(folder, tokenizer, GeneralConfig(split_lists=str(lists)))
+    _, tasks = build(folder, tokenizer, GeneralConfig(min_pairs=1, unlisted_to_train=True))
+    assert tasks["a"].split == "train"
+
+
+# Token counts
+
+
+def word_tokenizer() -> PreTrainedTokenizerFast:
+    """Drops white space, and has one token for any unknown word: characters say nothing about tokens."""
+    tokenizer = Tokenizer(models.WordLevel(vocab={"<unk>": 0, "a": 1}, unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>")
+
+
+def test_tokenizers_whose_tokens_have_no_longest_one(tmp_path: Path) -> None:
+    instances = [
+        instance("a" + " " * 100_000 + "a", "x" * 100_000),  # 3 tokens
+        instance("a " * 399, "a"),
+        instance("a " * 400, "a"),
+        instance("a " * 200_000, "a"),
+    ]
+    report, tasks = build(write_repository(tmp_path, {"t": raw_task(instances)}), word_tokenizer())
+    assert sorted(pair.num_tokens or 0 for pair in tasks["t"].pairs) == [3, 400]
+    assert report.rows[0].too_long == 2
+
+
+def test_bytes_that_the_vocabulary_lacks(tmp_path: Path) -> None:
+    """The model drops them without a token, so that they may be any number."""
+    whole = tiny_tokenizer().get_vocab()
+    kept = {token: index for token, index in whole.items() if token != "\u0104"}  # how byte-level BPE writes byte 4
+    assert len(kept) == len(whole) - 1
+    tokenizer = Tokenizer(models.BPE(vocab=kept, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    instances = [instance("\x04" * 100_000 + "a", "b"), instance("\x04" * 100_000 + "a" * 400, "b")]
+    folder = write_repository(tmp_path, {"t": raw_task(instances)})
+    _, tasks = build(folder, PreTrainedTokenizerFast(tokenizer_object=tokenizer))
+    assert [pair.num_tokens for pair in tasks["t"].pairs] == [2]
+
+
+def test_no_limit_on_tokens(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    folder = write_repository(tmp_path, {"t": raw_task([instance("a" * 5000, "b"), instance("c", "d")])})
+    _, tasks = build(folder, tokenizer, GeneralConfig(min_pairs=1, max_tokens=None))
+    assert sorted(pair.num_tokens or 0 for pair in tasks["t"].pairs) == [2, 5001]
+
+
+def test_a_huge_input_is_dropped_without_being_tokenized(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    instances = [instance(f"{number} " + "long " * 400_000, "x") for number in range(20)]
+    folder = write_repository(tmp_path, {"t": raw_task([*instances, *numbered(3)])})
+    started = time.monotonic()
+    report, _ = build(folder, tokenizer)
+    assert report.rows[0].too_long == 20
+    assert time.monotonic() - started < 5  # tokenizing these 40 MB takes some 20 s
+
+
+# Draws and order
+
+
+def test_draw_is_of_the_right_size_and_by_seed(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    files = {"one": raw_task(numbered(60)), "two": raw_task(numbered(60)), "few": raw_task(numbered(10))}
+    folder = write_repository(tmp_path, files)
+    config = GeneralConfig(min_pairs=10, max_pairs_per_task=20)
+    report, tasks = build(folder, tokenizer, config)
+    assert {row.name: (row.available, row.drawn) for row in report.rows} == {
+        "few": (10, 10),
+        "one": (60, 20),
+        "two": (60, 20),
+    }
+    assert Counter(pair.split for pair in tasks["one"].pairs) == {"train": 16, "validation": 2, "test": 2}
+    assert pairs_of(tasks["one"]) != pairs_of(tasks["two"])
+    assert build(folder, tokenizer, config)[1] == tasks
+    _, other = build(folder, tokenizer, GeneralConfig(min_pairs=10, max_pairs_per_task=20, seed=1))
+    assert pairs_of(other["one"]) != pairs_of(tasks["one"])
+    _, everything = build(folder, tokenizer, GeneralConfig(min_pairs=10, max_pairs_per_task=None))
+    assert len(everything["one"].pairs) == 60 and pairs_of(tasks["one"]) < pairs_of(everything["one"])
+    _, halves = build(folder, tokenizer, GeneralConfig(min_pairs=10, pair_shares=(0.9, 0.1, 0.0)))
+    assert Counter(pair.split for pair in halves["one"].pairs) == {"train": 54, "validation": 6}
+
+
+def test_draw_is_fair(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Each of 50 pairs is drawn about as often as the others over 60 tasks with the same pairs."""
+    folder = write_repository(tmp_path, {f"t{number}": raw_task(numbered(50)) for number in range(60)})
+    _, tasks = build(folder, tokenizer, GeneralConfig(min_pairs=1, max_pairs_per_task=10))
+    counts = Counter(pair.input for task in tasks.values() for pair in task.pairs)
+    assert len(counts) == 50 and all(2 <= count <= 26 for count in counts.values())  # 12 on average, deviation 3.1
+
+
+def test_order_of_files_and_instances_does_not_matter(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    config = GeneralConfig(min_pairs=1, max_pairs_per_task=25)
+    names = [f"t{number}" for number in range(5)]
+    reports = []
+    for turn in range(3):
+        generator = random.Random(turn)
+        order = generator.sample(names, len(names))
+        files = {
+            name: raw_task(generator.sample(instances := [*numbered(40, name), *ODD_INSTANCES], len(instances)))
+            for name in order
+        }
+        reports.append(build(write_repository(tmp_path / str(turn), files, test=["t3"]), tokenizer, config))
+    assert len({report.digest for report, _ in reports}) == 1
+    assert reports[0][1] == reports[1][1] == reports[2][1]  # the stored order and the splits too
+    assert reports[0][0].rows == reports[2][0].rows
+
+
+# Damage
+
+
+def test_every_damaged_file_is_named_with_its_reason(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    good = raw_task(numbered(5))
+    whole = json.dumps(good).encode()
+    without = {key: {name: value for name, value in good.items() if name != key} for key in good}
+    files: dict[str, Any] = {
+        "good": good,
+        "bom": b"\xef\xbb\xbf" + whole,
+        "broken": b'{"Definition": "Do it.", "Instances": [{"input" "x"}]}',
+        "cut": json.dumps(raw_task(numbered(200))).encode()[:9000],
+        "cut_in_a_letter": json.dumps(raw_task([instance("é", "x")]), ensure_ascii=False)
+        .encode()
+        .partition(b"\xa9")[0],
+        "followed": whole + b" {}",
+        "empty": b"",
+        "list": b"[1, 2]",
+        "latin": json.dumps(raw_task([instance("caf\xe9", "x")]), ensure_ascii=False).encode("latin-1"),
+        "utf16": json.dumps(good).encode("utf-16"),
+        "nested": b'{"Instances": ' + b"[" * 100_000 + b"]" * 100_000 + b"}",
+        "twice": b'{"Definition": "a", "Definition": "b"}',
+        "no_definition": without["Definition"],
+        "no_instances": without["Instances"],
+        "no_language": without["Output_language"],
+        "language_number": {**good, "Input_language": 1},
+        "instances_object": {**good, "Instances": {"input": "x", "output": "y"}},
+        "instances_text": {**good, "Instances": "x"},
+        "blank_definition": {**good, "Definition": ["", "  "]},
+        "definition_number": {**good, "Definition": 5},
+        "definition_mixed": {**good, "Definition": ["a", None]},
+        "no#name": good,
+    }
+    folder = write_repository(tmp_path, files)
+    (folder / "tasks" / "folder.json").mkdir()
+    (folder / "tasks" / "gone.json").symlink_to(tmp_path / "nowhere")
+    (folder / "tasks" / ".hidden.json").write_text("left alone")
+    (folder / "tasks" / "README.md").write_text("left alone")
+    report, tasks = build(folder, tokenizer)
+    assert sorted(tasks) == ["bom", "good"]
+    skipped = dict(report.skipped)
+    assert skipped.pop("broken.json").startswith("broken JSON (")
+    assert skipped.pop("followed.json").startswith("broken JSON (")
+    assert skipped.pop("no#name.json").startswith("reading a task: its name is 'no#name'")
+    assert skipped == {
+        "cut.json": "the JSON breaks off before its end",
+        "cut_in_a_letter.json": "the JSON breaks off before its end",
+        "empty.json": "the file is empty",
+        "list.json": "the file holds a list, not an object",
+        "latin.json": "the file is not UTF-8",
+        "utf16.json": "the file is not UTF-8",
+        "nested.json": "broken JSON (nested too deeply)",
+        "twice.json": "the key 'Definition' stands there twice",
+        "no_definition.json": "there is no 'Definition'",
+        "no_instances.json": "there is no 'Instances'",
+        "no_language.json": "there is no 'Output_language'",
+        "language_number.json": "'Input_language' is a number, not a list of strings",
+        "instances_object.json": "'Instances' is an object, not a list",
+        "instances_text.json": "'Instances' is a string, not a list",
+        "blank_definition.json": "'Definition' is empty",
+        "definition_number.json": "'Definition' is a number, not a string or a list of strings",
+        "definition_mixed.json": "'Definition' is a list, not a string or a list of strings",
+        "folder.json": "not a file",
+        "gone.json": "not a file",
+    }
+    damaged = [row for row in report.rows if row.status == "damaged"]
+    assert len(damaged) == 20 and all(row.reason == report.skipped[f"{row.name}.json"] for row in damaged)
+    assert all(row.pairs == row.drawn == 0 for row in damaged)  # nothing of half a file
+    _, tasks = build(folder, tokenizer, GeneralConfig(min_pairs=1, language=None))
+    assert sorted(tasks) == ["bom", "good", "no_language"]
+
+    with pytest.raises(DataError) as error:
+        build(folder, tokenizer, GeneralConfig(min_pairs=1, strict=True), tmp_path / "strict.dod")
+    head, *lines = str(error.value).split("\n")
+    assert head.startswith(f"building the General DoD from {str(folder)!r}: nothing was written because of 20 damaged ")
+    assert len(lines) == 20 and "  cut.json: the JSON breaks off before its end" in lines
+    assert not list(tmp_path.glob("*strict.dod*"))
+
+
+def test_strict_refuses_few_damaged_files_and_takes_bad_instances(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    folder = write_repository(tmp_path, {"a": raw_task(ODD_INSTANCES), "b": b""})
+    strict = GeneralConfig(min_pairs=1, strict=True)
+    with pytest.raises(
+        DataError, match=r"because of 1 damaged place; expected none with strict(.|\n)*\n  b.json: the file is"
+    ):
+        build(folder, tokenizer, strict)
+    (folder / "tasks" / "b.json").unlink()
+    assert build(folder, tokenizer, strict)[0].rows[0].bad_instances == 10
+
+
+def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
+    with pytest.raises(DamagedTask, match=r"^the file cannot be read \(No such file or directory\)$"):
+        _read_task_file(tmp_path / "gone meanwhile.json", lambda text, outputs: None)
+
+
+def test_halves_of_surrogate_pairs_across_blocks(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pairs and halves are told apart wherever the blocks that the file is read in end."""
+    monkeypatch.setattr(general_sources, "_BLOCK", 40)
+    texts = {"pair": rb"\ud83d\ude00", "pairs": rb"\uD83D\uDE00\ud83d\ude00", "first": rb"\ud83d"}
+    texts |= {"second": rb"\ude00", "swapped": rb"\ude00\ud83d", "second after pair": rb"\ud83d\ude00\ude00"}
+    head = json.dumps({"Definition": "d", **ENGLISH}).encode()[:-1]
+    files = {
+        f"{name} {pad}": head + b', "Instances": [' + b" " * pad + b'{"output": "x", "input": "' + text + b'"}]}'
+        for name, text in texts.items()
+        for pad in range(40)
+    }
+    for name, content in files.items():
+        (tmp_path / f"{name}.json").write_bytes(content)
+        with (tmp_path / f"{name}.json").open("rb") as file:
+            assert general_sources._has_lone_surrogate(file) is not name.startswith("pair"), name
+    report, _ = build(tmp_path, tokenizer, GeneralConfig(min_pairs=1, unlisted_to_train=True))
+    assert {row.name for row in report.rows if row.kept} == {name for name in files if name.startswith("pair")}
+    assert {row.bad_instances for row in report.rows if not row.kept} == {1}
+
+
+# The other layouts
+
+
+def write_flat(
+    folder: Path, tasks: Iterable[Mapping[str, Any]], pairs: Iterable[Mapping[str, Any]], gz: bool = True
+) -> Path:
+    folder.mkdir(parents=True)
+    for name, rows in (("tasks.jsonl", tasks), ("pairs.jsonl", pairs)):
+        data = jsonl_bytes(list(rows))
+        (folder / (f"{name}.gz" if gz else name)).write_bytes(gzip.compress(data) if gz else data)
+    return folder
+
+
+def flat_task(name: str, split: Any = "train", definition: Any = "Do it.", **other: Any) -> dict[str, Any]:
+    return {
+        "task": name,
+        "split": split,
+        "definition": definition,
+        "definitions_extra": [],
+        "source": ["quoref"],
+        "instance_license": ["CC BY 4.0"],
+        "n_instances": 1,
+        **other,
+    }
+
+
+def flat_pairs(name: str, instances: Iterable[Any]) -> Iterator[dict[str, Any]]:
+    for each in instances:
+        if isinstance(each, dict):
+            yield {"task": name, **{key: each[key] for key in ("input", "output") if key in each}}
+
+
+@pytest.mark.parametrize("gz", [True, False])
+def test_flat_copy_gives_the_same_dod(tmp_path: Path, tokenizer: PreTrainedTokenizerFast, gz: bool) -> None:
+    instances = {"a": [*ODD_INSTANCES[:19], *numbered(60)], "b": numbered(30), "c": numbered(3), "d": numbered(30)}
+    config = GeneralConfig(min_pairs=5, max_pairs_per_task=20)
+    extra = ["Do it.", "Or else."]
+    files = {name: raw_task(items, extra if name == "b" else "Do it.") for name, items in instances.items()}
+    folder = write_repository(tmp_path / "in", files, test=["b"], excluded=["d"])
+    report, tasks = build(folder, tokenizer, config)
+
+    sides = {"a": "train", "b": "test", "c": "train", "d": "excluded"}
+    records = [
+        *(flat_task(name, side, definitions_extra=extra[1:] if name == "b" else []) for name, side in sides.items()),
+        flat_task("without pairs"),
+        flat_task("out", "excluded"),
+    ]
+    # A flat copy holds one output in each line.
+    flat_rows = [row for name in "bcda" for row in flat_pairs(name, instances[name])]
+    flat = write_flat(tmp_path / "flat", records, flat_rows, gz)
+    flat_report, flat_result = build(flat, tokenizer, config)
+    assert flat_result == tasks and flat_report.digest == report.digest
+    assert flat_report.layout == "flat"
+    status = {row.name: (row.status, row.reason) for row in flat_report.rows}
+    assert status == {row.name: (row.status, row.reason) for row in report.rows} | {
+        "without pairs": ("too few pairs", "0 pairs, fewer than 5"),
+        "out": ("excluded", "excluded by the benchmark"),
+    }
+
+
+def test_flat_copy_with_scattered_pairs(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    rows = [*flat_pairs("a", numbered(2)), *flat_pairs("b", numbered(1)), *flat_pairs("a", numbered(1))]
+    flat = write_flat(tmp_path / "flat", [flat_task("a"), flat_task("b")], rows)
+    with pytest.raises(
+        DataError, match="line 4 has a pair of task 'a', whose pairs ended further up; expected .* Sort the file"
+    ):
+        build(flat, tokenizer)
+    assert not list(flat.glob("*out.dod*"))
+
+
+def test_damaged_flat_copy(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    records = [
+        flat_task("good"),
+        flat_task("none", definition=None),
+        flat_task("blank", definition=" "),
+        flat_task("side", "validation"),
+        flat_task("good", "test"),
+        {"name": "x"},
+    ]
+    names = ("good", "none", "blank", "side", "stranger")
+    rows = [row for name in names for row in flat_pairs(name, numbered(3))]
+    flat = write_flat(tmp_path / "flat", records, rows, gz=False)
+    path = flat / "pairs.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join([*lines[:2], b"{broken\n", b"[1]\n", *lines[2:]]))
+    lists = tmp_path / "lists"
+    lists.mkdir()
+    report, tasks = build(flat, tokenizer)
+    assert list(tasks) == ["good"] and len(tasks["good"].pairs) == 3
+    assert report.skipped["pairs.jsonl"].startswith("2 lines left out, the first is line 3: broken JSON")
+    assert {place: reason for place, reason in report.skipped.items() if place != "pairs.jsonl"} == {
+        "tasks.jsonl": "2 lines left out, the first is line 5: a second record for 'good'",
+        "pairs.jsonl, task 'none'": "there is no 'definition'",
+        "pairs.jsonl, task 'blank'": "'definition' is empty",
+        "pairs.jsonl, task 'side'": "the split is 'validation', not train, test or excluded",
+    }
+    assert {row.name: row.status for row in report.rows}["stranger"] == "unlisted"
+    (lists / "train_tasks.txt").write_text("good\nstranger\n")
+    report, _ = build(flat, tokenizer, GeneralConfig(min_pairs=1, split_lists=str(lists)))
+    assert report.skipped["pairs.jsonl, task 'stranger'"] == "the tasks' file has no record for it"
+
+
+@pytest.mark.parametrize("name", ["tasks.jsonl.gz", "pairs.jsonl.gz"])
+def test_flat_copy_that_breaks_off(tmp_path: Path, tokenizer: PreTrainedTokenizerFast, name: str) -> None:
+    records = [flat_task("a", definition="x" * 2000), flat_task("b")]
+    rows = [row for task in "ab" for row in flat_pairs(task, numbered(3000))]
+    flat = write_flat(tmp_path / "flat", records, rows)
+    data = (flat / name).read_bytes()
+    (flat / name).write_bytes(data[: len(data) // 2])
+    with pytest.raises(
+        DataError, match=rf"{name}': line \d+ is the last one that can be reached: .* Fetch the file again"
+    ):
+        build(flat, tokenizer)
+    assert not list(flat.glob("*out.dod*"))
+
+
+def hub_rows(name: str, instances: Iterable[Any], definition: Any = "Do it.") -> Iterator[dict[str, Any]]:
+    for number, each in enumerate(instances):
+        for output in each["output"] if isinstance(each["output"], list) else [each["output"]]:
+            yield {
+                "task_name": name,
+                "id": f"{name}-{number}",
+                "definition": definition,
+                "inputs": each["input"],
+                "targets": output,
+            }
+
+
+def write_hub_copy(folder: Path, sides: Mapping[str, Mapping[str, list[Any]]]) -> Path:
+    for side, tasks in sides.items():
+        (folder / side).mkdir(parents=True)
+        for name, instances in tasks.items():
+            (folder / side / f"{name}_{side}.jsonl").write_bytes(jsonl_bytes(list(hub_rows(name, instances))))
+    return folder
+
+
+TEXT_INSTANCES = [each for each in ODD_INSTANCES[:13] if isinstance(each["input"], str)]
+HUB_TASKS: dict[str, dict[str, list[Any]]] = {
+    "train": {"a": [*TEXT_INSTANCES, *numbered(40)], "small": numbered(3)},
+    "test": {"b": numbered(30)},
+}
+
+
+@pytest.fixture
+def hub_reference(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> tuple[GeneralReport, dict[str, Task]]:
+    files = {name: raw_task(instances) for tasks in HUB_TASKS.values() for name, instances in tasks.items()}
+    folder = write_repository(tmp_path / "reference", files, test=["b"])
+    return build(folder, tokenizer, GeneralConfig(min_pairs=5, max_pairs_per_task=20))
+
+
+def test_hub_copy_gives_the_same_dod(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, hub_reference: tuple[GeneralReport, dict[str, Task]]
+) -> None:
+    config = GeneralConfig(min_pairs=5, max_pairs_per_task=20)
+    report, tasks = hub_reference
+    copy = write_hub_copy(tmp_path / "copy", HUB_TASKS)
+    got, _ = build(copy, tokenizer, config)
+    assert (got.digest, got.layout) == (report.digest, "hub copy")
+    assert {row.name: row.status for row in got.rows} == {row.name: row.status for row in report.rows}
+
+    # One file for each side, as Parquet or as JSON Lines, with the rows of all tasks mixed.
+    for ending, as_bytes in (("parquet", parquet_bytes), ("jsonl", jsonl_bytes)):
+        mixed = tmp_path / ending / "data"
+        mixed.mkdir(parents=True)
+        for side, side_tasks in HUB_TASKS.items():
+            rows = [row for name, instances in side_tasks.items() for row in hub_rows(name, instances)]
+            random.Random(0).shuffle(rows)
+            (mixed / f"{side}-00000-of-00001.{ending}").write_bytes(as_bytes(rows))
+        assert build(mixed.parent, tokenizer, config)[0].digest == report.digest
+
+
+def test_hub_dataset_through_datasets(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, hub_reference: tuple[GeneralReport, dict[str, Task]]
+) -> None:
+    pytest.importorskip("datasets", reason="the extra 'hub' is not installed")
+    copy = write_hub_copy(tmp_path / "copy", HUB_TASKS)
+    config = GeneralConfig(min_pairs=5, max_pairs_per_task=20)
+    report, tasks = build(f"hub:{copy}", tokenizer, config, tmp_path / "x.dod")
+    assert (report.digest, report.layout) == (hub_reference[0].digest, "hub")
+    with DodStore.open(report.path) as store:
+        assert store.metadata()["build"]["source"] == "copy"
+
+
+def test_hub_errors(tmp_path: Path, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("datasets", reason="the extra 'hub' is not installed")
+    out = tmp_path / "x.dod"
+    with pytest.raises(DataError, match=r"Hub dataset 'nobody/nothing@v1': `datasets` could not \(.*use a local copy"):
+        build("hub:nobody/nothing@v1", tokenizer, SMALL, out)
+    monkeypatch.setitem(sys.modules, "datasets", None)  # as if it were not installed
+    with pytest.raises(
+        DataError, match="'Muennighoff/natural-instructions': .* Run `pip install 'softprompt-registry.hub.'`"
+    ):
+        build("hub", tokenizer, SMALL, out)
+    assert not list(tmp_path.glob("*x.dod*"))
+
+
+def test_damaged_hub_copy(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    copy = write_hub_copy(
+        tmp_path / "copy", {"train": {"good": numbered(5), "both": numbered(5)}, "test": {"both": numbered(2)}}
+    )
+    train = copy / "train"
+    (train / "lines.jsonl").write_bytes(b'{"task_name": "good"}\n{broken\n{"inputs": "of no task"}\n')
+    (train / "no_definition.jsonl").write_bytes(jsonl_bytes(list(hub_rows("bare", numbered(3), None))))
+    (train / "many.jsonl").write_bytes(
+        jsonl_bytes([row for n in range(150) for row in hub_rows("many", [instance(f"{n}", "x")], f"definition {n}")])
+    )
+    cut = gzip.compress(jsonl_bytes(list(hub_rows("cut", numbered(3000)))))
+    (train / "cut.jsonl.gz").write_bytes(cut[: len(cut) // 2])
+    (train / "columns.parquet").write_bytes(parquet_bytes([{"task_name": "x", "inputs": "y"}]))
+    (copy / "misc.jsonl").write_bytes(jsonl_bytes(list(hub_rows("nowhere", numbered(3)))))
+    report, tasks = build(copy, tokenizer)
+    assert list(tasks) == ["good"] and report.rows[3].name == "good" and report.rows[3].bad_instances == 1
+    skipped = dict(report.skipped)
+    assert skipped.pop("train/cut.jsonl.gz").startswith("found a file that cannot be read")
+    assert skipped.pop("train/lines.jsonl").startswith("2 lines left out, the first is line 2: broken JSON")
+    assert skipped.pop("train/columns.parquet").startswith("found the columns ['task_name', 'inputs'] without")
+    both = "test/both_test.jsonl, train/both_train.jsonl, task 'both'"
+    assert skipped == {
+        both: "the split is 'train and test', not train, test or excluded",
+        "train/no_definition.jsonl, task 'bare'": "there is no 'definition'",
+        "train/many.jsonl, task 'many'": "it has more than 100 definitions",
+        "train/cut.jsonl.gz, task 'cut'": "'train/cut.jsonl.gz' cannot be read to its end",
+    }
+    assert {row.name: row.status for row in report.rows}["nowhere"] == "unlisted"
+
+
+def test_definitions_of_a_hub_copy(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    (tmp_path / "train.jsonl").write_bytes(
+        jsonl_bytes(
+            [
+                *hub_rows("t", numbered(2, "a"), "rare"),
+                *hub_rows("t", numbered(3, "b"), "frequent"),
+                *hub_rows("t", numbered(2, "c"), "also rare"),
+            ]
+        )
+    )
+    _, tasks = build(tmp_path, tokenizer)
+    assert tasks["t"].hard_prompts == ("frequent", "also rare", "rare")
+
+
+@pytest.mark.parametrize("files", [[], ["notes.txt"], ["pairs.jsonl"], ["tasks.jsonl.gz"]])
+def test_no_known_layout(tmp_path: Path, tokenizer: PreTrainedTokenizerFast, files: list[str]) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for file in files:
+        (folder / file).write_bytes(b"")
+    found = repr(files[0]) if files else "no files"
+    with pytest.raises(
+        DataError, match=f"found {found}; expected tasks/.*json of the benchmark's repository, both tasks.jsonl"
+    ):
+        build(folder, tokenizer, SMALL, tmp_path / "x.dod")
+    with pytest.raises(DataError, match="there is no such folder; expected .* 'hub:Muennighoff/natural-instructions'"):
+        build(folder / "missing", tokenizer, SMALL, tmp_path / "x.dod")
+    assert not list(tmp_path.glob("*x.dod*"))
+
+
+def test_nothing_to_keep(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    folder = write_repository(tmp_path / "in", {"a": raw_task(numbered(3)), "b": b"{", "c": b"[]"}, excluded=["c"])
+    with pytest.raises(DataError, match=r"found 3 tasks and none to keep (.|\n)*\n  b.json: the JSON breaks off"):
+        build(folder, tokenizer, GeneralConfig())
+    assert not list(folder.glob("*out.dod*"))
+
+
+# The output
+
+
+class Interrupting(NullRecorder):
+    """Stops the build at the third task."""
+
+    def progress(self, title: str, total: int) -> Any:
+        bar = super().progress(title, total)
+        steps = itertools.count(1)
+
+        class Bar:
+            def advance(self, steps_done: int = 1, note: str = "") -> None:
+                if next(steps) == 3:
+                    raise KeyboardInterrupt
+
+            def __enter__(self) -> Bar:
+                return self
+
+            def __exit__(self, *error: object) -> None:
+                bar.__exit__()
+
+        return Bar()
+
+
+def test_interrupted_build_leaves_the_old_dod(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    folder = write_repository(tmp_path / "in", {f"t{number}": raw_task(numbered(5)) for number in range(5)})
+    out = tmp_path / "out" / "x.dod"
+    build(folder, tokenizer, SMALL, out)
+    before = out.read_bytes()
+    with pytest.raises(DataError, match="exists already; expected a new name"):
+        build_dod_general(folder, out, tokenizer=tokenizer, config=SMALL)
+    with pytest.raises(KeyboardInterrupt):
+        build_dod_general(folder, out, tokenizer=tokenizer, config=SMALL, overwrite=True, recorder=Interrupting())
+    assert out.read_bytes() == before
+    assert [path.name for path in out.parent.iterdir()] == ["x.dod"]
+
+
+PROGRAM = """
+import resource, sys
+from pathlib import Path
+from transformers import PreTrainedTokenizerFast
+from softprompt_registry.dod.general import GeneralConfig, build_dod_general
+
+tokenizer = PreTrainedTokenizerFast.from_pretrained(sys.argv[1])
+tokenizer(["warm up"])
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+print("ready", flush=True)
+report = build_dod_general(sys.argv[2], Path(sys.argv[3]), tokenizer=tokenizer, config=GeneralConfig())
+after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+print(after - before, report.rows[0].pairs, report.rows[0].drawn)
+"""
+
+
+@pytest.fixture(scope="module")
+def large_repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One task file of some 130 MB, with its definition after the instances."""
+    folder = write_repository(tmp_path_factory.mktemp("large"), {"t": {}})
+    tiny_tokenizer().save_pretrained(folder / "tokenizer")
+    filler = "lorem ipsum " * 300
+    with (folder / "tasks" / "t.json").open("w") as file:
+        file.write('{"Instances": [')
+        for number in range(35_000):
+            file.write(f'{{"id": "{number}", "input": "long {number} {filler}", "output": ["x"]}},\n')
+            file.write(f'{{"id": "{number}s", "input": "short {number}", "output": ["x", "y"]}},\n')
+        file.write('{"id": "last", "input": "last", "output": ["x"]}], ')
+        file.write('"Positive Examples": [' + ", ".join(['{"input": "a", "output": "b"}'] * 10_000) + "], ")
+        file.write(json.dumps({"Definition": ["Do it."], **ENGLISH})[1:])
+    assert (folder / "tasks" / "t.json").stat().st_size > 120 << 20
+    return folder
+
+
+def run_program(source: Path, out: Path) -> subprocess.Popen[str]:
+    arguments = [sys.executable, "-c", PROGRAM, str(source / "tokenizer"), str(source), str(out)]
+    return subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True)
+
+
+def test_memory_stays_flat_on_a_large_file(large_repository: Path, tmp_path: Path) -> None:
+    with run_program(large_repository, tmp_path / "x.dod") as process:
+        lines = process.communicate(timeout=120)[0].splitlines()
+    kilobytes, pairs, drawn = map(int, lines[-1].split())
+    assert (pairs, drawn) == (105_001, 500)
+    assert kilobytes < 60 << 10  # of which some 10 MiB are the hashes of the pairs that were seen
+
+
+def test_killed_build_leaves_nothing_under_the_final_name(
+    large_repository: Path, tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    out = tmp_path / "out" / "x.dod"
+    with run_program(large_repository, out) as process:
+        assert process.stdout is not None and process.stdout.readline() == "ready\n"
+        while not out.with_name("x.dod.building").exists():
+            assert process.poll() is None
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+    assert not out.exists()
+    build(write_repository(tmp_path / "in", {"a": raw_task(numbered(3))}), tokenizer, SMALL, out)
+    assert [path.name for path in out.parent.iterdir()] == ["x.dod"]
+
+
+def test_metadata(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    folder = write_repository(tmp_path / "copy of it", {"a": raw_task(numbered(3))})
+    report, _ = build(folder, tokenizer)
+    with DodStore.open(report.path) as store:
+        record = store.metadata()["build"]
+    assert record["builder"] == "general" and record["layout"] == "repository" and record["source"] == "copy of it"
+    assert record["settings"]["max_tokens"] == 400 and record["settings"]["pair_shares"] == [0.8, 0.1, 0.1]
+    assert record["totals"]["train_tasks"] == 1 and len(record["split_lists_sha256"]) == 64
+    assert record["tokenizer"]["sha256"] == tiny_base_model().ref.tokenizer_sha256
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"max_tokens": 0}, "max_tokens is 0; expected 1 or more, or null for no limit"),
+        ({"min_pairs": 0}, "min_pairs is 0; expected 1 or more. Correct it"),
+        ({"max_pairs_per_task": 0}, "max_pairs_per_task is 0; expected 1 or more, or null for no limit"),
+        ({"pair_shares": (0.5, 0.2, 0.2)}, r"pair_shares are \[0.5, 0.2, 0.2\]; expected three numbers"),
+        ({"pair_shares": (0.5, 0.5)}, "expected three numbers"),
+    ],
+)
+def test_config_errors(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        GeneralConfig(**settings)
+
+
+# The real data
+
+
+def shared_rows(name: str) -> Iterator[dict[str, Any]]:
+    with gzip.open(SHARED / name, "rt", encoding="utf-8") as file:
+        yield from map(json.loads, file)
+
+
+@needs_shared
+def test_real_tasks_from_both_layouts(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    """The first 30 tasks of the flat copy, turned into task files with one instance for each input, give the same DoD."""
+    groups = itertools.groupby(shared_rows("pairs.jsonl.gz"), key=lambda row: row["task"])
+    pairs = {name: list(rows) for name, rows in itertools.islice(groups, 30)}
+    records = {row["task"]: row for row in shared_rows("tasks.jsonl.gz")}
+    files = {}
+    for name, rows in pairs.items():
+        outputs: dict[str, list[str]] = {}
+        for row in rows:
+            outputs.setdefault(row["input"], []).append(row["output"])
+        record = records[name]
+        files[name] = raw_task(
+            [instance(text, *texts) for text, texts in outputs.items()],
+            [record["definition"], *record["definitions_extra"]],
+            Source=record["source"],
+            **{"Instance License": record["instance_license"]},
+        )
+    # The lists hold hundreds of tasks more, which a repository may lack.
+    repository = write_repository(tmp_path / "repository", files)
+    for side in ("train", "test", "excluded"):
+        (repository / "splits" / "default" / f"{side}_tasks.txt").write_bytes(
+            (SHARED / f"{side}_tasks.txt").read_bytes()
+        )
+    flat = write_flat(tmp_path / "flat", (records[name] for name in pairs), itertools.chain(*pairs.values()))
+
+    # The byte-level tokenizer makes a token of each byte: 4 bytes for one token of a real one.
+    config = GeneralConfig(max_tokens=1600, min_pairs=300, max_pairs_per_task=250)
+    report, tasks = build(repository, tokenizer, config)
+    flat_report, flat_tasks = build(flat, tokenizer, config)
+    assert flat_report.digest == report.digest and flat_tasks == tasks
+    assert len(tasks) >= 28 and {task.split for task in tasks.values()} == {"train", "test"}
+    assert all(len(task.pairs) == 250 and task.hard_prompts for task in tasks.values())
+    sample = random.Random(0).sample(sorted(tasks), 5)
+    for name in sample:
+        known = {(row["input"], row["output"]) for row in pairs[name]}
+        for pair in tasks[name].pairs:
+            assert (pair.input, pair.output) in known
+            assert pair.num_tokens == len((pair.input + pair.output).encode())
+    assert report.totals()["duplicates"] == report.totals()["bad_instances"] == 0
+
+
+@needs_shared
+def test_the_whole_flat_copy(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    """All tasks with pairs are found and sided as the lists say; a small draw keeps it short."""
+    # No line has more bytes than this, and a token has at least one, so that only the drawn pairs are tokenized.
+    report, tasks = build(SHARED, tokenizer, GeneralConfig(max_tokens=2100, max_pairs_per_task=5), tmp_path / "x.dod")
+    assert len(tasks) == 452 and report.skipped == {}
+    names = {side: set((SHARED / f"{side}_tasks.txt").read_text().split()) for side in ("train", "test")}
+    assert all(name in names[task.split] for name, task in tasks.items())
+    totals = report.totals()
+    assert totals["tasks"] == 452 + totals["excluded_tasks"] + totals["too_few_pairs_tasks"]
+    assert (totals["instances"], totals["available"], totals["drawn"]) == (226_000, 226_000, 452 * 5)
