@@ -127,11 +127,15 @@ def _held(lock: Path, what: Path) -> Iterator[None]:
     with lock.open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Whoever held it may have removed it just now; then this is no longer the file that others would lock.
+            held = lock.exists() and os.path.samestat(lock.stat(), os.fstat(file.fileno()))
         except BlockingIOError:
+            held = False
+        if not held:
             raise BusyError(
                 f"writing to {str(what)!r}: another process is working there. Wait for it to end, or choose "
                 "another output."
-            ) from None
+            )
         yield
 
 

@@ -70,7 +70,11 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         server = self.server
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        content = self.rfile.read(length := int(self.headers["Content-Length"]))
+        if len(content) < length:  # the client was killed
+            self.close_connection = True
+            return
+        body = json.loads(content)
         prompt = body["prompt"] if "prompt" in body else body["messages"][-1]["content"]
         with server.lock:
             server.received.append(Received(self.path, self.headers["Authorization"], body, time.monotonic()))

@@ -10,8 +10,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from full_disk import files_up_to
 
-from softprompt_registry.dod.store import APPLICATION_ID, DodStore
+from softprompt_registry.dod.store import APPLICATION_ID, DodStore, dod_written_whole
 from softprompt_registry.dod.task import Pair, Task, assign_pair_splits, fill_template
 from softprompt_registry.errors import DataError
 
@@ -285,3 +286,32 @@ def test_pair_splits_refuse_shares_that_are_not_shares() -> None:
     with pytest.raises(DataError, match="expected three numbers >= 0 that add up to 1"):
         assign_pair_splits(10, (0.8, 0.1), seed=0)
     assert assign_pair_splits(100, (0.8, 0.1, 0.1), 1) != assign_pair_splits(100, (0.8, 0.1, 0.1), 2)
+
+
+# --- A DoD that is written whole ---
+
+
+def write_large(path: Path) -> None:
+    with dod_written_whole(path, "building", overwrite=True) as store:
+        for number in range(20):
+            pairs = tuple(Pair("word " * 200, str(place)) for place in range(100))
+            store.add_task(Task(name=f"t{number}", kind="generation", pairs=pairs))
+
+
+def test_a_disk_that_is_full_at_the_last_step(tmp_path: Path) -> None:
+    """Bug: what SQLite could not move out of its journal was lost, and half a DoD took the place of the old one."""
+    path = tmp_path / "large.dod"
+    write_large(path)
+    content = path.read_bytes()
+    with pytest.raises(DataError, match=r"building: writing '.*large.dod.building' failed .*Make room on the disk"):
+        with files_up_to(len(content) - 10_000):
+            write_large(path)
+    assert path.read_bytes() == content
+    assert [file.name for file in tmp_path.iterdir()] == ["large.dod"]
+
+
+@pytest.mark.parametrize("num_bytes", [10, 50_000, 500_000])
+def test_a_disk_that_is_full_before(tmp_path: Path, num_bytes: int) -> None:
+    with pytest.raises(DataError, match="(disk I/O error|full).*nothing was left there"), files_up_to(num_bytes):
+        write_large(tmp_path / "large.dod")
+    assert list(tmp_path.iterdir()) == []

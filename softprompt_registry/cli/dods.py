@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -392,15 +393,11 @@ def _with_generator(
     values: dict[str, Any], engine: str | None, model: str | None, base_url: str | None
 ) -> dict[str, Any]:
     """The options of the LLM that writes, laid over its section of the settings."""
-    generator = dict(values.get("generator") or {})
-    options = dict(generator.get("options") or {})
-    if engine is not None:
-        generator["engine"] = engine
-    if model is not None:
-        generator["model"] = model
-    if base_url is not None:
-        options["base_url"] = base_url
-    return {**values, "generator": {**generator, "options": options}}
+    from softprompt_registry.config import apply_overrides
+
+    given = {"engine": engine, "model": model, "options.base_url": base_url}
+    texts = {key: json.dumps(value, ensure_ascii=False) for key, value in given.items() if value is not None}
+    return apply_overrides(values, [f"generator.{key}={text}" for key, text in texts.items()])
 
 
 def _tokenizer(base_model: str | None) -> PreTrainedTokenizerBase:

@@ -44,6 +44,10 @@ class StageGroup(click.Group):
             return super().invoke(ctx)
         except SoftPromptError as error:
             raise click.ClickException(str(error)) from error
+        except (PermissionError, FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
+            raise click.ClickException(
+                f"{error.strerror}: {error.filename!r}. Check the path and whether it may be read and written."
+            ) from error
 
 
 @click.group(cls=StageGroup, context_settings={"help_option_names": ["-h", "--help"]})

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from itertools import combinations
 
 from softprompt_registry.dod.vocabulary import (
+    FUNCTION_WORDS,
     held_out_words,
     is_english_word,
     same_root,
@@ -55,7 +56,7 @@ def read_string_list(answer: Completion) -> list[str] | str:
     except (ValueError, RecursionError):
         return "cut off at max_tokens" if answer.finish_reason == "length" else "not JSON"
     lists = [item for item in value.values() if isinstance(item, list)] if isinstance(value, dict) else []
-    if len(lists) != 1 or not lists[0] or not all(isinstance(item, str) and item.strip() for item in lists[0]):
+    if len(lists) != 1 or not lists[0] or not all(isinstance(item, str) for item in lists[0]):
         return "not one list of strings"
     return list(lists[0])
 
@@ -71,7 +72,7 @@ def label_set_fault(labels: Sequence[str], count: int) -> str | None:
         return "not letters alone"
     if len(set(labels)) < count:
         return "a label twice"
-    if not all(is_english_word(label) for label in labels):
+    if not all(is_english_word(label) and label not in FUNCTION_WORDS for label in labels):
         return "not a word of the lexicon"
     if any(same_root(left, right) for left, right in combinations(labels, 2)):
         return "two forms of one word"

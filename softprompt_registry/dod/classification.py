@@ -180,6 +180,7 @@ def build_dod_classification(
                 "builder": "classification",
                 "settings": recorded_settings(config),
                 "model": model.name,
+                "prompts_digest": build.prompts_digest,
                 "tasks": made,
                 "given_up": report.given_up,
                 "refused": report.refused,
@@ -218,6 +219,7 @@ class _Build:
         self.asked = Asked()
         self._model, self._config, self._recorder = model, config, recorder
         self._requests = ClassificationRequests(seed_words, config)
+        self.prompts_digest = self._requests.prompts_digest
 
     def tasks(self, cache: AnswerCache) -> Iterator[Task]:
         """Every task, as soon as it is complete."""

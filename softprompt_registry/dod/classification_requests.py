@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import TYPE_CHECKING, Any
 
 from softprompt_registry.config import flatten
@@ -12,6 +12,7 @@ from softprompt_registry.dod.answer_checks import label_set_schema, sentences_sc
 from softprompt_registry.dod.files import seed_of
 from softprompt_registry.dod.prompt_files import read_prompt, read_styles
 from softprompt_registry.errors import ConfigError
+from softprompt_registry.fingerprints import digest_of_json
 from softprompt_registry.language_models.protocol import CompletionRequest
 
 if TYPE_CHECKING:
@@ -32,6 +33,10 @@ class ClassificationRequests:
         self._label_prompt = read_prompt(name, config.prompts_folder, ("count", "words"))
         self._sentence_prompt = read_prompt("sentences", config.prompts_folder, ("count", "label"))
         self._styles = read_styles("styles", config.prompts_folder)
+        self.prompts_digest = digest_of_json(
+            [astuple(self._label_prompt), astuple(self._sentence_prompt), self._styles]
+        )
+        """Tells which prompts wrote a DoD."""
 
     def label_set(self, number: int, attempt: int) -> CompletionRequest:
         config = self._config

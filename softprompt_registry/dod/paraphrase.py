@@ -18,7 +18,7 @@ from softprompt_registry.dod.classification import answers_path
 from softprompt_registry.dod.classification_requests import recorded_settings
 from softprompt_registry.dod.files import seed_of
 from softprompt_registry.dod.prompt_files import read_prompt, read_styles
-from softprompt_registry.dod.store import DodStore, dod_written_whole
+from softprompt_registry.dod.store import DodStore, dod_written_whole, require_free
 from softprompt_registry.dod.task import Task
 from softprompt_registry.dod.vocabulary import share_of_english
 from softprompt_registry.errors import ConfigError, DataError
@@ -30,10 +30,22 @@ from softprompt_registry.recording import NullRecorder, Recorder
 
 MAX_LABELS = 20
 """A task with at most so many distinct outputs has them as labels, also where it is stored as a generation task."""
-_QUOTED = re.compile(r"[\"“”]([^\"“”\n]{1,40})[\"“”]|`([^`\n]{1,40})`|(?<!\w)['‘]([^'‘’\n]{1,40})['’](?!\w)")
-_MARKERS = re.compile(
-    r"<[^<>\s][^<>\n]{0,30}>|\[[^\[\]\n]{1,30}\]|\{[^{}\n]{1,30}\}|\([A-Za-z0-9]\)|(?<![\w.])\d+(?![\w]|\.\d)"
+MAX_NAMED_LABELS = 100
+"""So also with at most this many, where there are four pairs for each of them and the hard prompt names half of them."""
+MAX_QUOTED_WORDS = 4
+"""A longer text in quotation marks is an example or an explanation."""
+_QUOTED = re.compile(
+    r"[\"“”]([^\"“”\n]*)[\"“”]|`([^`\n]+)`|"
+    r"(?<!\w)'((?:[^'\n]|(?<=\w)'(?=\w))+)'(?!\w)|(?<!\w)‘((?:[^‘’\n]|(?<=\w)’(?=\w))+)’(?!\w)"
 )
+_BRACKETS = re.compile(r"<[^<>\s][^<>\n]{0,30}>|(?<!\w)\[[^\[\]\n]{1,30}\](?!\w)|\{[^{}\n]{1,30}\}")
+_VALUES = re.compile(r"\[\s*['\"\[-]?\s*\d[^\[\]\n]*\]|\{\s*['\"-]?\d[^{}\n]*\}|\(\s*-?\d+(?:\s*,\s*-?\d+)+\s*\)")
+"""A list, set or index as an example of what comes in: "[1, 2, 3]", "['1', 'l']", "(3, 4)"."""
+_OPTION = re.compile(r"(?<!\w)\(([A-Z])\)")
+_NUMBER = re.compile(r"(?<![\w.])\d+(?:\.\d+|(?:,\d{3})+(?!\d))?(?!\w|\.\d)")
+_ITEM_NUMBER = re.compile(r"(?<!\w)(\()(\d{1,2})\)|(?<![\w(.-])(\d{1,2})\)|^[ \t]*(\d{1,2})\.(?=\s)", re.MULTILINE)
+_EXAMPLE = re.compile(r"\b(?:e\.?g\b\.?|for example|for instance)", re.IGNORECASE)
+_SENTENCE_END = re.compile(r"[.?!][\"'”’)]*(?=\s+[A-Z\"'“‘(\[]|\s*$)|\n")
 
 
 @dataclass(frozen=True)
@@ -67,6 +79,11 @@ class ParaphraseConfig:
                 f"reading the settings of paraphrasing: factor is {self.factor}, max_tries {self.max_tries}, max_tokens "
                 f"{self.max_tokens}; expected 1 or more of each. Correct them."
             )
+        if not 0 <= self.min_english <= 1:
+            raise ConfigError(
+                f"reading the settings of paraphrasing: min_english is {self.min_english}; expected a share from 0 to 1. "
+                "Correct it."
+            )
 
 
 @dataclass(frozen=True)
@@ -89,7 +106,7 @@ class ParaphraseReport:
     @property
     def failed_share(self) -> float:
         """Share of the wanted paraphrases that did not come out, from 0 to 1."""
-        return 1 - self.made / self.wanted if self.wanted else 0.0
+        return (self.wanted - self.made) / self.wanted if self.wanted else 0.0
 
 
 def paraphrase_dod(
@@ -113,50 +130,65 @@ def paraphrase_dod(
     """
     recorder = recorder or NullRecorder()
     doing = f"paraphrasing DoD {str(dod)!r} with {model.name!r}"
-    with (
-        DodStore.open(dod) as source,
-        dod_written_whole(out, doing, overwrite=overwrite) as store,
-        AnswerCache(answers_path(out)) as cache,
-    ):
+    require_free(out, doing, overwrite=overwrite)
+    work = _Paraphrasing(model, count_tokens, config, recorder)
+    with DodStore.open(dod) as source:
         tasks = [_Paraphrased.of(task, count_tokens) for task in source.tasks("train") if task.hard_prompts]
         if not tasks:
             raise DataError(
                 f"{doing}: none of its {len(source.task_names('train'))} training tasks has a hard prompt; expected at "
                 "least one. Label lists need no paraphrases: their order is shuffled while the translator trains."
             )
-        work = _Paraphrasing(model, count_tokens, config, recorder)
-        work.run(tasks, cache)
-        by_name = {task.name: task for task in tasks}
-        for task in source.tasks():
-            written = by_name[task.name].texts(config.factor) if task.name in by_name else ()
-            store.add_task(dataclasses.replace(task, hard_prompts=(*task.hard_prompts, *written)))
-        made = sum(len(task.written) for task in tasks)
-        report = ParaphraseReport(
-            path=out,
-            digest=store.digest,
-            tasks=len(tasks),
-            wanted=config.factor * len(tasks),
-            made=made,
-            refused=dict(work.refused.most_common()),
-            failed_by_task={
-                task.name: config.factor - len(task.written) for task in tasks if len(task.written) < config.factor
-            },
-            asked=work.asked,
-        )
-        store.set_metadata(
-            "build",
-            {
-                "builder": "paraphrase",
-                "settings": recorded_settings(config),
-                "model": model.name,
-                "from": {"name": source.name, "digest": source.digest, "build": source.metadata().get("build")},
-                # How many hard prompts each task had before: with them, the digest before can be worked out again.
-                "hard_prompts_before": {task.name: task.num_before for task in tasks},
-                "wanted": report.wanted,
-                "made": made,
-                "refused": report.refused,
-            },
-        )
+        # The answers last: what fails before the first request leaves no file of them behind.
+        with dod_written_whole(out, doing, overwrite=overwrite) as store, AnswerCache(answers_path(out)) as cache:
+            work.run(tasks, cache)
+            report = _write(source, store, tasks, work, config, out=out, model_name=model.name)
+    recorder.metric("failed_share", report.failed_share)
+    return report
+
+
+def _write(
+    source: DodStore,
+    store: DodStore,
+    tasks: Sequence[_Paraphrased],
+    work: _Paraphrasing,
+    config: ParaphraseConfig,
+    *,
+    out: Path,
+    model_name: str,
+) -> ParaphraseReport:
+    """Fill the new DoD, once there is nothing more to ask for."""
+    by_name = {task.name: task for task in tasks}
+    for task in source.tasks():
+        written = by_name[task.name].texts(config.factor) if task.name in by_name else ()
+        store.add_task(dataclasses.replace(task, hard_prompts=(*task.hard_prompts, *written)))
+    made = sum(len(task.written) for task in tasks)
+    failed = {task.name: config.factor - len(task.written) for task in tasks if len(task.written) < config.factor}
+    report = ParaphraseReport(
+        path=out,
+        digest=store.digest,
+        tasks=len(tasks),
+        wanted=config.factor * len(tasks),
+        made=made,
+        refused=dict(work.refused.most_common()),
+        failed_by_task=failed,
+        asked=work.asked,
+    )
+    store.set_metadata(
+        "build",
+        {
+            "builder": "paraphrase",
+            "settings": recorded_settings(config),
+            "model": model_name,
+            "from": {"name": source.name, "digest": source.digest, "build": source.metadata().get("build")},
+            # How many hard prompts each task had before: with them, the digest before can be worked out again.
+            "hard_prompts_before": {task.name: len(task.before) for task in tasks},
+            "wanted": report.wanted,
+            "made": made,
+            "refused": report.refused,
+            "failed_by_task": failed,
+        },
+    )
     return report
 
 
@@ -178,25 +210,105 @@ def digest_before_paraphrasing(store: DodStore) -> str | None:
 
 
 def must_keep(task: Task, hard_prompt: str) -> list[str]:
-    """What a paraphrase has to repeat letter for letter, in the order of the hard prompt.
+    """What a paraphrase has to repeat, in the order and spelling of the hard prompt.
 
-    Labels that the hard prompt names (the task's own, or its outputs where they are few), words in quotation marks, tags in
-    any brackets, option letters and whole numbers.
+    Labels that the hard prompt names (the task's own, or its outputs where they are few), short texts in quotation marks,
+    tags in brackets, options such as (A), and numbers. Not: what stands in an example ("e.g."), the numbers of a list's
+    items, and longer texts in quotation marks, with all that is in them.
     """
-    outputs = {pair.output.strip() for pair in task.pairs}
-    labels = [*task.labels, *(outputs if len(outputs) <= MAX_LABELS else ())]
-    found: dict[str, int] = {}
-    for label in labels:
-        place = _place_of(label, hard_prompt)
-        if label and place is not None:
-            found.setdefault(label, place)
+    found: dict[str, tuple[int, str]] = {}
+    aside: list[tuple[int, int]] = []
+    """Where a number or an option is part of something else."""
+
+    def add(text: str, place: int) -> None:
+        found.setdefault(text if _case_counts(text) else text.lower(), (place, text))
+
+    for label in _labels(task, hard_prompt):
+        for match in _pattern(label).finditer(hard_prompt):
+            add(label, match.start())
+            aside.append(match.span())
+    examples = list(_example_spans(hard_prompt))
+    values = [match.span() for match in _VALUES.finditer(hard_prompt)]
     for match in _QUOTED.finditer(hard_prompt):
+        aside.append(match.span())
         text = next(group for group in match.groups() if group is not None).strip(" .,;:")
-        if text and len(text.split()) <= 4:
-            found.setdefault(text, match.start())
-    for match in _MARKERS.finditer(hard_prompt):
-        found.setdefault(match[0], match.start())
-    return sorted(found, key=lambda text: (found[text], text))
+        if text and len(text.split()) <= MAX_QUOTED_WORDS and not _within(match, [*examples, *values]):
+            add(text, match.start())
+    for match in _BRACKETS.finditer(hard_prompt):
+        if not _within(match, [*values, *aside]):
+            add(match[0], match.start())
+            aside.append(match.span())
+    aside += [*examples, *values, *_item_numbers(hard_prompt)]
+    for match in _OPTION.finditer(hard_prompt):
+        if not _within(match, aside) and match[1] not in found:
+            add(match[0], match.start())
+    for match in _NUMBER.finditer(hard_prompt):
+        if not _within(match, aside):
+            add(match[0], match.start())
+    return [text for _, text in sorted(found.values())]
+
+
+def _labels(task: Task, hard_prompt: str) -> list[str]:
+    """The labels that the hard prompt names."""
+    outputs = sorted({pair.output.strip() for pair in task.pairs} - {""})
+    several_pairs = len(task.pairs) >= 4 * len(outputs)
+    if len(outputs) > (MAX_NAMED_LABELS if several_pairs else MAX_LABELS):
+        outputs = []
+    found = {label: _spelling_in(hard_prompt, label) for label in dict.fromkeys((*task.labels, *outputs))}
+    if len(outputs) > MAX_LABELS and 2 * sum(found[output] is not None for output in outputs) < len(outputs):
+        outputs = []
+    known = {*task.labels, *outputs}
+    return [spelling for label, spelling in found.items() if label in known and spelling is not None]
+
+
+def _spelling_in(hard_prompt: str, label: str) -> str | None:
+    """How a hard prompt spells a label; None if it does not name it.
+
+    Where the case differs, the spelling in which it does not count: of "SIMILAR" and "Similar" the second.
+    """
+    label = label.rstrip(".!") or label  # "Yes." is the output that many a hard prompt calls "Yes"
+    if _pattern(label, ignore_case=False).search(hard_prompt):
+        return label
+    match = _pattern(label, ignore_case=True).search(hard_prompt) if len(label) > 1 else None
+    if match is None:
+        return None
+    return match[0] if _case_counts(label) else label
+
+
+def _example_spans(text: str) -> Iterator[tuple[int, int]]:
+    """Where examples are: from "e.g." to the end of its sentence, or of the parentheses that it stands in."""
+    for match in _EXAMPLE.finditer(text):
+        depth = 0
+        for character in text[: match.start()]:
+            depth = depth + 1 if character == "(" else max(depth - (character == ")"), 0)
+        close = match.end()
+        inside = depth
+        while inside >= depth > 0 and close < len(text):
+            inside += {"(": 1, ")": -1}.get(text[close], 0)
+            close += 1
+        if depth and inside < depth:
+            yield match.start(), close
+            continue
+        end = _SENTENCE_END.search(text, match.end())
+        yield match.start(), end.end() if end else len(text)
+
+
+def _item_numbers(text: str) -> list[tuple[int, int]]:
+    """Where a list's items have their numbers: "(1) … (2) …", "1) … 2) …", and "1. … 2. …" at the beginning of lines."""
+    by_style: dict[int, list[tuple[int, tuple[int, int]]]] = {}
+    for match in _ITEM_NUMBER.finditer(text):
+        style = match.lastindex or 0
+        by_style.setdefault(style, []).append((int(match[style]), match.span()))
+    spans = []
+    for items in by_style.values():
+        numbers = {number for number, _ in items}
+        if {1, 2} <= numbers or {0, 1} <= numbers:
+            spans += [span for _, span in items]
+    return spans
+
+
+def _within(match: re.Match[str], spans: Sequence[tuple[int, int]]) -> bool:
+    return any(start <= match.start() and match.end() <= end for start, end in spans)
 
 
 def paraphrase_fault(text: str, original: str, keep: Sequence[str], min_english: float) -> str | None:
@@ -205,20 +317,29 @@ def paraphrase_fault(text: str, original: str, keep: Sequence[str], min_english:
         return "empty"
     if share_of_english(text) < min_english:
         return "not English"
-    if " ".join(text.lower().split()) == " ".join(original.lower().split()):
+    if _plain(text) == _plain(original):
         return "a copy of the original"
-    if any(_place_of(item, text) is None for item in keep):
+    if not all(_pattern(item).search(text) for item in keep):
         return "a label or format marker is lost"
     return None
 
 
-def _place_of(phrase: str, text: str) -> int | None:
-    """Where `text` has `phrase` as whole words; the case counts for single characters only ("A" is no article)."""
-    flags = re.IGNORECASE if len(phrase) > 1 else 0
+def _case_counts(phrase: str) -> bool:
+    """For single characters ("A" is no article) and for what has capitals elsewhere than at its beginning ("IN", "IsA")."""
+    return len(phrase) == 1 or phrase[1:] != phrase[1:].lower()
+
+
+def _pattern(phrase: str, *, ignore_case: bool | None = None) -> re.Pattern[str]:
+    """Finds a phrase as whole words and, without a word on `ignore_case`, in the case that counts; 5 is not in 0.5."""
+    if ignore_case is None:
+        ignore_case = not _case_counts(phrase)
     before = r"(?<!\w)" if phrase[:1].isalnum() else ""
     after = r"(?!\w)" if phrase[-1:].isalnum() else ""
-    match = re.search(before + re.escape(phrase) + after, text, flags)
-    return match.start() if match else None
+    if phrase[:1].isdigit():
+        before += r"(?<!\d[.,])"
+    if phrase[-1:].isdigit():
+        after += r"(?![.,]\d)"
+    return re.compile(before + re.escape(phrase) + after, re.IGNORECASE if ignore_case else 0)
 
 
 @dataclass
@@ -226,9 +347,10 @@ class _Paraphrased:
     """One task on its way; its pairs are not kept."""
 
     name: str
-    original: str
+    before: tuple[str, ...]
+    """Its own hard prompts; the first is paraphrased."""
     num_tokens: int
-    num_before: int
+    """Of the first."""
     keep: list[str]
     written: dict[int, str] = field(default_factory=dict)
     """Number of the paraphrase → its text."""
@@ -236,7 +358,15 @@ class _Paraphrased:
     @classmethod
     def of(cls, task: Task, count_tokens: Callable[[str], int]) -> _Paraphrased:
         original = task.hard_prompts[0]
-        return cls(task.name, original, count_tokens(original), len(task.hard_prompts), must_keep(task, original))
+        return cls(task.name, task.hard_prompts, count_tokens(original), must_keep(task, original))
+
+    @property
+    def original(self) -> str:
+        return self.before[0]
+
+    def has(self, text: str) -> bool:
+        """Whether a text is one of its hard prompts or was written before, apart from case and white space."""
+        return _plain(text) in map(_plain, (*self.before, *self.written.values()))
 
     def texts(self, factor: int) -> list[str]:
         return [self.written[number] for number in range(factor) if number in self.written]
@@ -272,7 +402,7 @@ class _Paraphrasing:
     def _request(self, task: _Paraphrased, number: int, attempt: int) -> CompletionRequest:
         values = {
             "hard_prompt": task.original,
-            "keep": ", ".join(task.keep) or "(nothing in particular)",
+            "keep": (" | " if "," in "".join(task.keep) else ", ").join(task.keep) or "(nothing in particular)",
             "style": self._styles[number % len(self._styles)],
         }
         return CompletionRequest(
@@ -288,17 +418,30 @@ class _Paraphrasing:
         if answer is None:
             self.refused["the request failed"] += 1
             return
-        text = " ".join(answer.text.split())
-        fault = paraphrase_fault(text, task.original, task.keep, self._config.min_english)
-        if fault is None:
-            num_tokens = self._count_tokens(text)
-            if answer.finish_reason == "length" or num_tokens > self._config.max_tokens:
-                fault = f"over {self._config.max_tokens} tokens"
-            elif task.num_tokens > self._config.condense_over and num_tokens >= task.num_tokens:
-                fault = "not shorter than the original"
-            elif text in task.written.values():
-                fault = "duplicate"
+        text = _unwrapped(" ".join(answer.text.split()))
+        num_tokens = self._count_tokens(text)
+        if answer.finish_reason == "length" or num_tokens > self._config.max_tokens:
+            # First: a text that was cut has lost what stands at its end.
+            fault: str | None = f"over {self._config.max_tokens} tokens"
+        else:
+            fault = paraphrase_fault(text, task.original, task.keep, self._config.min_english)
+        if fault is None and task.num_tokens > self._config.condense_over and num_tokens >= task.num_tokens:
+            fault = "not shorter than the original"
+        if fault is None and task.has(text):
+            fault = "duplicate"
         if fault is None:
             task.written[number] = text
         else:
             self.refused[fault] += 1
+
+
+def _plain(text: str) -> str:
+    """What two texts have in common that count as the same."""
+    return " ".join(text.casefold().split())
+
+
+def _unwrapped(text: str) -> str:
+    """A text without the quotation marks that an LLM may put around the whole of it."""
+    inner = text[1:-1]
+    wrapped = text[:1] + text[-1:] in ('""', "“”") and not re.search('["“”]', inner)
+    return inner.strip() if wrapped else text

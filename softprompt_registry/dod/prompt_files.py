@@ -38,7 +38,8 @@ def read_prompt(name: str, folder: str | None, required: tuple[str, ...]) -> Pro
         ConfigError: the folder is missing, or the file lacks a place.
     """
     path = _path(f"{name}.txt", folder)
-    system, divider, user = path.read_text(encoding="utf-8").partition(_DIVIDER)
+    # A line break before it, so that '---' may also be the first line.
+    system, divider, user = ("\n" + _text_of(path)).partition(_DIVIDER)
     if not divider:
         system, user = "", system
     missing = [place for place in required if f"{{{place}}}" not in user]
@@ -53,12 +54,21 @@ def read_prompt(name: str, folder: str | None, required: tuple[str, ...]) -> Pro
 def read_styles(name: str, folder: str | None) -> list[str]:
     """The lines of `<folder>/<name>.txt` that are not blank."""
     path = _path(f"{name}.txt", folder)
-    styles = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    styles = [line.strip() for line in _text_of(path).splitlines() if line.strip()]
     if not styles:
         raise ConfigError(
             f"reading the styles in {str(path)!r}: the file is empty; expected one style per line. Add one."
         )
     return styles
+
+
+def _text_of(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"reading the prompt file {str(path)!r}: it is not UTF-8 ({error}). Save it as UTF-8."
+        ) from error
 
 
 def _path(name: str, folder: str | None) -> Path:

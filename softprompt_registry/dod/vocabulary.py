@@ -12,16 +12,16 @@ from typing import Any
 from softprompt_registry.dod.inspect_datasets import EVALUATION_LABELS
 
 _WORD = re.compile(r"[^\W\d_]+(?:'[^\W\d_]+)?")
-_FUNCTION_WORDS = frozenset(
-    "a about above after again against all although am amid among amongst an and any are as at be because been before being "
-    "below beneath beside between both but by can cannot could despite did do does doing down during each every few for from "
-    "further had has have having he her here hers him his how i if in into is it its just me more most must my no nor not now "
-    "of off on once only onto or other our ours out over own per same shall she should so some such than that the their "
-    "theirs them then there these they this those through to too toward towards under unless until up upon us versus very was "
-    "we were what when where which while whilst who whom whose why will with would you your yours "
-    "three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen "
-    "twenty thirty forty fifty sixty seventy eighty ninety "
-    "alas bye dr etc gonna gotta hey hi hmm kinda mr mrs ms oh ok oops ugh uh um vs wanna yeah".split()
+FUNCTION_WORDS = frozenset(
+    "a about above after again against all although am amid among amongst an and any are as at be because been before "
+    "being below beneath beside between both but by can cannot could despite did do does doing down during each every "
+    "few for from further had has have having he her here hers him his how i if in into is it its just me more most "
+    "must my no nor not now of off on once only onto or other our ours out over own per same shall she should so some "
+    "such than that the their theirs them then there these they this those through to too toward towards under unless "
+    "until up upon us versus very was we were what when where which while whilst who whom whose why will with would "
+    "you your yours three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "
+    "seventeen eighteen nineteen twenty thirty forty fifty sixty seventy eighty ninety alas bye dr etc gonna gotta "
+    "hey hi hmm kinda mr mrs ms oh ok oops ugh uh um vs wanna yeah".split()
 )
 """Words that are no nouns, verbs, adjectives or adverbs, and so are missing in the lexicon."""
 MIN_ROOT_LETTERS = 4
@@ -39,7 +39,7 @@ def is_english_word(word: str) -> bool:
     import lemminflect
 
     word = word.lower()
-    return word in _FUNCTION_WORDS or bool(lemminflect.getAllLemmas(word))
+    return word in FUNCTION_WORDS or bool(lemminflect.getAllLemmas(word))
 
 
 def share_of_english(text: str) -> float:

@@ -68,9 +68,9 @@ class OnTransformers:
             raise RuntimeError("this language model is closed")
         rows: list[_Row] = []
         for index, request in batch:
-            ids = prompt_ids(base_model.tokenizer, request)
-            room = base_model.max_positions - len(ids)
             try:
+                ids = _readable_ids(base_model, request)
+                room = base_model.max_positions - len(ids)
                 if room < 1:
                     raise _Unanswerable(
                         f"its prompt has {len(ids)} tokens; the model takes {base_model.max_positions}.",
@@ -134,9 +134,12 @@ class OnTransformers:
             tokenizer, vocab_size = self._base_model.tokenizer, self._base_model.ref.vocab_size
             self._grammar_tokenizer = llguidance.hf.from_tokenizer(tokenizer, n_vocab=vocab_size)
         # Free white space would let a small model fill the whole answer with it.
-        grammar = llguidance.LLMatcher.grammar_from_json_schema(
-            request.json_schema, overrides={"whitespace_flexible": False}
-        )
+        try:
+            grammar = llguidance.LLMatcher.grammar_from_json_schema(
+                request.json_schema, overrides={"whitespace_flexible": False}
+            )
+        except ValueError as error:
+            raise _Unanswerable(f"its JSON schema is not a JSON object ({error}).", "Correct the schema.") from error
         matcher = llguidance.LLMatcher(self._grammar_tokenizer, grammar)
         if matcher.is_error():
             raise _Unanswerable(f"its JSON schema cannot be followed ({matcher.get_error()}).", "Correct the schema.")
@@ -147,6 +150,18 @@ class _Unanswerable(Exception):
     def __init__(self, found: str, hint: str) -> None:
         super().__init__(found)
         self.found, self.hint = found, hint
+
+
+def _readable_ids(base_model: BaseModel, request: CompletionRequest) -> list[int]:
+    from jinja2 import TemplateError
+
+    try:
+        return prompt_ids(base_model.tokenizer, request)
+    except (TemplateError, TypeError, ValueError) as error:  # tokenizers say TypeError to lone surrogates
+        raise _Unanswerable(
+            f"its prompt cannot be read ({error}).",
+            "Remove lone surrogates; for a model whose chat template takes no system text, put all into the prompt.",
+        ) from error
 
 
 class _Row:

@@ -100,7 +100,8 @@ class OnVllm:
                     try:
                         ids = prompt_ids(self._llm.get_tokenizer(), request)
                         engine.add_request(request_id, {"prompt_token_ids": ids}, _sampling(request))
-                    except ValueError as error:  # a prompt beyond the context, a schema that cannot be followed
+                    except Exception as error:  # a prompt beyond the context, a schema that cannot be followed: the
+                        # classes differ between versions. An engine that is dead says so again in `step`.
                         yield Finished(index, self._refused(error))
                         continue
                     in_flight[request_id] = (index, time.monotonic())
@@ -115,7 +116,7 @@ class OnVllm:
                 with contextlib.suppress(Exception):  # the engine may be what failed
                     engine.abort_request(list(in_flight))
 
-    def _refused(self, error: ValueError) -> LanguageModelError:
+    def _refused(self, error: Exception) -> LanguageModelError:
         return LanguageModelError(
             f"asking model {self.name!r} in vLLM: it refused the request ({str(error)[:200]}).",
             retryable=False,

@@ -54,19 +54,28 @@ def build(stage: str, config: Any, build_dod: Callable[[Recorder], ReportT]) -> 
         recorder = MlflowRecorder()
         recorder.params(stage.replace("-", "_"), flatten(config))
         report = build_dod(recorder)
-        log_dod(report.path, context="built")
-        if isinstance(report, HasTable):
-            recorder.table("tasks.json", report.table())
+        manifest = log_dod(report.path, context="built")
+        recorder.table("tasks.json", report.table() if isinstance(report, HasTable) else _tasks_of(manifest))
     return run_id, report
 
 
-def log_dod(path: Path, *, context: str) -> None:
-    """A DoD as an input of the active run: one dataset, its manifest, and how many tasks and pairs it has."""
+def _tasks_of(manifest: Mapping[str, Any]) -> dict[str, list[Any]]:
+    """What a manifest says of each task, as columns."""
+    columns = ("name", "kind", "split", "num_pairs", "source")
+    return {column: [task[column] for task in manifest["tasks"]] for column in columns}
+
+
+def log_dod(path: Path, *, context: str) -> dict[str, Any]:
+    """A DoD as an input of the active run: one dataset, its manifest, and how many tasks and pairs it has.
+
+    Returns the manifest.
+    """
     mlflow.log_input(from_dod(str(path)), context=context)
     with DodStore.open(path) as store:
         manifest = store.manifest()
     mlflow.log_dict(manifest, "dod_manifest.json")
     mlflow.log_metrics({"num_tasks": manifest["num_tasks"], "num_pairs": manifest["num_pairs"]})
+    return manifest
 
 
 def audit(
