@@ -7,13 +7,14 @@ import signal
 import sqlite3
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
 from full_disk import files_up_to
 
 from softprompt_registry.dod.store import APPLICATION_ID, DodStore, dod_written_whole
-from softprompt_registry.dod.task import Pair, Task, assign_pair_splits, fill_template
+from softprompt_registry.dod.task import Pair, Task, assign_pair_splits, fill_template, split_pairs_by_input
 from softprompt_registry.errors import DataError
 
 MOODS = Task(
@@ -109,6 +110,7 @@ def test_digest_is_of_the_content_and_not_of_where_it_came_from(tmp_path: Path) 
 
 KILLED_WRITER = """
 import os, signal, sys
+from collections import Counter
 from pathlib import Path
 from softprompt_registry.dod.store import DodStore
 from softprompt_registry.dod.task import Pair, Task
@@ -315,3 +317,23 @@ def test_a_disk_that_is_full_before(tmp_path: Path, num_bytes: int) -> None:
     with pytest.raises(DataError, match="(disk I/O error|full).*nothing was left there"), files_up_to(num_bytes):
         write_large(tmp_path / "large.dod")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_pairs_with_the_same_input_share_a_split() -> None:
+    inputs = [f"Text {number % 40}" if number < 80 else f"other {number}" for number in range(100)] + [" text  7 "]
+    splits = split_pairs_by_input(inputs, (0.5, 0.25, 0.25), seed=3)
+    by_input: dict[str, set[str]] = {}
+    for text, split in zip(inputs, splits, strict=True):
+        by_input.setdefault(" ".join(text.lower().split()), set()).add(split)
+    assert {len(found) for found in by_input.values()} == {1}
+    # 60 different inputs: 30, 15 and 15 of them.
+    assert Counter(split for found in by_input.values() for split in found) == {
+        "train": 30,
+        "validation": 15,
+        "test": 15,
+    }
+
+
+def test_without_repeated_inputs_the_split_is_that_of_the_pairs() -> None:
+    inputs = [f"text {number}" for number in range(50)]
+    assert split_pairs_by_input(inputs, (0.8, 0.1, 0.1), 5) == assign_pair_splits(50, (0.8, 0.1, 0.1), 5)

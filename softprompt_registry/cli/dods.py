@@ -195,7 +195,9 @@ def build_dod_general_command(
     if as_json:
         print_json({"run_id": run_id, **dataclasses.asdict(report)})
         return
-    print_table("Filters, task by task", report.table())
+    shown = ("name", "split", "status", "pairs", "empty", "duplicates", "too_long", "drawn")
+    table = report.table()
+    print_table("Filters, task by task", {name: table[name] for name in shown})
     kept = [row for row in report.rows if row.status == "kept"]
     _say_built(report.path, len(kept), sum(row.drawn for row in kept), report.digest)
     for name, reason in report.skipped.items():

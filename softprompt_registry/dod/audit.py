@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import statistics
-import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -31,7 +30,7 @@ from softprompt_registry.dod.audit_findings import (
     what_is_found,
 )
 from softprompt_registry.dod.store import DodStore
-from softprompt_registry.dod.task import PAIR_SPLITS, TASK_SPLITS, Pair, Task, TaskSplit
+from softprompt_registry.dod.task import PAIR_SPLITS, TASK_SPLITS, Pair, Task, TaskSplit, text_key
 from softprompt_registry.dod.vocabulary import MIN_ROOT_LETTERS, held_out_words, inflections, stem, words_of
 from softprompt_registry.errors import ConfigError, DataError
 from softprompt_registry.recording import NullRecorder, Recorder
@@ -170,7 +169,7 @@ class _Reading:
     def _read_duplicates(self, task: Task) -> None:
         places: dict[str, list[Pair]] = {}
         for pair in task.pairs:
-            places.setdefault(_plain(pair.input), []).append(pair)
+            places.setdefault(text_key(pair.input), []).append(pair)
         self._inputs.add(places)
         several = "contradictions" if task.kind == "classification" else "several_outputs"
         counts: Counter[str] = Counter()
@@ -223,7 +222,7 @@ class _Reading:
 
     def _read_hard_prompts(self, task: Task) -> None:
         self._num_hard_prompts += len(task.hard_prompts)
-        self._hard_prompts.add(dict.fromkeys(map(_plain, task.hard_prompts)))
+        self._hard_prompts.add(dict.fromkeys(map(text_key, task.hard_prompts)))
         if task.split == "train":
             for prompt in task.hard_prompts:
                 held_out = sorted(held_out_words().intersection(words_of(prompt)))
@@ -259,7 +258,7 @@ class _Reading:
             held_out = sorted(held_out_words().intersection(words_of(label)))
             if task.split == "train" and held_out:
                 self._note_task("held_out_labels", task, f"label {label!r}: {', '.join(held_out)}")
-        sides = self._label_sets.setdefault(frozenset(map(_plain, task.labels)), {"train": [], "test": []})
+        sides = self._label_sets.setdefault(frozenset(map(text_key, task.labels)), {"train": [], "test": []})
         sides[task.split].append(task.name)
 
     def _read_label_words(self, task: Task) -> None:
@@ -311,7 +310,7 @@ class _Reading:
                     among = sorted(names[task] for task in tasks)
                     task = store.task(among[0])
                     texts = [p.input for p in task.pairs] if shared is self._inputs else task.hard_prompts
-                    text = min(text for text in texts if _hash(_plain(text)) == digest)
+                    text = min(text for text in texts if _hash(text_key(text)) == digest)
                     self._example(
                         code, len(tasks), task.name, text, f"{plural(len(among), 'task')}; {_by_side(among, side_of)}"
                     )
@@ -478,11 +477,6 @@ def _telling_words(label: str) -> frozenset[str]:
     """The words that a text with this label in it must have all; single letters ("A") say nothing."""
     words = {word for word in words_of(label) if len(word) > 1}
     return frozenset({word for word in words if len(word) > 2} or words)
-
-
-def _plain(text: str) -> str:
-    """What two texts have in common that count as the same."""
-    return " ".join((text if text.isascii() else unicodedata.normalize("NFKC", text)).casefold().split())
 
 
 def _hash(text: str) -> int:

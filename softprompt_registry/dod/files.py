@@ -27,7 +27,7 @@ from softprompt_registry.dod.task import (
     Task,
     TaskKind,
     TaskSplit,
-    assign_pair_splits,
+    split_pairs_by_input,
 )
 from softprompt_registry.errors import ConfigError, DataError
 from softprompt_registry.fingerprints import digest_of_json
@@ -326,7 +326,8 @@ def _read_task(
     if file_has_splits:
         pair_splits = [cast(PairSplit, splits[pair]) for pair in pairs]
     else:
-        pair_splits = assign_pair_splits(len(pairs), config.pair_shares, seed_of("splits", config.seed, name))
+        inputs = [text for text, _ in pairs]
+        pair_splits = split_pairs_by_input(inputs, config.pair_shares, seed_of("splits", config.seed, name))
     try:
         task = Task(
             name=name,

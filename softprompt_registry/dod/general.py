@@ -29,7 +29,7 @@ from softprompt_registry.dod.general_sources import (
     read_split_lists,
 )
 from softprompt_registry.dod.store import dod_written_whole, require_free
-from softprompt_registry.dod.task import TASK_SPLITS, Pair, Task, TaskSplit, assign_pair_splits
+from softprompt_registry.dod.task import TASK_SPLITS, Pair, Task, TaskSplit, split_pairs_by_input
 from softprompt_registry.errors import ConfigError, DataError
 from softprompt_registry.recording import NullRecorder, Recorder
 
@@ -258,7 +258,8 @@ def _build_task(
 def _task_of(name: str, side: TaskSplit, facts: TaskFacts, drawn: list[Pair], config: GeneralConfig) -> Task:
     # Paper: pairs are split 90/10 inside a task. We hold test pairs back as well, so that a soft prompt is measured on
     # pairs that did not stop its tuning.
-    splits = assign_pair_splits(len(drawn), config.pair_shares, seed_of("splits", config.seed, name))
+    inputs = [pair.input for pair in drawn]
+    splits = split_pairs_by_input(inputs, config.pair_shares, seed_of("splits", config.seed, name))
     try:
         return Task(
             name=name,

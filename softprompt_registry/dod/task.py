@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -138,3 +139,19 @@ def assign_pair_splits(count: int, shares: Sequence[float], seed: int) -> list[P
     splits += ["test"] * test
     random.Random(seed).shuffle(splits)
     return splits
+
+
+def split_pairs_by_input(inputs: Sequence[str], shares: Sequence[float], seed: int) -> list[PairSplit]:
+    """A split for each pair, by the input of each: pairs with the same input, and other outputs, stay together.
+
+    Otherwise a tuned prompt would be measured on inputs that it was tuned on. Shares count different inputs.
+    """
+    keys = [text_key(text) for text in inputs]
+    different = list(dict.fromkeys(keys))
+    split_of = dict(zip(different, assign_pair_splits(len(different), shares, seed), strict=True))
+    return [split_of[key] for key in keys]
+
+
+def text_key(text: str) -> str:
+    """What two texts have in common that count as the same: compatibility form (NFKC), no case, single spaces."""
+    return " ".join((text if text.isascii() else unicodedata.normalize("NFKC", text)).casefold().split())
