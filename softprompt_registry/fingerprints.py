@@ -51,11 +51,12 @@ def digest_of_task(
     """
     # `digest_of_json` of each triple, written out: it is called for millions of pairs, and a JSON encoder for each takes
     # three times as long.
-    text = json.encoder.encode_basestring
-    pair_digests = sorted(
-        hashlib.sha256(f"[{text(split)},{text(given)},{text(wanted)}]".encode("utf-8", "surrogatepass")).hexdigest()
-        for split, given, wanted in pairs
-    )
+    text, sha256 = json.encoder.encode_basestring, hashlib.sha256
+    encoded = [f"[{text(split)},{text(given)},{text(wanted)}]" for split, given, wanted in pairs]
+    try:
+        pair_digests = sorted([sha256(pair.encode()).hexdigest() for pair in encoded])
+    except UnicodeEncodeError:  # a lone surrogate
+        pair_digests = sorted([sha256(pair.encode("utf-8", "surrogatepass")).hexdigest() for pair in encoded])
     return digest_of_json(
         {"name": name, "kind": kind, "labels": list(labels), "hard_prompts": list(hard_prompts), "pairs": pair_digests}
     )

@@ -52,12 +52,12 @@ def audit_of(folder: Path, *tasks: Task, config: AuditConfig = CONFIG, tokenizer
 def changed(task: Task, number: int, **values: Any) -> Task:
     """The task with another pair at one place."""
     pairs = list(task.pairs)
-    pairs[number] = dataclasses.replace(pairs[number], **values)
+    pairs[number] = pairs[number]._replace(**values)
     return dataclasses.replace(task, pairs=tuple(pairs))
 
 
 def with_splits(task: Task, *splits: str) -> Task:
-    pairs = (dataclasses.replace(pair, split=split) for pair, split in zip(task.pairs, splits, strict=True))  # type: ignore[arg-type]
+    pairs = (pair._replace(split=split) for pair, split in zip(task.pairs, splits, strict=True))  # type: ignore[arg-type]
     return dataclasses.replace(task, pairs=tuple(pairs))
 
 

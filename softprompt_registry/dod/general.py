@@ -267,7 +267,7 @@ def _task_of(name: str, side: TaskSplit, facts: TaskFacts, drawn: list[Pair], co
             split=side,
             hard_prompts=facts.definitions,
             source=facts.source,
-            pairs=tuple(replace(pair, split=split) for pair, split in zip(drawn, splits, strict=True)),
+            pairs=tuple(pair._replace(split=split) for pair, split in zip(drawn, splits, strict=True)),
         )
     except DataError as error:  # a name that a DoD cannot have
         raise DamagedTask(str(error)) from error

@@ -110,7 +110,7 @@ class PairDraw:
             )
             for position, pair in enumerate(batch, start):
                 if pair.num_tokens is None:
-                    pairs[position] = replace(pair, num_tokens=lengths[pair.input] + lengths[pair.output])
+                    pairs[position] = pair._replace(num_tokens=lengths[pair.input] + lengths[pair.output])
         return pairs
 
 

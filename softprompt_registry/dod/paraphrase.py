@@ -133,11 +133,17 @@ def paraphrase_dod(
     require_free(out, doing, overwrite=overwrite)
     work = _Paraphrasing(model, count_tokens, config, recorder)
     with DodStore.open(dod) as source:
-        tasks = [_Paraphrased.of(task, count_tokens) for task in source.tasks("train") if task.hard_prompts]
+        # The translator learns a classification task's label list, in any order; its hard prompts are not asked of it.
+        tasks = [
+            _Paraphrased.of(task, count_tokens)
+            for task in source.tasks("train")
+            if task.kind == "generation" and task.hard_prompts
+        ]
         if not tasks:
             raise DataError(
-                f"{doing}: none of its {len(source.task_names('train'))} training tasks has a hard prompt; expected at "
-                "least one. Label lists need no paraphrases: their order is shuffled while the translator trains."
+                f"{doing}: none of its {len(source.task_names('train'))} training tasks is a generation task with a hard "
+                "prompt; expected at least one. Label lists need no paraphrases: their order is shuffled while the "
+                "translator trains."
             )
         # The answers last: what fails before the first request leaves no file of them behind.
         with dod_written_whole(out, doing, overwrite=overwrite) as store, AnswerCache(answers_path(out)) as cache:
@@ -330,15 +336,15 @@ def _case_counts(phrase: str) -> bool:
 
 
 def _pattern(phrase: str, *, ignore_case: bool | None = None) -> re.Pattern[str]:
-    """Finds a phrase as whole words and, without a word on `ignore_case`, in the case that counts; 5 is not in 0.5."""
+    """Finds a phrase as whole words, in the case that counts unless `ignore_case` says; 5 is not in 0.5 or 5,000."""
     if ignore_case is None:
         ignore_case = not _case_counts(phrase)
     before = r"(?<!\w)" if phrase[:1].isalnum() else ""
     after = r"(?!\w)" if phrase[-1:].isalnum() else ""
     if phrase[:1].isdigit():
-        before += r"(?<!\d[.,])"
+        before += r"(?<!\d\.)"
     if phrase[-1:].isdigit():
-        after += r"(?![.,]\d)"
+        after += r"(?!\.\d|,\d{3}(?!\d))"
     return re.compile(before + re.escape(phrase) + after, re.IGNORECASE if ignore_case else 0)
 
 

@@ -7,7 +7,8 @@ import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal, get_args
+from operator import itemgetter
+from typing import Literal, NamedTuple, get_args
 
 from softprompt_registry.errors import DataError
 from softprompt_registry.fingerprints import digest_of_task
@@ -23,15 +24,20 @@ TASK_SPLITS: tuple[str, ...] = get_args(TaskSplit)
 PAIR_SPLITS: tuple[str, ...] = get_args(PairSplit)
 
 
-@dataclass(frozen=True)
-class Pair:
-    """One example: what goes in and what should come out."""
+class Pair(NamedTuple):
+    """One example: what goes in and what should come out.
+
+    A named tuple, since a DoD has millions: a frozen dataclass takes three times as long to make.
+    """
 
     input: str
     output: str
     split: PairSplit = "train"
     num_tokens: int | None = None
     """Tokens of input and output together, where the builder counted them; not part of the digest."""
+
+
+_SPLIT_INPUT_OUTPUT = itemgetter(2, 0, 1)
 
 
 @dataclass(frozen=True)
@@ -89,7 +95,7 @@ class Task:
             kind=self.kind,
             labels=self.labels,
             hard_prompts=self.hard_prompts,
-            pairs=((pair.split, pair.input, pair.output) for pair in self.pairs),
+            pairs=map(_SPLIT_INPUT_OUTPUT, self.pairs),
         )
 
     def pairs_of(self, split: PairSplit) -> list[Pair]:
