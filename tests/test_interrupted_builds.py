@@ -234,7 +234,7 @@ def test_a_disk_that_fills_up_with_answers(
 
 def test_a_disk_that_fills_up_with_the_dod(llm_server: LlmServer, tmp_path: Path, undisturbed: Any) -> None:
     with pytest.raises(DataError, match=r"writing '.*a.dod.building' failed .*Make room on the disk"):
-        with files_up_to(60_000):
+        with files_up_to(undisturbed.path.stat().st_size - 1):
             build(llm_server, undisturbed.path, overwrite=True)
     assert names_in(undisturbed.path.parent) == ["a.dod", "a.dod.answers"]
     with DodStore.open(undisturbed.path) as store:  # the old one is as it was
