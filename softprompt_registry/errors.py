@@ -56,11 +56,13 @@ class PromotionRefused(RegistryError):
 class LanguageModelError(SoftPromptError):
     """A language model behind an API failed.
 
-    `retryable` says whether the same request can succeed later; `hint` says what to do. The provider's own
-    exception stays reachable as `__cause__`, without the request's headers.
+    `retryable` says whether the same request can succeed later; `about_request` whether it is this one request that is
+    refused, while others may pass; `hint` says what to do. The provider's own exception stays reachable as `__cause__`,
+    without the request's headers.
     """
 
-    def __init__(self, message: str, *, retryable: bool, hint: str) -> None:
+    def __init__(self, message: str, *, retryable: bool, hint: str, about_request: bool = False) -> None:
         super().__init__(f"{message} {hint}")
         self.retryable = retryable
+        self.about_request = about_request
         self.hint = hint

@@ -30,7 +30,7 @@ ANSWER = Completion("Hello, 雨!\n", 7, 3, 0.25, "stop", attempts=2)
 class Upper:
     """Answers one request after the other: the prompt in upper case."""
 
-    name = "upper"
+    name = identity = "upper"
 
     def complete(self, requests: Sequence[CompletionRequest]) -> list[Completion | LanguageModelError]:
         return [finished.result for finished in sorted(self.stream(requests), key=lambda finished: finished.index)]
@@ -46,7 +46,7 @@ class Upper:
 class Table(Upper):
     """The same in batches of four, backwards; fails where the prompt says so."""
 
-    name = "table"
+    name = identity = "table"
 
     def __init__(self) -> None:
         self.asked: list[str] = []
@@ -275,3 +275,27 @@ def test_memory_does_not_grow_with_the_number_of_requests(tmp_path: Path) -> Non
             ask_missing(Upper(), cache, requests(), bar, Asked())
         assert len(cache) == 5_000
     assert resident[1] - resident[0] < 6_000_000
+
+
+def test_refused_requests_in_a_row_do_not_end_it_once_anything_was_answered(tmp_path: Path) -> None:
+    class Refusing(Table):
+        """Refuses what it will not read, as a content filter does."""
+
+        def stream(self, requests: Iterable[CompletionRequest]) -> Iterator[Finished]:
+            for finished in super().stream(requests):
+                if isinstance(finished.result, LanguageModelError):
+                    refusal = LanguageModelError("no.", retryable=False, about_request=True, hint="Ask otherwise.")
+                    yield Finished(finished.index, refusal)
+                else:
+                    yield finished
+
+    refused = [CompletionRequest(f"fail {number}") for number in range(3 * MAX_FAILURES_IN_A_ROW)]
+    with AnswerCache(tmp_path / "a.answers") as cache:
+        with pytest.raises(LanguageModelError, match=f"{MAX_FAILURES_IN_A_ROW} requests in a row failed"):
+            ask_missing(Refusing(), cache, refused, Bar(), Asked())
+        asked = Asked()
+        ask_missing(Refusing(), cache, [REQUEST, REQUEST, *[REQUEST] * 2, *refused], Bar(), asked)
+        assert (asked.failed, len(cache)) == (len(refused), 1)
+        asked = Asked()  # what an earlier run got counts as well
+        ask_missing(Refusing(), cache, [REQUEST, *refused], Bar(), asked)
+        assert (asked.failed, asked.found) == (len(refused), 1)

@@ -27,6 +27,7 @@ from softprompt_registry.dod.classification_requests import estimate
 from softprompt_registry.dod.prompt_files import OWN_FOLDER
 from softprompt_registry.dod.store import DodStore
 from softprompt_registry.errors import ConfigError, DataError, LanguageModelError
+from softprompt_registry.fingerprints import digest_of_json
 from softprompt_registry.language_models.opening import LanguageModelConfig
 
 
@@ -71,6 +72,7 @@ def test_a_full_build(llm_server: LlmServer, tmp_path: Path) -> None:
         "settings": metadata["settings"],
         "model": "writer",
         "prompts_digest": metadata["prompts_digest"],
+        "seed_words_digest": digest_of_json(list(SEED_WORDS)),
         "tasks": 6,
         "given_up": {},
         "refused": {},
@@ -102,8 +104,9 @@ def test_what_the_server_is_asked(llm_server: LlmServer, tmp_path: Path) -> None
         rest = ", ".join(other for other in labels if other != label)
         assert f'category "{label}", and to none of these: {rest}.' in body["messages"][1]["content"]
     assert len({body["seed"] for body in [first, *others]}) == 7
-    styles = {body["messages"][1]["content"].partition("Style of these sentences: ")[2] for body in others}
-    assert len(styles) == 6
+    styles = [body["messages"][1]["content"].partition("Style of these sentences: ")[2] for body in others]
+    # Every label goes through the same styles: else the style would tell the label.
+    assert styles[:2] == styles[2:4] == styles[4:] and styles[0] != styles[1]
 
 
 def test_a_second_build_asks_for_nothing(llm_server: LlmServer, tmp_path: Path, undisturbed: Any) -> None:

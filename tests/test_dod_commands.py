@@ -464,7 +464,9 @@ def test_an_existing_dod_is_not_replaced(
     result = run(*prepared(name, tmp_path, llm_server.url), "--out", out, code=1)
     assert "exists already; expected a new name" in one_message(result)
     assert out.read_text() == "precious" and files_below(out.parent) == ["old.sqlite"]
-    assert [found.info.status for found in all_runs()] == ["FAILED"]
+    # Where a large model would be loaded first, nothing begins.
+    begun = name not in ("classification", "paraphrase")
+    assert [found.info.status for found in all_runs()] == ["FAILED"] * begun
     assert llm_server.received == []
 
 
@@ -476,7 +478,7 @@ def test_an_existing_dod_is_not_replaced(
         (["build-dod", "ood", "--reviews", "nowhere.csv"], "nowhere.csv", ["FAILED"]),
         (["build-dod", "ood"], "expected", ["FAILED"]),
         (["build-dod", "general", "nowhere"], "there is no such folder", ["FAILED"]),
-        (["paraphrase-dod", "nowhere.sqlite", "--model", "m"], "there is no such file", ["FAILED"]),
+        (["paraphrase-dod", "nowhere.sqlite", "--model", "m"], "there is no such file", []),
         (["build-dod", "classification", "--words", "nowhere.csv", "--model", "m"], "nowhere.csv", []),
         (["build-dod", "classification", "--words", "words.csv"], "no model is named", []),
         (["build-dod", "files", "in", "-s", "test_share=2"], "test_share is 2", []),
@@ -486,7 +488,11 @@ def test_an_existing_dod_is_not_replaced(
         (["build-dod", "classification", "-s", "generator=gpt", "--model", "m"], "'generator' is a value", []),
         (["paraphrase-dod", "in", "-s", "generator.options=x", "--base-url", "http://x"], "'options' is a value", []),
         (["paraphrase-dod", "in", "--factor", "0"], "factor is 0", []),
-        (["paraphrase-dod", "in", "--model", "m", "--base-url", "ftp://x"], "base_url is not a usable address", []),
+        (
+            ["build-dod", "classification", "--words", "words.csv", "--model", "m", "--base-url", "ftp://x"],
+            "base_url is not a usable address",
+            [],
+        ),
         (["build-dod", "classification", "--config", "missing.yaml"], "there is no file 'missing.yaml'", []),
     ],
 )

@@ -337,3 +337,26 @@ def test_pairs_with_the_same_input_share_a_split() -> None:
 def test_without_repeated_inputs_the_split_is_that_of_the_pairs() -> None:
     inputs = [f"text {number}" for number in range(50)]
     assert split_pairs_by_input(inputs, (0.8, 0.1, 0.1), 5) == assign_pair_splits(50, (0.8, 0.1, 0.1), 5)
+
+
+KILLED_NOTE = """
+import os, signal, sqlite3, sys
+
+connection = sqlite3.connect(sys.argv[1], isolation_level=None)
+connection.execute("PRAGMA cache_size = 1")  # so that half of the change reaches the file before the commit
+connection.execute("BEGIN IMMEDIATE")
+connection.execute("UPDATE examples SET input = 'changed' || input")
+connection.execute("INSERT INTO metadata VALUES ('audit', ?)", ("x" * 500_000,))
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_killed_note_is_taken_back_by_the_next_reader(tmp_path: Path) -> None:
+    path = tmp_path / "a.dod"
+    many = Task(name="many", kind="generation", pairs=tuple(Pair(f"text {n} {'x' * 50}", "y") for n in range(2000)))
+    digest = build(path, many)
+    assert subprocess.run([sys.executable, "-c", KILLED_NOTE, str(path)], timeout=60).returncode == -signal.SIGKILL
+    assert path.with_name("a.dod-journal").exists()
+    with DodStore.open(path) as store:
+        assert list(store.tasks()) == [many] and store.metadata() == {} and store.digest == digest
+    assert not path.with_name("a.dod-journal").exists()

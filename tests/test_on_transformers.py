@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from itertools import count, islice
+from typing import Any
 
 import pytest
 import torch
@@ -30,7 +31,8 @@ def base_model() -> BaseModel:
 
 
 def model_of(base_model: BaseModel, batch_size: int = 8) -> OnTransformers:
-    return OnTransformers(TransformersConfig("tiny", batch_size=batch_size), base_model)
+    prompt_format: Any = "chat" if base_model.tokenizer.chat_template else "plain"
+    return OnTransformers(TransformersConfig("tiny", prompt_format=prompt_format, batch_size=batch_size), base_model)
 
 
 def answers(base_model: BaseModel, *requests: CompletionRequest, batch_size: int = 8) -> list[Completion]:
@@ -225,11 +227,13 @@ def test_a_chat_template_is_used_where_there_is_one() -> None:
     base_model = tiny_base_model()
     tokenizer = base_model.tokenizer
     request = CompletionRequest("Hi", system="Be brief.", max_tokens=5)
-    assert prompt_ids(tokenizer, request) == [0, *base_model.tokenize("Be brief.\n\nHi")]
+    assert prompt_ids(tokenizer, request, "plain") == [0, *base_model.tokenize("Be brief.\n\nHi")]
     [plain] = answers(base_model, request)
+    with pytest.raises(ConfigError, match="its tokenizer has no chat template.*prompt_format. to .plain."):
+        OnTransformers(TransformersConfig("tiny"), base_model)
     tokenizer.chat_template = TEMPLATE
-    assert prompt_ids(tokenizer, request) == base_model.tokenize("<system>Be brief.<user>Hi<assistant>")
-    assert prompt_ids(tokenizer, CompletionRequest("Hi")) == base_model.tokenize("<user>Hi<assistant>")
+    assert prompt_ids(tokenizer, request, "chat") == base_model.tokenize("<system>Be brief.<user>Hi<assistant>")
+    assert prompt_ids(tokenizer, CompletionRequest("Hi"), "chat") == base_model.tokenize("<user>Hi<assistant>")
     [templated] = answers(base_model, request)
     assert templated.text != plain.text and templated.prompt_tokens == len("<system>Be brief.<user>Hi<assistant>")
     # Some templates take no system text, and say so by failing.

@@ -71,7 +71,7 @@ def test_doubles_are_dropped_and_the_first_of_them_stays() -> None:
 class TableProposer:
     """Candidates by task name from a fixed table."""
 
-    name = "table"
+    name = identity = "table"
 
     def __init__(self, table: dict[str, list[Candidate]]) -> None:
         self.table = table

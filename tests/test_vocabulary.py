@@ -129,3 +129,7 @@ def test_importing_loads_no_lexicon() -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
+
+
+def test_labels_of_the_sets_from_elsewhere_are_held_out_too() -> None:
+    assert {"truthful", "deceptive", "human", "generated", "generate"} <= held_out_words()

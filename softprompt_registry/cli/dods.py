@@ -102,7 +102,9 @@ def build_dod_files(
 )
 @click.option("--unrelated-labels", is_flag=True, help="Labels that have nothing in common: the Preliminary DoD.")
 @with_generator
-@click.option("--dry-run", is_flag=True, help="Only print how many requests and tokens it takes at most.")
+@click.option(
+    "--dry-run", is_flag=True, help="Only print how many requests and tokens it takes if no answer is refused."
+)
 @with_settings
 @with_json
 def build_dod_classification_command(
@@ -126,8 +128,9 @@ def build_dod_classification_command(
     """
     from softprompt_registry.config import build_config
     from softprompt_registry.dod.classification import ClassificationConfig, build_dod_classification
-    from softprompt_registry.dod.classification_requests import estimate
+    from softprompt_registry.dod.classification_requests import ClassificationRequests, estimate
     from softprompt_registry.dod.seed_words import brown_words, read_seed_words
+    from softprompt_registry.dod.store import require_free
 
     values = _with_generator(section_of("classification", config, overrides), engine, model, base_url)
     if unrelated_labels:
@@ -136,8 +139,10 @@ def build_dod_classification_command(
     if dry_run:
         print_json(dataclasses.asdict(estimate(settings)))
         return
+    require_free(out, "building a classification DoD", overwrite=overwrite)  # before a large model is loaded
     letters = settings.min_seed_letters
     seed_words = read_seed_words(words, min_letters=letters) if words else brown_words(min_letters=letters)
+    ClassificationRequests(seed_words, settings)
     from softprompt_registry.language_models.opening import open_language_model
     from softprompt_registry.stages.dods import build
 
@@ -205,12 +210,12 @@ def build_dod_general_command(
 
 
 @build_dod.command("inspect")
-@click.argument("folder", required=False, type=click.Path(path_type=Path))
+@click.argument("folder", required=False)
 @with_out
 @with_settings
 @with_json
 def build_dod_inspect_command(
-    folder: Path | None,
+    folder: str | None,
     out: Path,
     overwrite: bool,
     config: Path | None,
@@ -226,13 +231,15 @@ def build_dod_inspect_command(
     from softprompt_registry.config import build_config
     from softprompt_registry.dod.inspect_datasets import InspectConfig, build_dod_inspect
 
+    # An entry point of MLproject has no way to leave the folder out but an empty text.
+    source = Path(folder) if folder else None
     settings = build_config(InspectConfig, section_of("inspect", config, overrides))
     from softprompt_registry.stages.dods import build
 
     run_id, report = build(
         "build-dod-inspect",
         settings,
-        lambda recorder: build_dod_inspect(folder, out, config=settings, overwrite=overwrite, recorder=recorder),
+        lambda recorder: build_dod_inspect(source, out, config=settings, overwrite=overwrite, recorder=recorder),
     )
     _print_sets(run_id, report, as_json=as_json)
 
@@ -353,11 +360,15 @@ def paraphrase_dod_command(
     """
     from softprompt_registry.config import build_config
     from softprompt_registry.dod.paraphrase import ParaphraseConfig, paraphrase_dod
+    from softprompt_registry.dod.store import DodStore, require_free
 
     values = _with_generator(section_of("paraphrase", config, overrides), engine, model, base_url)
     if factor is not None:
         values["factor"] = factor
     settings = build_config(ParaphraseConfig, values)
+    require_free(out, f"paraphrasing DoD {str(dod)!r}", overwrite=overwrite)  # before a large model is loaded
+    with DodStore.open(dod):
+        pass
     tokenizer = _tokenizer(base_model)
     from softprompt_registry.language_models.opening import open_language_model
     from softprompt_registry.stages.dods import build
@@ -397,6 +408,9 @@ def _with_generator(
     """The options of the LLM that writes, laid over its section of the settings."""
     from softprompt_registry.config import apply_overrides
 
+    generator = values.get("generator")
+    if engine is not None and isinstance(generator, dict) and generator.get("engine", "openai") != engine:
+        values = {**values, "generator": {**generator, "options": {}}}  # the file's options are those of its own engine
     given = {"engine": engine, "model": model, "options.base_url": base_url}
     texts = {key: json.dumps(value, ensure_ascii=False) for key, value in given.items() if value is not None}
     return apply_overrides(values, [f"generator.{key}={text}" for key, text in texts.items()])

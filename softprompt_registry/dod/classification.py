@@ -27,7 +27,7 @@ from softprompt_registry.dod.task import Pair, Task, assign_pair_splits
 from softprompt_registry.errors import ConfigError, LanguageModelError
 from softprompt_registry.language_models.answer_cache import AnswerCache, Asked, ask_all
 from softprompt_registry.language_models.opening import LanguageModelConfig
-from softprompt_registry.language_models.protocol import CompletionRequest, LanguageModel
+from softprompt_registry.language_models.protocol import CompletionRequest, LanguageModel, recorded_name
 from softprompt_registry.recording import NullRecorder, Recorder
 
 
@@ -179,8 +179,9 @@ def build_dod_classification(
             {
                 "builder": "classification",
                 "settings": recorded_settings(config),
-                "model": model.name,
-                "prompts_digest": build.prompts_digest,
+                "model": recorded_name(model),
+                "prompts_digest": build.requests.prompts_digest,
+                "seed_words_digest": build.requests.seed_words_digest,
                 "tasks": made,
                 "given_up": report.given_up,
                 "refused": report.refused,
@@ -218,8 +219,7 @@ class _Build:
         self.answers = 0
         self.asked = Asked()
         self._model, self._config, self._recorder = model, config, recorder
-        self._requests = ClassificationRequests(seed_words, config)
-        self.prompts_digest = self._requests.prompts_digest
+        self.requests = ClassificationRequests(seed_words, config)
 
     def tasks(self, cache: AnswerCache) -> Iterator[Task]:
         """Every task, as soon as it is complete."""
@@ -261,11 +261,11 @@ class _Build:
             open_tasks = [number for number in range(config.num_tasks) if number not in found]
             if not open_tasks:
                 break
-            requests = (self._requests.label_set(number, attempt) for number in open_tasks)
+            requests = (self.requests.label_set(number, attempt) for number in open_tasks)
             title = "label sets" if attempt == 0 else f"label sets, again ({attempt})"
             self._ask(cache, requests, title, len(open_tasks))
             for number in open_tasks:
-                labels = self._labels_in(cache, self._requests.label_set(number, attempt), taken)
+                labels = self._labels_in(cache, self.requests.label_set(number, attempt), taken)
                 if labels is not None:
                     found[number] = labels
                     taken.add(frozenset(labels))
@@ -311,7 +311,7 @@ class _Build:
     def _sentence_requests(self, task: _Unfinished, wanted: Mapping[str, int]) -> Iterator[CompletionRequest]:
         for label, calls in wanted.items():
             for call in range(task.calls[label], task.calls[label] + calls):
-                yield self._requests.sentences(task.name, task.labels, label, call)
+                yield self.requests.sentences(task.name, task.labels, label, call)
 
     def _take_sentences(self, task: _Unfinished, wanted: Mapping[str, int], cache: AnswerCache) -> None:
         """Add the good sentences of this round's answers, in the order of the requests."""
@@ -320,7 +320,7 @@ class _Build:
         for label, calls in wanted.items():
             for call in range(task.calls[label], task.calls[label] + calls):
                 for sentence in (
-                    self._read(cache, self._requests.sentences(task.name, task.labels, label, call), "answer") or []
+                    self._read(cache, self.requests.sentences(task.name, task.labels, label, call), "answer") or []
                 ):
                     sentence = " ".join(sentence.split())
                     if len(task.sentences[label]) >= config.sentences_per_label:
@@ -358,7 +358,7 @@ class _Build:
             pairs=tuple(pairs),
             labels=task.labels,
             split="test" if on_test_side else "train",
-            source=f"written by {self._model.name}",
+            source=f"written by {recorded_name(self._model)}",
         )
 
     # --- Asking ---
@@ -369,7 +369,7 @@ class _Build:
 
     def _read(self, cache: AnswerCache, request: CompletionRequest, what: str) -> list[str] | None:
         """The list of strings in a stored answer; None, and counted, if it is no such list."""
-        answer = cache.get(self._model.name, request)
+        answer = cache.get(self._model.identity, request)
         if answer is None:  # it failed, and failures are skipped
             self.refused[f"{what}: the request failed"] += 1
             return None

@@ -37,6 +37,7 @@ class ClassificationRequests:
             [astuple(self._label_prompt), astuple(self._sentence_prompt), self._styles]
         )
         """Tells which prompts wrote a DoD."""
+        self.seed_words_digest = digest_of_json(list(seed_words))
 
     def label_set(self, number: int, attempt: int) -> CompletionRequest:
         config = self._config
@@ -59,8 +60,8 @@ class ClassificationRequests:
             "count": config.sentences_per_call,
             "label": label,
             "other_labels": ", ".join(other for other in labels if other != label),
-            # Each label begins elsewhere in the list, so that the style does not tell the label.
-            "style": self._styles[(labels.index(label) * 7 + call) % len(self._styles)],
+            # All labels of a task go through the same styles: a style must not tell the label.
+            "style": self._styles[(seed_of("style", config.seed, name) + call) % len(self._styles)],
         }
         return CompletionRequest(
             self._sentence_prompt.fill(values),

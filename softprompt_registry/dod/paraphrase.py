@@ -25,7 +25,7 @@ from softprompt_registry.errors import ConfigError, DataError
 from softprompt_registry.fingerprints import digest_of_dod
 from softprompt_registry.language_models.answer_cache import AnswerCache, Asked, ask_all
 from softprompt_registry.language_models.opening import LanguageModelConfig
-from softprompt_registry.language_models.protocol import CompletionRequest, LanguageModel
+from softprompt_registry.language_models.protocol import CompletionRequest, LanguageModel, recorded_name
 from softprompt_registry.recording import NullRecorder, Recorder
 
 MAX_LABELS = 20
@@ -148,7 +148,7 @@ def paraphrase_dod(
         # The answers last: what fails before the first request leaves no file of them behind.
         with dod_written_whole(out, doing, overwrite=overwrite) as store, AnswerCache(answers_path(out)) as cache:
             work.run(tasks, cache)
-            report = _write(source, store, tasks, work, config, out=out, model_name=model.name)
+            report = _write(source, store, tasks, work, config, out=out, model_name=recorded_name(model))
     recorder.metric("failed_share", report.failed_share)
     return report
 
@@ -420,7 +420,7 @@ class _Paraphrasing:
         )
 
     def _take(self, task: _Paraphrased, number: int, attempt: int, cache: AnswerCache) -> None:
-        answer = cache.get(self._model.name, self._request(task, number, attempt))
+        answer = cache.get(self._model.identity, self._request(task, number, attempt))
         if answer is None:
             self.refused["the request failed"] += 1
             return

@@ -11,7 +11,7 @@ import json
 import os
 import sqlite3
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from functools import lru_cache
 from itertools import chain
 from pathlib import Path
@@ -116,6 +116,10 @@ class DodStore:
         """An existing DoD, read only; also from a folder that cannot be written."""
         if not path.is_file():
             raise DataError(f"opening DoD {str(path)!r}: there is no such file. Build one with `softprompt build-dod`.")
+        if path.with_name(f"{path.name}-journal").exists() and os.access(path, os.W_OK):
+            # A writer of metadata was killed: SQLite takes its half of a change back, which a reader may not.
+            with closing(sqlite3.connect(path)) as repairing:
+                repairing.execute("SELECT count(*) FROM sqlite_master")
         # SQLite cannot make the shared-memory file of a WAL database in a read-only folder; there the file cannot
         # change either, which is what `immutable` promises.
         mode = "mode=ro" if os.access(path.resolve().parent, os.W_OK) else "immutable=1"

@@ -10,6 +10,7 @@ from functools import cache
 from typing import Any
 
 from softprompt_registry.dod.inspect_datasets import EVALUATION_LABELS
+from softprompt_registry.dod.ood_datasets import ESSAYS, REVIEWS
 
 _WORD = re.compile(r"[^\W\d_]+(?:'[^\W\d_]+)?")
 FUNCTION_WORDS = frozenset(
@@ -97,5 +98,6 @@ def held_out_words() -> frozenset[str]:
 
     Paper: its label generator could produce these words, which makes the evaluation easier than it should be.
     """
-    words = {word for labels in EVALUATION_LABELS.values() for label in labels for word in words_of(label)}
+    sets = (*EVALUATION_LABELS.values(), REVIEWS.labels, ESSAYS.labels)
+    words = {word for labels in sets for label in labels for word in words_of(label)}
     return frozenset(form for word in words for form in inflections(word))

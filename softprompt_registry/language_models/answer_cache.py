@@ -72,13 +72,13 @@ class AnswerCache:
     def __len__(self) -> int:
         return int(self._connection.execute("SELECT count(*) FROM answers").fetchone()[0])
 
-    def get(self, model_name: str, request: CompletionRequest) -> Completion | None:
+    def get(self, identity: str, request: CompletionRequest) -> Completion | None:
         """The stored answer to a request; None if there is none yet."""
         try:
             row = self._connection.execute(
                 "SELECT text, prompt_tokens, completion_tokens, latency_s, finish_reason, attempts FROM answers "
                 "WHERE key = ?",
-                (_key(model_name, request),),
+                (_key(identity, request),),
             ).fetchone()
         except sqlite3.DatabaseError as error:
             raise DataError(
@@ -87,14 +87,14 @@ class AnswerCache:
             ) from error
         return None if row is None else Completion(*row)
 
-    def put(self, model_name: str, request: CompletionRequest, answer: Completion) -> None:
+    def put(self, identity: str, request: CompletionRequest, answer: Completion) -> None:
         """Store an answer; it is on the disk when this returns."""
         try:
             self._connection.execute(
                 "INSERT OR REPLACE INTO answers (key, text, prompt_tokens, completion_tokens, latency_s, finish_reason, "
                 "attempts) VALUES (?, ?, ?, ?, ?, ?, ?)",
                 (
-                    _key(model_name, request),
+                    _key(identity, request),
                     # A server may send lone surrogates, which UTF-8 cannot hold.
                     answer.text.encode("utf-8", "replace").decode("utf-8"),
                     answer.prompt_tokens,
@@ -116,8 +116,8 @@ class AnswerCache:
             ) from error
 
 
-def _key(model_name: str, request: CompletionRequest) -> str:
-    return digest_of_json({"model": model_name, **dataclasses.asdict(request)})
+def _key(identity: str, request: CompletionRequest) -> str:
+    return digest_of_json({"model": identity, **dataclasses.asdict(request)})
 
 
 @dataclasses.dataclass
@@ -126,6 +126,8 @@ class Asked:
 
     requests: int = 0
     """Answered in this run; those found in the cache are not counted."""
+    found: int = 0
+    """Found in the cache."""
     failed: int = 0
     prompt_tokens: int = 0
     completion_tokens: int = 0
@@ -155,7 +157,8 @@ def ask_missing(
 
     def missing() -> Iterator[CompletionRequest]:
         for request in requests:
-            if cache.get(model.name, request) is not None:
+            if cache.get(model.identity, request) is not None:
+                asked.found += 1
                 bar.advance()
                 continue
             drawn[len(drawn) + finished] = request
@@ -170,7 +173,9 @@ def ask_missing(
             if isinstance(item.result, LanguageModelError):
                 asked.failed += 1
                 asked.last_failure = item.result
-                in_a_row += 1
+                # Once anything was answered, a refused request says nothing about the next one; a wrong key or a server
+                # that is down always does.
+                in_a_row += not (item.result.about_request and (asked.found or asked.requests))
                 if in_a_row >= MAX_FAILURES_IN_A_ROW:
                     raise LanguageModelError(
                         f"asking {model.name!r}: {in_a_row} requests in a row failed; the {len(cache)} answers before them "
@@ -180,7 +185,7 @@ def ask_missing(
                     ) from item.result
             else:
                 in_a_row = 0
-                cache.put(model.name, request, item.result)
+                cache.put(model.identity, request, item.result)
                 asked.add(item.result)
             rate = asked.completion_tokens / max(time.monotonic() - started + asked.seconds, 1e-9)
             bar.advance(1, f"{rate:.0f} tokens/s" + (f", {asked.failed} failed" if asked.failed else ""))

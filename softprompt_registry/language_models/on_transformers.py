@@ -10,7 +10,7 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any, Literal
 
 from softprompt_registry.errors import ConfigError, LanguageModelError
-from softprompt_registry.language_models.local_prompts import cut_at_stop, prompt_ids
+from softprompt_registry.language_models.local_prompts import cut_at_stop, prompt_ids, require_format
 from softprompt_registry.language_models.protocol import Completion, CompletionRequest, Finished
 
 if TYPE_CHECKING:
@@ -25,6 +25,8 @@ class TransformersConfig:
     """`packaged:NAME`, a local folder, or a Hub name with an optional `@revision`."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the weights in memory."""
+    prompt_format: Literal["chat", "plain"] = "chat"
+    """`chat` uses the tokenizer's chat template; `plain` sends system and prompt as plain text, for base models."""
     batch_size: int = 8
     """Requests that are answered together; answers do not depend on who shares the batch, but for rounding."""
 
@@ -46,6 +48,8 @@ class OnTransformers:
         self.config = config
         self._base_model: BaseModel | None = base_model or load_base_model(config.model, dtype=config.dtype)
         self.name = self._base_model.ref.name
+        require_format(self._base_model.tokenizer, config.prompt_format, self.name)
+        self.identity = f"{self._base_model.ref.fingerprint} {config.dtype} {config.prompt_format}"
         self._grammar_tokenizer: Any = None
 
     def close(self) -> None:
@@ -69,7 +73,7 @@ class OnTransformers:
         rows: list[_Row] = []
         for index, request in batch:
             try:
-                ids = _readable_ids(base_model, request)
+                ids = self._readable_ids(base_model, request)
                 room = base_model.max_positions - len(ids)
                 if room < 1:
                     raise _Unanswerable(
@@ -79,7 +83,10 @@ class OnTransformers:
                 rows.append(_Row(index, request, ids, min(room, request.max_tokens), self._matcher(request)))
             except _Unanswerable as fault:
                 error = LanguageModelError(
-                    f"asking model {self.name!r} in this process: {fault.found}", retryable=False, hint=fault.hint
+                    f"asking model {self.name!r} in this process: {fault.found}",
+                    retryable=False,
+                    about_request=True,
+                    hint=fault.hint,
                 )
                 yield Finished(index, error)
         if not rows:
@@ -122,6 +129,17 @@ class OnTransformers:
                     logits_to_keep=1,
                 )
 
+    def _readable_ids(self, base_model: BaseModel, request: CompletionRequest) -> list[int]:
+        from jinja2 import TemplateError
+
+        try:
+            return prompt_ids(base_model.tokenizer, request, self.config.prompt_format)
+        except (TemplateError, TypeError, ValueError) as error:  # tokenizers say TypeError to lone surrogates
+            raise _Unanswerable(
+                f"its prompt cannot be read ({error}).",
+                "Remove lone surrogates; for a model whose chat template takes no system text, put all into the prompt.",
+            ) from error
+
     def _matcher(self, request: CompletionRequest) -> Any:
         """What says, token by token, which tokens keep the answer within its JSON schema."""
         if request.json_schema is None:
@@ -150,18 +168,6 @@ class _Unanswerable(Exception):
     def __init__(self, found: str, hint: str) -> None:
         super().__init__(found)
         self.found, self.hint = found, hint
-
-
-def _readable_ids(base_model: BaseModel, request: CompletionRequest) -> list[int]:
-    from jinja2 import TemplateError
-
-    try:
-        return prompt_ids(base_model.tokenizer, request)
-    except (TemplateError, TypeError, ValueError) as error:  # tokenizers say TypeError to lone surrogates
-        raise _Unanswerable(
-            f"its prompt cannot be read ({error}).",
-            "Remove lone surrogates; for a model whose chat template takes no system text, put all into the prompt.",
-        ) from error
 
 
 class _Row:

@@ -7,10 +7,12 @@ import json
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from softprompt_registry.errors import ConfigError, LanguageModelError
-from softprompt_registry.language_models.local_prompts import prompt_ids
+from softprompt_registry.fingerprints import SHORT, digest_of_json
+from softprompt_registry.language_models.local_prompts import prompt_ids, require_format
 from softprompt_registry.language_models.protocol import Completion, CompletionRequest, Finished
 
 
@@ -20,6 +22,12 @@ class VllmConfig:
     """`packaged:NAME`, a local folder, or a Hub name with an optional `@revision`."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Of the weights in memory; `auto` takes the checkpoint's."""
+    prompt_format: Literal["chat", "plain"] = "chat"
+    """`chat` uses the tokenizer's chat template; `plain` sends system and prompt as plain text, for base models."""
+    chat_template: str | None = None
+    """File with a Jinja chat template, for a checkpoint whose tokenizer has none; null takes the tokenizer's."""
+    tokenizer_mode: str = "auto"
+    """As in vLLM; Mistral's checkpoints with `tekken.json` bring a tokenizer of their own, `mistral`."""
     max_model_len: int | None = 4096
     """Longest prompt and answer together, in tokens; null for the model's own limit, which costs memory."""
     max_in_flight: int = 4096
@@ -58,8 +66,31 @@ class OnVllm:
 
         self.config = config
         location, revision, self.name = model_location(config.model)
-        self._llm: Any = vllm.LLM(
+        self.identity = f"{self.name} {revision or _folder_mark(location)} {config.dtype} {config.prompt_format}"
+        self._llm: Any = None
+        try:
+            self._llm = vllm.LLM(**self._engine_settings(location, revision))
+        except (OSError, ValueError, RuntimeError) as error:
+            raise LanguageModelError(
+                f"loading model {self.name!r} with vLLM: it could not ({_one_line(error)}).",
+                retryable=False,
+                hint="Check the name and the memory: lower max_model_len or max_num_seqs, or raise tensor_parallel_size.",
+            ) from error
+        tokenizer = self._llm.get_tokenizer()
+        if config.chat_template is not None:
+            tokenizer.chat_template = _read_template(config.chat_template)
+        try:
+            require_format(tokenizer, config.prompt_format, self.name)
+        except ConfigError:
+            self.close()
+            raise
+        self._number = 0
+
+    def _engine_settings(self, location: str, revision: str | None) -> dict[str, Any]:
+        config = self.config
+        return dict(
             model=location,
+            tokenizer_mode=config.tokenizer_mode,
             revision=revision,
             dtype=config.dtype,
             max_model_len=config.max_model_len,
@@ -73,7 +104,6 @@ class OnVllm:
             structured_outputs_config={"backend": "guidance", "disable_any_whitespace": True},
             disable_log_stats=True,
         )
-        self._number = 0
 
     def close(self) -> None:
         """End vLLM's worker process and free its memory."""
@@ -98,7 +128,7 @@ class OnVllm:
                     request_id = f"request-{self._number}"
                     self._number += 1
                     try:
-                        ids = prompt_ids(self._llm.get_tokenizer(), request)
+                        ids = prompt_ids(self._llm.get_tokenizer(), request, self.config.prompt_format)
                         engine.add_request(request_id, {"prompt_token_ids": ids}, _sampling(request))
                     except Exception as error:  # a prompt beyond the context, a schema that cannot be followed: the
                         # classes differ between versions. An engine that is dead says so again in `step`.
@@ -107,7 +137,7 @@ class OnVllm:
                     in_flight[request_id] = (index, time.monotonic())
                 if not in_flight:
                     return
-                for output in engine.step():
+                for output in self._step():
                     if output.finished and output.request_id in in_flight:
                         index, started = in_flight.pop(output.request_id)
                         yield Finished(index, _completion(output, time.monotonic() - started))
@@ -116,12 +146,44 @@ class OnVllm:
                 with contextlib.suppress(Exception):  # the engine may be what failed
                     engine.abort_request(list(in_flight))
 
+    def _step(self) -> list[Any]:
+        try:
+            return list(self._llm.llm_engine.step())
+        except Exception as error:  # an engine that has died: which class says so differs between versions
+            raise LanguageModelError(
+                f"asking model {self.name!r} in vLLM: its engine stopped ({_one_line(error)}).",
+                retryable=True,
+                hint="Run the same command again; answers that were finished are kept. Look at vLLM's log for the cause.",
+            ) from error
+
     def _refused(self, error: Exception) -> LanguageModelError:
         return LanguageModelError(
-            f"asking model {self.name!r} in vLLM: it refused the request ({str(error)[:200]}).",
+            f"asking model {self.name!r} in vLLM: it refused the request ({_one_line(error)}).",
             retryable=False,
+            about_request=True,
             hint="Shorten the prompt or raise max_model_len; correct the JSON schema if it is about that.",
         )
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]
+
+
+def _read_template(path: str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"reading the chat template {path!r}: {error.strerror}. Correct chat_template.") from error
+
+
+def _folder_mark(location: str) -> str:
+    """What tells two folders of the same name apart without reading their weights; "" for a Hub name."""
+    folder = Path(location)
+    if not folder.is_dir():
+        return ""
+    files = sorted((path.name, path.stat().st_size) for path in folder.iterdir() if path.is_file())
+    config = folder / "config.json"
+    return digest_of_json([files, config.read_text(encoding="utf-8") if config.is_file() else ""])[:SHORT]
 
 
 def _sampling(request: CompletionRequest) -> Any:

@@ -158,6 +158,7 @@ class OpenAICompatible:
 
         self.config = config
         self.name = config.model
+        self.identity = f"{config.model} {config.endpoint} {config.structured_output} {config.send_temperature}"
         key = _key_from_environment(config)
         self._secret = _secret_pattern(key)
         # Only waiting times come from here, and programs that share a server should not wait in step: no fixed seed.
@@ -366,6 +367,8 @@ class OpenAICompatible:
         error = LanguageModelError(
             f"asking model {config.model!r} at {self._server!r} ({tries}): found {found}.",
             retryable=retryable,
+            about_request=isinstance(failure, UnicodeEncodeError)
+            or getattr(failure, "status_code", None) in (400, 413, 422),
             hint=hint,
         )
         error.__cause__ = self._without_secrets(failure)

@@ -19,7 +19,8 @@ class LanguageModelConfig:
     model: str = ""
     """The server's name for the model; in this process `packaged:NAME`, a folder, or a Hub name with `@revision`."""
     options: Mapping[str, Any] = field(default_factory=dict)
-    """Settings of the engine, such as `base_url` and `max_concurrency`, or `tensor_parallel_size`."""
+    """Settings of the engine, such as `base_url` and `max_concurrency`, or `tensor_parallel_size`; `timeout_s` of engine
+    openai is 300 here."""
 
 
 @contextmanager
@@ -57,4 +58,5 @@ def _opened(config: LanguageModelConfig) -> LanguageModel:
         return OnTransformers(build_config(TransformersConfig, settings, where))
     from softprompt_registry.language_models.openai_compatible import OpenAICompatible, OpenAICompatibleConfig
 
-    return OpenAICompatible(build_config(OpenAICompatibleConfig, settings, where))
+    # An answer is not streamed: what a small server writes for minutes is one silence.
+    return OpenAICompatible(build_config(OpenAICompatibleConfig, {"timeout_s": 300.0, **settings}, where))

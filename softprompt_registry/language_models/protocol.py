@@ -57,7 +57,14 @@ class Finished:
 
 class LanguageModel(Protocol):
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """For people and records."""
+        ...
+
+    @property
+    def identity(self) -> str:
+        """All that answers depend on beside the request: which weights, and how they are asked."""
+        ...
 
     def complete(self, requests: Sequence[CompletionRequest]) -> list[Completion | LanguageModelError]:
         """One result per request, in order; a failed request is returned as its error, never raised."""
@@ -74,6 +81,15 @@ class LanguageModel(Protocol):
     def close(self) -> None:
         """Free threads, sockets or the model's memory. A second call does nothing."""
         ...
+
+
+def recorded_name(model: LanguageModel) -> str:
+    """A model's name as artifacts keep it: of a name that is a path on somebody's machine, the last part."""
+    return model.name.rstrip("/\\").replace("\\", "/").rsplit("/", 1)[-1] if _is_path(model.name) else model.name
+
+
+def _is_path(name: str) -> bool:
+    return name.startswith(("/", "~", ".", "\\")) or name[1:3] in (":/", ":\\")
 
 
 # --- What it cost ---
