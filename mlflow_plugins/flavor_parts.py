@@ -24,7 +24,9 @@ from mlflow.models.signature import ModelSignature
 from mlflow.types.schema import ColSpec, ParamSchema, ParamSpec, Schema
 
 from softprompt_registry import __version__
-from softprompt_registry.base_models import BaseModel, BaseModelRef, load_base_model_for
+from softprompt_registry.base_models.frozen import BaseModel
+from softprompt_registry.base_models.loading import load_base_model_for
+from softprompt_registry.base_models.reference import BaseModelRef
 from softprompt_registry.dod.task import fill_template
 from softprompt_registry.errors import ArtifactError, ConfigError, DataError, RegistryError
 

@@ -35,7 +35,8 @@ from mlflow_plugins.serving_requests import (
 )
 from mlflow_plugins.serving_soft_prompts import soft_prompt_from_payload, soft_prompt_from_registry
 from mlflow_plugins.serving_target import TargetModel
-from softprompt_registry.base_models import load_base_model_for, require_same_base
+from softprompt_registry.base_models.loading import load_base_model_for
+from softprompt_registry.base_models.reference import require_same_base
 from softprompt_registry.errors import ArtifactError, SoftPromptError
 from softprompt_registry.fingerprints import SHORT, digest_of_file, digest_of_json
 from softprompt_registry.language_models.protocol import (

@@ -7,7 +7,7 @@ import tempfile
 from pathlib import Path
 
 from mlflow_plugins.serving_requests import shortened
-from softprompt_registry.base_models import BaseModelRef
+from softprompt_registry.base_models.reference import BaseModelRef
 from softprompt_registry.errors import ArtifactError, SoftPromptError
 from softprompt_registry.soft_prompts import bank, soft_prompt
 from softprompt_registry.soft_prompts.soft_prompt import SoftPrompt, soft_prompt_from_bytes

@@ -12,7 +12,8 @@ from mlflow.models.model import ModelInfo
 from mlflow.models.signature import ModelSignature
 
 from mlflow_plugins import flavor_parts
-from softprompt_registry.base_models import BaseModel, load_base_model_for
+from softprompt_registry.base_models.frozen import BaseModel
+from softprompt_registry.base_models.loading import load_base_model_for
 from softprompt_registry.fingerprints import digest_of_file
 from softprompt_registry.translators.translator import (
     ADAPTER_CONFIG_FILE,

@@ -13,7 +13,7 @@ from typing import Any
 
 import mlflow
 
-from softprompt_registry.base_models import default_reference, load_base_model
+from softprompt_registry.base_models.loading import default_reference, load_base_model
 from softprompt_registry.dod.store import DodStore
 from softprompt_registry.errors import PromotionRefused
 from softprompt_registry.evaluation.verbalizations import Evaluation

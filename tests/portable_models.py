@@ -12,7 +12,8 @@ from peft import LoraConfig
 from tiny_llm import HIDDEN_SIZE, save_tiny_model
 
 from mlflow_plugins import portable_prompt
-from softprompt_registry.base_models import BaseModel, load_base_model
+from softprompt_registry.base_models.frozen import BaseModel
+from softprompt_registry.base_models.loading import load_base_model
 from softprompt_registry.soft_prompts.soft_prompt import SoftPrompt, SoftPromptRecord
 from softprompt_registry.translators.translator import Translator, TranslatorRecord, adapter_parameters, add_adapter
 

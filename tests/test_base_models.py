@@ -14,16 +14,14 @@ from tiny_llm import HIDDEN_SIZE, save_tiny_model, tiny_base_model, tiny_tokeniz
 from tokenizers import normalizers
 from transformers import GraniteConfig, GraniteForCausalLM
 
-from softprompt_registry.base_models import (
+from softprompt_registry.base_models.frozen import BaseModel
+from softprompt_registry.base_models.loading import (
     BASE_MODEL_VARIABLE,
-    BaseModel,
-    BaseModelRef,
     default_reference,
     load_base_model,
     load_base_model_for,
-    reference_of,
-    require_same_base,
 )
+from softprompt_registry.base_models.reference import BaseModelRef, reference_of, require_same_base
 from softprompt_registry.errors import BaseModelError, BaseModelMismatch
 
 K = 3

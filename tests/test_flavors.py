@@ -23,7 +23,9 @@ from mlflow_plugins import soft_prompt as soft_prompt_flavor
 from mlflow_plugins import soft_prompt_bank as bank_flavor
 from mlflow_plugins import translator as translator_flavor
 from softprompt_registry import __version__
-from softprompt_registry.base_models import BaseModel, BaseModelRef, load_base_model, load_base_model_for
+from softprompt_registry.base_models.frozen import BaseModel
+from softprompt_registry.base_models.loading import load_base_model, load_base_model_for
+from softprompt_registry.base_models.reference import BaseModelRef
 from softprompt_registry.dod.task import TEMPLATES, fill_template
 from softprompt_registry.errors import ArtifactError, BaseModelMismatch, ConfigError, DataError, RegistryError
 from softprompt_registry.fingerprints import digest_of_directory, digest_of_file

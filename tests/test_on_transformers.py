@@ -11,7 +11,7 @@ import pytest
 import torch
 from tiny_llm import tiny_base_model
 
-from softprompt_registry.base_models import BaseModel
+from softprompt_registry.base_models.frozen import BaseModel
 from softprompt_registry.dod.answer_checks import label_set_schema, sentences_schema
 from softprompt_registry.errors import ConfigError, LanguageModelError
 from softprompt_registry.language_models.local_prompts import cut_at_stop, prompt_ids

@@ -10,7 +10,8 @@ import pytest
 import torch
 import transformers
 
-from softprompt_registry.base_models import PACKAGED_MODELS, BaseModel, load_base_model, quiet_transformers
+from softprompt_registry.base_models.frozen import BaseModel
+from softprompt_registry.base_models.loading import PACKAGED_MODELS, load_base_model, quiet_transformers
 from softprompt_registry.dod.store import DodStore
 from softprompt_registry.sample import build_sample_dod
 from softprompt_registry.soft_prompts.performance import Trial, measure

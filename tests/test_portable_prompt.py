@@ -23,7 +23,7 @@ from tiny_llm import save_tiny_model, tiny_base_model
 from mlflow_plugins import portable_prompt, soft_prompt_bank
 from mlflow_plugins.scoring_server import read_body
 from mlflow_plugins.serving_requests import RequestRefused, ServingConfig
-from softprompt_registry.base_models import BASE_MODEL_VARIABLE
+from softprompt_registry.base_models.loading import BASE_MODEL_VARIABLE
 from softprompt_registry.errors import BaseModelMismatch, ConfigError
 from softprompt_registry.soft_prompts.bank import SoftPromptBank
 from softprompt_registry.soft_prompts.soft_prompt import SoftPrompt, SoftPromptRecord

@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save, save_file
 from tiny_llm import HIDDEN_SIZE, tiny_base_model
 
-from softprompt_registry.base_models import BaseModelRef
+from softprompt_registry.base_models.reference import BaseModelRef
 from softprompt_registry.errors import ArtifactError, BaseModelMismatch
 from softprompt_registry.soft_prompts.bank import SoftPromptBank
 from softprompt_registry.soft_prompts.soft_prompt import SoftPrompt, SoftPromptRecord, soft_prompt_from_bytes

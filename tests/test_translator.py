@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 from tiny_llm import HIDDEN_SIZE, save_tiny_model, tiny_base_model
 
-from softprompt_registry.base_models import BaseModel
+from softprompt_registry.base_models.frozen import BaseModel
 from softprompt_registry.dod.task import Pair, Task
 from softprompt_registry.errors import ArtifactError, BaseModelMismatch, BusyError, DataError
 from softprompt_registry.recording import NullRecorder
@@ -342,7 +342,7 @@ def test_long_targets_are_cut_and_still_end(tmp_path: Path) -> None:
 def test_a_fresh_process_writes_the_same_text(trained: Trained) -> None:
     script = (
         "import json, sys; from pathlib import Path\n"
-        "from softprompt_registry.base_models import load_base_model\n"
+        "from softprompt_registry.base_models.loading import load_base_model\n"
         "from softprompt_registry.soft_prompts.bank import SoftPromptBank\n"
         "from softprompt_registry.translators.translator import Translator\n"
         "base, folder, bank = sys.argv[1:]\n"

@@ -21,7 +21,9 @@ from tiny_llm import save_tiny_model, tiny_base_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from softprompt_registry.base_models import BaseModel, load_base_model, reference_of
+from softprompt_registry.base_models.frozen import BaseModel
+from softprompt_registry.base_models.loading import load_base_model
+from softprompt_registry.base_models.reference import reference_of
 from softprompt_registry.dod.task import Pair, Task, fill_template
 from softprompt_registry.errors import ArtifactError, BusyError, DataError
 from softprompt_registry.recording import NullRecorder, ProgressBar

@@ -11,7 +11,7 @@ import torch
 from peft import LoraConfig
 from tiny_llm import HIDDEN_SIZE, tiny_base_model
 
-from softprompt_registry.base_models import BaseModel
+from softprompt_registry.base_models.frozen import BaseModel
 from softprompt_registry.errors import ConfigError, DataError
 from softprompt_registry.soft_prompts.soft_prompt import SoftPrompt, SoftPromptRecord
 from softprompt_registry.translators.translator import Translator, TranslatorRecord, adapter_parameters, add_adapter

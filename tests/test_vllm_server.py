@@ -28,7 +28,7 @@ pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """Base URL of `vllm serve`."""
-    from softprompt_registry.base_models import model_location
+    from softprompt_registry.base_models.loading import model_location
 
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

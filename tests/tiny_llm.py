@@ -12,7 +12,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from softprompt_registry.base_models import BaseModel, reference_of
+from softprompt_registry.base_models.frozen import BaseModel
+from softprompt_registry.base_models.reference import reference_of
 
 HIDDEN_SIZE = 64
 

@@ -417,7 +417,7 @@ def _with_generator(
 
 
 def _tokenizer(base_model: str | None) -> PreTrainedTokenizerBase:
-    from softprompt_registry.base_models import default_reference, load_tokenizer
+    from softprompt_registry.base_models.loading import default_reference, load_tokenizer
 
     return load_tokenizer(base_model or default_reference())
 

@@ -13,7 +13,9 @@ from softprompt_registry import __version__
 from softprompt_registry.errors import SoftPromptError
 
 if TYPE_CHECKING:
-    from softprompt_registry.base_models import BaseModel, BaseModelRef, DType
+    from softprompt_registry.base_models.frozen import BaseModel
+    from softprompt_registry.base_models.loading import DType
+    from softprompt_registry.base_models.reference import BaseModelRef
 
 CommandT = TypeVar("CommandT", bound=Callable[..., Any])
 
@@ -106,7 +108,7 @@ def section_of(section: str, config: Path | None, overrides: Sequence[str]) -> d
 
 def open_base_model(base_model: str | None, dtype: DType | None, *, read_by: BaseModelRef | None = None) -> BaseModel:
     """The base model asked for; without one, that of the artifact that will be used with it."""
-    from softprompt_registry.base_models import default_reference, load_base_model, load_base_model_for
+    from softprompt_registry.base_models.loading import default_reference, load_base_model, load_base_model_for
 
     if read_by is not None:
         return load_base_model_for(read_by, override=base_model, dtype=dtype)

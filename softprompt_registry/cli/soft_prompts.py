@@ -19,7 +19,7 @@ from softprompt_registry.cli.options import (
 from softprompt_registry.printing import print_json, print_table
 
 if TYPE_CHECKING:
-    from softprompt_registry.base_models import DType
+    from softprompt_registry.base_models.loading import DType
 
 
 @main.command()

@@ -14,7 +14,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
-from softprompt_registry.base_models import tokenizer_digest
+from softprompt_registry.base_models.reference import tokenizer_digest
 from softprompt_registry.config import flatten
 from softprompt_registry.dod.files import MAX_PROBLEMS, seed_of
 from softprompt_registry.dod.general_layouts import open_source

@@ -16,7 +16,7 @@ from softprompt_registry.language_models.protocol import Completion, CompletionR
 if TYPE_CHECKING:
     import torch
 
-    from softprompt_registry.base_models import BaseModel
+    from softprompt_registry.base_models.frozen import BaseModel
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class OnTransformers:
 
     def __init__(self, config: TransformersConfig, base_model: BaseModel | None = None) -> None:
         """Loads the model; a `base_model` that is loaded already is used instead."""
-        from softprompt_registry.base_models import load_base_model
+        from softprompt_registry.base_models.loading import load_base_model
 
         self.config = config
         self._base_model: BaseModel | None = base_model or load_base_model(config.model, dtype=config.dtype)
@@ -65,7 +65,7 @@ class OnTransformers:
             yield from self._answer(batch)
 
     def _answer(self, batch: list[tuple[int, CompletionRequest]]) -> Iterator[Finished]:
-        import torch
+        from softprompt_registry.base_models.decoding import RowDecoder
 
         base_model = self._base_model
         if base_model is None:
@@ -92,42 +92,20 @@ class OnTransformers:
         if not rows:
             return
         started = time.monotonic()
-        with torch.no_grad():
-            joined = base_model.join(None, [row.prompt_ids for row in rows], pad_side="left")
-            mask, positions = joined.attention_mask, joined.position_ids[:, -1:]
-            output = base_model.model(
-                inputs_embeds=joined.inputs_embeds,
-                attention_mask=mask,
-                position_ids=joined.position_ids,
-                use_cache=True,
-                logits_to_keep=1,
-            )
-            while True:
-                logits = output.logits[:, -1].float().cpu()  # (B, V)
-                for row, scores in zip(rows, logits, strict=True):
-                    row.take(_choose(row, scores), base_model)
-                kept = [number for number, row in enumerate(rows) if row.finish_reason is None]
-                for row in rows:
-                    if row.finish_reason is not None:
-                        yield Finished(row.index, row.completion(base_model, time.monotonic() - started))
-                if not kept:
-                    return
-                cache = output.past_key_values
-                if len(kept) < len(rows):  # rows that have finished leave the batch
-                    chosen = torch.tensor(kept, device=base_model.device)
-                    cache.batch_select_indices(chosen)
-                    mask, positions = mask[chosen], positions[chosen]
-                    rows = [rows[number] for number in kept]
-                mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
-                positions = positions + 1
-                output = base_model.model(
-                    input_ids=torch.tensor([[row.ids[-1]] for row in rows], device=base_model.device),
-                    attention_mask=mask,
-                    position_ids=positions,
-                    past_key_values=cache,
-                    use_cache=True,
-                    logits_to_keep=1,
-                )
+        decoder = RowDecoder(base_model, base_model.join(None, [row.prompt_ids for row in rows], pad_side="left"))
+        while True:
+            for row, scores in zip(rows, decoder.logits.cpu(), strict=True):
+                row.take(_choose(row, scores), base_model)
+            for row in rows:
+                if row.finish_reason is not None:
+                    yield Finished(row.index, row.completion(base_model, time.monotonic() - started))
+            kept = [number for number, row in enumerate(rows) if row.finish_reason is None]
+            if not kept:
+                return
+            if len(kept) < len(rows):  # rows that have finished leave the batch
+                decoder.keep(kept)
+                rows = [rows[number] for number in kept]
+            decoder.feed([row.ids[-1] for row in rows])
 
     def _readable_ids(self, base_model: BaseModel, request: CompletionRequest) -> list[int]:
         from jinja2 import TemplateError

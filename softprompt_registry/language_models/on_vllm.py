@@ -62,7 +62,7 @@ class OnVllm:
                 retryable=False,
                 hint="Install softprompt-registry[vllm] on a GPU machine, or run `make vllm` for vLLM on a CPU.",
             ) from error
-        from softprompt_registry.base_models import model_location
+        from softprompt_registry.base_models.loading import model_location
 
         self.config = config
         location, revision, self.name = model_location(config.model)

@@ -8,7 +8,7 @@ from pathlib import Path
 import mlflow
 from mlflow.exceptions import MlflowException
 
-from softprompt_registry.base_models import BaseModelRef
+from softprompt_registry.base_models.reference import BaseModelRef
 from softprompt_registry.errors import RegistryError
 from softprompt_registry.registry.lookup import find_by_uri, parse_model_uri
 from softprompt_registry.soft_prompts.bank import SoftPromptBank

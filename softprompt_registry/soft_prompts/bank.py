@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from softprompt_registry.base_models import BaseModelRef, require_same_base
+from softprompt_registry.base_models.reference import BaseModelRef, require_same_base
 from softprompt_registry.errors import ArtifactError
 from softprompt_registry.fingerprints import digest_of_json
 from softprompt_registry.soft_prompts.soft_prompt import SoftPrompt, SoftPromptRecord, check_tensor_names

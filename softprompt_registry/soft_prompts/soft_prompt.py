@@ -7,7 +7,8 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from softprompt_registry.base_models import SEQUENCE_LAYOUT, BaseModelRef
+from softprompt_registry.base_models.frozen import SEQUENCE_LAYOUT
+from softprompt_registry.base_models.reference import BaseModelRef
 from softprompt_registry.errors import ArtifactError
 from softprompt_registry.fingerprints import digest_of_json
 from softprompt_registry.storage import (

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from softprompt_registry.base_models import BaseModel
+from softprompt_registry.base_models.frozen import BaseModel
 from softprompt_registry.dod.task import Pair, PairSplit, Task, fill_template
 from softprompt_registry.errors import ArtifactError, ConfigError, DataError
 from softprompt_registry.fingerprints import SHORT, digest_of_json

@@ -11,7 +11,7 @@ from mlflow.entities import LoggedModelInput
 from mlflow_plugins.dod_dataset import DodDataset, from_dod
 from mlflow_plugins.recording import MlflowRecorder
 from softprompt_registry import figures
-from softprompt_registry.base_models import BaseModel
+from softprompt_registry.base_models.frozen import BaseModel
 from softprompt_registry.config import flatten
 from softprompt_registry.dod.store import DodStore
 from softprompt_registry.dod.task import Task

@@ -12,7 +12,8 @@ from mlflow.entities import LoggedModelInput, LoggedModelStatus
 
 from mlflow_plugins.dod_dataset import DodDataset
 from mlflow_plugins.run_context import set_base_fingerprint
-from softprompt_registry.base_models import BaseModel, BaseModelRef
+from softprompt_registry.base_models.frozen import BaseModel
+from softprompt_registry.base_models.reference import BaseModelRef
 from softprompt_registry.registry import conventions
 
 

@@ -10,7 +10,7 @@ from mlflow_plugins import translator as translator_flavor
 from mlflow_plugins.dod_dataset import from_dod
 from mlflow_plugins.recording import MlflowRecorder
 from softprompt_registry import figures
-from softprompt_registry.base_models import BaseModel
+from softprompt_registry.base_models.frozen import BaseModel
 from softprompt_registry.config import flatten
 from softprompt_registry.dod.paraphrase import digest_before_paraphrasing
 from softprompt_registry.dod.store import DodStore

@@ -12,7 +12,7 @@ from mlflow_plugins import soft_prompt_bank as bank_flavor
 from mlflow_plugins.dod_dataset import from_dod
 from mlflow_plugins.recording import MlflowRecorder
 from softprompt_registry import figures
-from softprompt_registry.base_models import BaseModel
+from softprompt_registry.base_models.frozen import BaseModel
 from softprompt_registry.config import flatten
 from softprompt_registry.dod.store import DodStore
 from softprompt_registry.registry import conventions

@@ -9,7 +9,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from softprompt_registry.base_models import BaseModel, require_same_base
+from softprompt_registry.base_models.frozen import BaseModel
+from softprompt_registry.base_models.reference import require_same_base
 from softprompt_registry.dod.task import Task
 from softprompt_registry.errors import ArtifactError, ConfigError, DataError
 from softprompt_registry.fingerprints import SHORT, digest_of_json

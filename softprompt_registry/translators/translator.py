@@ -13,7 +13,8 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from softprompt_registry.base_models import SEQUENCE_LAYOUT, BaseModel, BaseModelRef, require_same_base
+from softprompt_registry.base_models.frozen import SEQUENCE_LAYOUT, BaseModel
+from softprompt_registry.base_models.reference import BaseModelRef, require_same_base
 from softprompt_registry.errors import ArtifactError
 from softprompt_registry.fingerprints import SHORT, digest_of_file
 from softprompt_registry.soft_prompts.soft_prompt import SoftPrompt

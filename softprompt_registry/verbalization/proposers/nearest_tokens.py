@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from softprompt_registry.base_models import BaseModel
+from softprompt_registry.base_models.frozen import BaseModel
 from softprompt_registry.soft_prompts.soft_prompt import SoftPrompt
 from softprompt_registry.verbalization.verbalizer import Candidate, VerbalizationConfig
 

