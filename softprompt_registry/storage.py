@@ -54,6 +54,12 @@ def require_same_origin(what: str, folder: Path, found: str | None, expected: st
         )
 
 
+def require_free_folder(folder: Path, doing: str) -> None:
+    """Refuse an output folder that exists."""
+    if folder.exists():
+        raise ArtifactError(f"{doing}: {str(folder)!r} exists already; expected a new folder. Choose another one.")
+
+
 def check_format_version(record: dict[str, Any], supported: int, what: str) -> None:
     found = record.get("format_version")
     if found != supported:

@@ -31,6 +31,8 @@ ORDER = (
     "promote",
     "list",
     "lineage",
+    "import-peft",
+    "export-peft",
     "demo",
 )
 

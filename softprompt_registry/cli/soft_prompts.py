@@ -61,3 +61,74 @@ def tune(
     shown = ("task", "kind", "validation_loss", "label_accuracy", "exact_match")
     print_table(f"{len(table['task'])} soft prompts", {name: table[name] for name in shown})
     click.echo(f"bank {out}  model {result.model_uri}  run {result.run_id}")
+
+
+@main.command("import-peft")
+@click.argument("adapter", type=click.Path(path_type=Path))
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder of the soft prompt to write.")
+@click.option("--task", required=True, help="Name of the task that it was tuned on.")
+@click.option("--template", default="{x}", show_default=True, help="Frame of the inputs, with {x} for the input.")
+@click.option("--label", "labels", multiple=True, help="A label of the task; may be given several times.")
+@click.option("--ground-truth", default="", help="What a perfect verbalization says, where known.")
+@with_base_model
+@with_json
+def import_peft_command(
+    adapter: Path,
+    out: Path,
+    task: str,
+    template: str,
+    labels: tuple[str, ...],
+    ground_truth: str,
+    base_model: str | None,
+    dtype: DType | None,
+    as_json: bool,
+) -> None:
+    """Make a soft prompt of a PEFT adapter of type PROMPT_TUNING; the base model must be the one it was trained on.
+
+    \b
+    Example:
+      softprompt import-peft my-adapter --out my-soft-prompt --task reviews --label good --label bad
+    """
+    from softprompt_registry.soft_prompts.peft_format import import_peft
+    from softprompt_registry.storage import require_free_folder
+
+    require_free_folder(out, f"importing PEFT adapter {str(adapter)!r}")
+    ref = open_base_model(base_model, dtype).ref
+    kind = "classification" if labels else "generation"
+    soft_prompt = import_peft(
+        adapter, ref, task=task, kind=kind, template=template, labels=labels, ground_truth=ground_truth
+    )
+    soft_prompt.save(out)
+    if as_json:
+        print_json({"soft_prompt": str(out), "id": soft_prompt.id, "record": soft_prompt.record.to_json()})
+        return
+    click.echo(
+        f"soft prompt {out}: task {soft_prompt.record.task}, K={soft_prompt.num_virtual_tokens}, base model {ref}"
+    )
+
+
+@main.command("export-peft")
+@click.argument("soft_prompt")
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder of the adapter to write.")
+@with_json
+def export_peft_command(soft_prompt: str, out: Path, as_json: bool) -> None:
+    """Write a soft prompt as a PEFT adapter: a folder, models:/… or a member of a bank (bank#task).
+
+    \b
+    Example:
+      softprompt export-peft "bank#instruments" --out adapter
+    """
+    from softprompt_registry.errors import ArtifactError
+    from softprompt_registry.registry.artifacts import find_soft_prompts
+    from softprompt_registry.soft_prompts.peft_format import export_peft
+
+    found = find_soft_prompts(soft_prompt)
+    if len(found) != 1:
+        raise ArtifactError(
+            f"exporting {soft_prompt!r}: it holds {len(found)} soft prompts; expected one. Name a member as bank#task."
+        )
+    export_peft(found[0], out)
+    if as_json:
+        print_json({"adapter": str(out), "id": found[0].id})
+        return
+    click.echo(f"PEFT adapter {out}: task {found[0].record.task}, base model {found[0].record.base_model}")
