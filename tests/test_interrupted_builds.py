@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import signal
 import subprocess
@@ -136,7 +137,9 @@ with OpenAICompatible(OpenAICompatibleConfig("writer", sys.argv[2])) as model:
 
 def start_build(server: LlmServer, out: Path) -> subprocess.Popen[str]:
     command = [sys.executable, "-c", PROGRAM, str(Path(__file__).parent), server.url, str(out)]
-    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    # A test run in the background may have been started with Ctrl-C ignored, which a child inherits.
+    heeds_ctrl_c = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=heeds_ctrl_c)
 
 
 def wait_until(happened: Callable[[], bool], timeout_s: float = 60.0) -> None:
