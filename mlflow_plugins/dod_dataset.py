@@ -88,11 +88,12 @@ class DodDataset(Dataset):
     """A DoD for `mlflow.log_input`: what it is made of, without its examples."""
 
     def __init__(self, source: DodSource, manifest: dict[str, Any], name: str | None = None) -> None:
-        self._manifest = manifest
+        self.manifest = manifest
+        """Of `DodStore.manifest`: every task with its digest."""
         super().__init__(source=source, name=name or str(manifest["name"]))
 
     def _compute_digest(self) -> str:
-        return str(self._manifest["digest"])[:DIGEST_LENGTH]
+        return str(self.manifest["digest"])[:DIGEST_LENGTH]
 
     @property
     def schema(self) -> Schema:
@@ -102,14 +103,14 @@ class DodDataset(Dataset):
     @property
     def profile(self) -> dict[str, Any]:
         """How many tasks and pairs, and how the tasks divide."""
-        tasks = self._manifest["tasks"]
+        tasks = self.manifest["tasks"]
         return {
-            "num_tasks": self._manifest["num_tasks"],
-            "num_pairs": self._manifest["num_pairs"],
+            "num_tasks": self.manifest["num_tasks"],
+            "num_pairs": self.manifest["num_pairs"],
             "kinds": dict(sorted(Counter(task["kind"] for task in tasks).items())),
             "splits": dict(sorted(Counter(task["split"] for task in tasks).items())),
-            "digest": self._manifest["digest"],
-            "format_version": self._manifest["format_version"],
+            "digest": self.manifest["digest"],
+            "format_version": self.manifest["format_version"],
         }
 
     def to_dict(self) -> dict[str, str]:
@@ -133,7 +134,8 @@ def from_dod(path: str | Path, name: str | None = None, digest: str | None = Non
     with _open(Path(path)) as store:
         if digest is not None:
             _require_digest(store, digest, f"opening DoD {str(path)!r}")
-        return DodDataset(DodSource(str(path), store.digest), store.manifest(), name)
+        manifest = store.manifest()
+    return DodDataset(DodSource(str(path), manifest["digest"]), manifest, name)
 
 
 def _open(path: Path) -> "DodStore":

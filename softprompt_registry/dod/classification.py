@@ -21,9 +21,8 @@ from softprompt_registry.dod.answer_checks import (
     sentence_fault,
 )
 from softprompt_registry.dod.classification_requests import ClassificationRequests, recorded_settings
-from softprompt_registry.dod.files import seed_of
 from softprompt_registry.dod.store import dod_written_whole
-from softprompt_registry.dod.task import Pair, Task, assign_pair_splits
+from softprompt_registry.dod.task import Pair, Task, assign_pair_splits, draw_task_split, seed_of
 from softprompt_registry.errors import ConfigError, LanguageModelError
 from softprompt_registry.language_models.answer_cache import AnswerCache, Asked, ask_all
 from softprompt_registry.language_models.opening import LanguageModelConfig
@@ -351,13 +350,12 @@ class _Build:
             )
             pairs += [Pair(text, label, split) for text, split in zip(sentences, splits, strict=True)]
         random.Random(seed_of("order", config.seed, task.name)).shuffle(pairs)
-        on_test_side = seed_of("tasks", config.seed, task.name) / 16**13 < config.test_share
         return Task(
             name=task.name,
             kind="classification",
             pairs=tuple(pairs),
             labels=task.labels,
-            split="test" if on_test_side else "train",
+            split=draw_task_split(task.name, config.test_share, config.seed),
             source=f"written by {recorded_name(self._model)}",
         )
 

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from softprompt_registry.config import flatten
 from softprompt_registry.dod.answer_checks import label_set_schema, sentences_schema
-from softprompt_registry.dod.files import seed_of
 from softprompt_registry.dod.prompt_files import read_prompt, read_styles
+from softprompt_registry.dod.task import seed_of
 from softprompt_registry.errors import ConfigError
 from softprompt_registry.fingerprints import digest_of_json
 from softprompt_registry.language_models.protocol import CompletionRequest

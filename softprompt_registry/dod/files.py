@@ -27,10 +27,11 @@ from softprompt_registry.dod.task import (
     Task,
     TaskKind,
     TaskSplit,
+    draw_task_split,
+    seed_of,
     split_pairs_by_input,
 )
 from softprompt_registry.errors import ConfigError, DataError
-from softprompt_registry.fingerprints import digest_of_json
 from softprompt_registry.recording import NullRecorder, Recorder
 
 RECORDS_FILE = "tasks.jsonl"
@@ -332,7 +333,7 @@ def _read_task(
         task = Task(
             name=name,
             kind=kind,
-            split=record.split or _draw_task_split(name, config),
+            split=record.split or draw_task_split(name, config.test_share, config.seed),
             labels=labels,
             hard_prompts=record.hard_prompts,
             source=record.source,
@@ -414,13 +415,3 @@ def _draw(
         generator.shuffle(positions)
         keyed += [(i / len(positions), stratum, position) for i, position in enumerate(positions)]
     return [pairs[position] for position in sorted(position for _, _, position in sorted(keyed)[:count])]
-
-
-def _draw_task_split(name: str, config: FilesConfig) -> TaskSplit:
-    """Hashes the name instead of shuffling the names, so that a new task moves no other to the other side."""
-    return "test" if seed_of("tasks", config.seed, name) / 16**13 < config.test_share else "train"
-
-
-def seed_of(purpose: str, seed: int, name: str) -> int:
-    """A number below 16^13 (exact as a float) from the config's seed and a task's name."""
-    return int(digest_of_json([purpose, seed, name])[:13], 16)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 from softprompt_registry.base_models.reference import tokenizer_digest
 from softprompt_registry.config import flatten
-from softprompt_registry.dod.files import MAX_PROBLEMS, seed_of
+from softprompt_registry.dod.files import MAX_PROBLEMS
 from softprompt_registry.dod.general_layouts import open_source
 from softprompt_registry.dod.general_pairs import COUNTS, PairDraw, TokenCounter
 from softprompt_registry.dod.general_sources import (
@@ -29,7 +29,7 @@ from softprompt_registry.dod.general_sources import (
     read_split_lists,
 )
 from softprompt_registry.dod.store import dod_written_whole, require_free
-from softprompt_registry.dod.task import TASK_SPLITS, Pair, Task, TaskSplit, split_pairs_by_input
+from softprompt_registry.dod.task import TASK_SPLITS, Pair, Task, TaskSplit, seed_of, split_pairs_by_input
 from softprompt_registry.errors import ConfigError, DataError
 from softprompt_registry.recording import NullRecorder, Recorder
 

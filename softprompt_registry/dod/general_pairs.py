@@ -8,8 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
-from softprompt_registry.dod.files import seed_of
-from softprompt_registry.dod.task import Pair
+from softprompt_registry.dod.task import Pair, seed_of
 from softprompt_registry.fingerprints import digest_of_json
 
 if TYPE_CHECKING:

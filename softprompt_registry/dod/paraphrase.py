@@ -16,10 +16,9 @@ from typing import Any
 
 from softprompt_registry.dod.classification import answers_path
 from softprompt_registry.dod.classification_requests import recorded_settings
-from softprompt_registry.dod.files import seed_of
 from softprompt_registry.dod.prompt_files import read_prompt, read_styles
 from softprompt_registry.dod.store import DodStore, dod_written_whole, require_free
-from softprompt_registry.dod.task import Task
+from softprompt_registry.dod.task import Task, seed_of
 from softprompt_registry.dod.vocabulary import share_of_english
 from softprompt_registry.errors import ConfigError, DataError
 from softprompt_registry.fingerprints import digest_of_dod

@@ -11,7 +11,7 @@ from operator import itemgetter
 from typing import Literal, NamedTuple, get_args
 
 from softprompt_registry.errors import DataError
-from softprompt_registry.fingerprints import digest_of_task
+from softprompt_registry.fingerprints import digest_of_json, digest_of_task
 
 TaskKind = Literal["classification", "generation"]
 TaskSplit = Literal["train", "test"]
@@ -161,3 +161,13 @@ def split_pairs_by_input(inputs: Sequence[str], shares: Sequence[float], seed: i
 def text_key(text: str) -> str:
     """What two texts have in common that count as the same: compatibility form (NFKC), no case, single spaces."""
     return " ".join((text if text.isascii() else unicodedata.normalize("NFKC", text)).casefold().split())
+
+
+def seed_of(purpose: str, seed: int, name: str) -> int:
+    """A number below 16^13 (exact as a float) from a builder's seed and a task's name."""
+    return int(digest_of_json([purpose, seed, name])[:13], 16)
+
+
+def draw_task_split(name: str, test_share: float, seed: int) -> TaskSplit:
+    """Hashes the name instead of shuffling the names, so that a new task moves no other to the other side."""
+    return "test" if seed_of("tasks", seed, name) / 16**13 < test_share else "train"

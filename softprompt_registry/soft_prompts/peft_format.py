@@ -6,7 +6,6 @@ An exported folder is a soft prompt folder of ours and a PEFT adapter at once: P
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -47,11 +46,7 @@ def export_peft(soft_prompt: SoftPrompt, folder: Path) -> None:
     )
     record = {key: _plain(value) for key, value in config.to_dict().items()}
     with folder_written_whole(folder) as partial:
-        own = partial / "own"
-        soft_prompt.save(own)
-        for file in own.iterdir():
-            shutil.move(file, partial / file.name)
-        own.rmdir()
+        soft_prompt.save(partial)
         save_file({TENSOR_NAME: soft_prompt.embeddings.contiguous()}, partial / TENSORS_FILE, metadata={"format": "pt"})
         write_json(partial / CONFIG_FILE, record)
 

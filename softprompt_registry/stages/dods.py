@@ -14,7 +14,7 @@ from softprompt_registry.config import flatten
 from softprompt_registry.dod.audit import AuditConfig, audit_dod
 from softprompt_registry.dod.audit_findings import Audit
 from softprompt_registry.dod.audit_page import audit_figures, write_audit_page
-from softprompt_registry.dod.store import DodStore, note_in_dod
+from softprompt_registry.dod.store import note_in_dod
 from softprompt_registry.recording import Recorder
 from softprompt_registry.stages.running import stage_run
 
@@ -70,9 +70,9 @@ def log_dod(path: Path, *, context: str) -> dict[str, Any]:
 
     Returns the manifest.
     """
-    mlflow.log_input(from_dod(str(path)), context=context)
-    with DodStore.open(path) as store:
-        manifest = store.manifest()
+    dataset = from_dod(str(path))
+    manifest = dataset.manifest
+    mlflow.log_input(dataset, context=context)
     mlflow.log_dict(manifest, "dod_manifest.json")
     mlflow.log_metrics({"num_tasks": manifest["num_tasks"], "num_pairs": manifest["num_pairs"]})
     return manifest

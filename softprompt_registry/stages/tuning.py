@@ -29,7 +29,7 @@ def tune(
         dataset = from_dod(str(dod_path))
         tasks = [store.task(name) for name in task_names] if task_names else list(store.tasks())
         log_inputs(base_model.ref, dataset, context="tuning")
-        mlflow.log_dict(store.manifest(), "dod_manifest.json")
+        mlflow.log_dict(dataset.manifest, "dod_manifest.json")
         params = lineage_params(base_model.ref, store.name, store.digest)
         with logged_model("bank", conventions.BANK, params) as model_id:
             recorder = MlflowRecorder(model_id=model_id, dataset=dataset)
