@@ -7,7 +7,8 @@ Ours: `dod_written_whole` and `DodStore.add_task`, which works out each task's d
 instead: a plain `sqlite3` loop with one INSERT per row and a commit per task, without digests, and Hugging Face `datasets`
 (Arrow, written by `Dataset.from_generator`; needs the extra `hub`). Each runs in a process of its own, so that peak
 memory is its own. Making the rows is timed apart and taken off; for ours, so is making `Task` objects of them, which
-checks them (`task_objects_s`). One task is read 200 times at random places, files in the system's cache.
+checks them (`task_objects_s`). One task is read 200 times at random places, files in the system's cache. The ways take
+turns three times over and the medians count, because a shared machine changes its speed while this runs.
 """
 
 from __future__ import annotations
@@ -24,7 +25,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 PAIRS = 500
 LABELS = ("music", "films", "books", "art", "software")
@@ -194,6 +194,7 @@ def measure(way: str, num_tasks: int) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tasks", type=int, default=5500)
+    parser.add_argument("--runs", type=int, default=3, help="turns of each way; their medians are printed")
     parser.add_argument("--quick", action="store_true", help="a tenth of the tasks")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     parser.add_argument("--way", choices=[*WAYS, "mlflow"], help=argparse.SUPPRESS)
@@ -202,9 +203,11 @@ def main() -> None:
     if arguments.way:
         print(json.dumps(measure(arguments.way, num_tasks)))
         return
-    results: dict[str, dict[str, Any]] = {}
-    for way in WAYS:
-        results[way] = _in_own_process(way, num_tasks)
+    runs: dict[str, list[dict[str, float]]] = {way: [] for way in WAYS}
+    for _ in range(arguments.runs):
+        for way, taken in runs.items():
+            taken.append(_in_own_process(way, num_tasks))
+    results = {way: _medians(taken) for way, taken in runs.items()}
     small = _in_own_process("ours", max(num_tasks // 10, 10))
     logged = _in_own_process("mlflow", num_tasks)
     columns = ("rows_written_per_s", "write_s", "task_read_ms", "peak_mib", "mib")
@@ -213,6 +216,9 @@ def main() -> None:
     for way, figures in results.items():
         print(f"{way:14}" + "".join(f"{figures[name]:20,.1f}" for name in columns))
     ours = results["ours"]
+    for way, taken in runs.items():
+        speeds = sorted(figures["rows_written_per_s"] for figures in taken)
+        print(f"{way}: rows written per s in each run: " + ", ".join(f"{speed:,.0f}" for speed in speeds))
     print(f"making the Task objects of ours: {ours['task_objects_s']:.1f} s")
     print(f"peak memory of ours with a tenth of the tasks: {small['peak_mib']:.0f} MiB")
     print(f"digest and manifest of the whole DoD: {ours['manifest_s']:.2f} s")
@@ -233,7 +239,11 @@ def main() -> None:
         arguments.json.write_text(json.dumps({"figures": figures}, indent=2) + "\n")
 
 
-def _in_own_process(way: str, num_tasks: int) -> dict[str, Any]:
+def _medians(runs: list[dict[str, float]]) -> dict[str, float]:
+    return {name: statistics.median(figures[name] for figures in runs) for name in runs[0]}
+
+
+def _in_own_process(way: str, num_tasks: int) -> dict[str, float]:
     command = [sys.executable, __file__, "--way", way, "--tasks", str(num_tasks)]
     finished = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     return dict(json.loads(finished.stdout.splitlines()[-1]))

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import json.encoder
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import orjson
 
 SHORT = 12
 """Characters of a digest shown to people and used in names."""
@@ -49,17 +50,15 @@ def digest_of_task(
         hard_prompts: the ground-truth prompts.
         pairs: (split, input, output); each is hashed alone, the sorted hashes are hashed together.
     """
-    # `digest_of_json` of each triple, written out: it is called for millions of pairs, and a JSON encoder for each takes
-    # three times as long.
-    text, sha256 = json.encoder.encode_basestring, hashlib.sha256
-    encoded = [f"[{text(split)},{text(given)},{text(wanted)}]" for split, given, wanted in pairs]
+    value = {"name": name, "kind": kind, "labels": list(labels), "hard_prompts": list(hard_prompts)}
+    pairs = list(pairs)
     try:
-        pair_digests = sorted([sha256(pair.encode()).hexdigest() for pair in encoded])
-    except UnicodeEncodeError:  # a lone surrogate
-        pair_digests = sorted([sha256(pair.encode("utf-8", "surrogatepass")).hexdigest() for pair in encoded])
-    return digest_of_json(
-        {"name": name, "kind": kind, "labels": list(labels), "hard_prompts": list(hard_prompts), "pairs": pair_digests}
-    )
+        # The same as below, in less than half the time; it is called for millions of pairs.
+        encode, sha256 = orjson.dumps, hashlib.sha256
+        pair_digests = sorted([sha256(encode(pair)).hexdigest() for pair in pairs])
+        return sha256(encode(value | {"pairs": pair_digests}, option=orjson.OPT_SORT_KEYS)).hexdigest()
+    except orjson.JSONEncodeError:  # a lone surrogate, which orjson refuses
+        return digest_of_json(value | {"pairs": sorted(digest_of_json(pair) for pair in pairs)})
 
 
 def digest_of_dod(task_digests: Mapping[str, str], task_splits: Mapping[str, str]) -> str:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 import signal
 import sqlite3
 import subprocess
@@ -102,6 +104,37 @@ def test_digest_does_not_depend_on_the_order_of_tasks_and_pairs(tmp_path: Path) 
 def test_digest_changes_with_every_field(tmp_path: Path, change: dict[str, object]) -> None:
     changed = dataclasses.replace(MOODS, **change)  # type: ignore[arg-type]
     assert build(tmp_path / "a.dod", MOODS) != build(tmp_path / "b.dod", changed)
+
+
+def test_digest_is_that_of_canonical_json_whatever_the_characters() -> None:
+    """The rule of docs/formats.md, told with the standard library alone."""
+
+    def sha256_of_json(value: object) -> str:
+        text = json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+        return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+    odd = [
+        *(chr(code) for code in range(0x250)),
+        "\u2028",
+        "\u2029",
+        "\ufeff",
+        "\uffff",
+        "\U0001f600",
+        "雨",
+        "</script>",
+    ]
+    for last in (odd, [*odd, "\udc80"]):  # JSON writes a lone surrogate as it is
+        pairs = tuple(Pair(f"a{text}b", text + "c") for text in last)
+        task = Task(name="odd", kind="generation", pairs=pairs, hard_prompts=('\t\\ "',))
+        digests = sorted(sha256_of_json(["train", pair.input, pair.output]) for pair in pairs)
+        expected = {
+            "name": "odd",
+            "kind": "generation",
+            "labels": [],
+            "hard_prompts": list(task.hard_prompts),
+            "pairs": digests,
+        }
+        assert task.digest == sha256_of_json(expected)
 
 
 def test_digest_is_of_the_content_and_not_of_where_it_came_from(tmp_path: Path) -> None:
