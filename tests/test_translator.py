@@ -244,6 +244,20 @@ def test_an_interrupted_training_goes_on_and_gives_the_same_bits(tmp_path: Path,
     assert not (tmp_path / "out.training").exists()
 
 
+def test_a_training_goes_on_when_its_output_is_spelled_otherwise(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The checkpoint's tensors once bore a name made from the path as it was written."""
+    base = tiny_base_model()
+    bank = make_bank(base, tmp_path / "bank")
+    with pytest.raises(ConnectionError):
+        train_translator(base, bank, TASKS, SHORT, tmp_path / "out", recorder=FailingRecorder(3))
+    monkeypatch.chdir(tmp_path)
+    train_translator(base, bank, TASKS, SHORT, Path("out"))
+    train_translator(tiny_base_model(), bank, TASKS, SHORT, Path("undisturbed"))
+    assert_same_adapter(tmp_path / "out", tmp_path / "undisturbed")
+
+
 def test_a_checkpoint_of_other_settings_is_not_gone_on_with(tmp_path: Path) -> None:
     base = tiny_base_model()
     bank = make_bank(base, tmp_path / "bank")

@@ -41,20 +41,27 @@ def train_translator_command(
 ) -> None:
     """Train a translator on the bank's training tasks. Stopped or killed, it goes on at its last epoch.
 
+    Under `accelerate launch` several processes divide each step among them.
+
     \b
     Example:
       softprompt train-translator --dod tasks.sqlite --bank bank --out translator -s epochs=20
     """
     from softprompt_registry.config import build_config
+    from softprompt_registry.processes import launched_processes
     from softprompt_registry.translators.training import TranslatorConfig
 
-    settings = build_config(TranslatorConfig, section_of("translator", config, overrides))
-    from softprompt_registry.registry.artifacts import bank_base_model
-    from softprompt_registry.stages.training import train
-    from softprompt_registry.translators.translator import read_record
+    with launched_processes() as processes:
+        settings = build_config(TranslatorConfig, section_of("translator", config, overrides))
+        from softprompt_registry.registry.artifacts import bank_base_model
+        from softprompt_registry.stages.training import take_part_in_training, train
+        from softprompt_registry.translators.translator import read_record
 
-    loaded = open_base_model(base_model, dtype, read_by=bank_base_model(bank))
-    result = train(loaded, bank, dod, settings, out)
+        loaded = open_base_model(base_model, dtype, read_by=bank_base_model(bank))
+        if not processes.is_main:
+            take_part_in_training(loaded, bank, dod, settings, out, processes=processes)
+            return
+        result = train(loaded, bank, dod, settings, out, processes=processes)
     record = read_record(out)
     if as_json:
         print_json({"run_id": result.run_id, "model_uri": result.model_uri, "translator": record.to_json()})

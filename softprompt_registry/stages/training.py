@@ -14,8 +14,10 @@ from softprompt_registry.base_models.frozen import BaseModel
 from softprompt_registry.config import flatten
 from softprompt_registry.dod.paraphrase import digest_before_paraphrasing
 from softprompt_registry.dod.store import DodStore
+from softprompt_registry.dod.task import Task
 from softprompt_registry.errors import DataError
 from softprompt_registry.fingerprints import digest_of_directory
+from softprompt_registry.processes import ALONE, Processes
 from softprompt_registry.registry import conventions
 from softprompt_registry.registry.artifacts import find_artifact
 from softprompt_registry.soft_prompts.bank import SoftPromptBank
@@ -23,8 +25,19 @@ from softprompt_registry.stages.running import StageResult, lineage_params, log_
 from softprompt_registry.translators.training import TranslatorConfig, train_translator
 
 
-def train(base_model: BaseModel, bank_uri: str, dod_path: Path, config: TranslatorConfig, out: Path) -> StageResult:
-    """Train a translator on the bank's training tasks and log it."""
+def train(
+    base_model: BaseModel,
+    bank_uri: str,
+    dod_path: Path,
+    config: TranslatorConfig,
+    out: Path,
+    *,
+    processes: Processes = ALONE,
+) -> StageResult:
+    """Train a translator on the bank's training tasks and log it.
+
+    Where `processes` are several, this is for the main one; the others call `take_part_in_training`.
+    """
     with DodStore.open(dod_path) as store, stage_run("train-translator", base_model) as run_id:
         found = find_artifact(bank_uri, "bank")
         bank = SoftPromptBank(found.folder)
@@ -37,13 +50,28 @@ def train(base_model: BaseModel, bank_uri: str, dod_path: Path, config: Translat
         with logged_model("translator", conventions.TRANSLATOR, params) as model_id:
             recorder = MlflowRecorder(model_id=model_id, dataset=dataset)
             recorder.params("translator", flatten(config))
-            tasks = {task.name: task for task in store.tasks("train") if task.name in bank.records}
-            translator = train_translator(base_model, bank, tasks, config, out, recorder=recorder)
+            tasks = _training_tasks(store, bank)
+            translator = train_translator(base_model, bank, tasks, config, out, recorder=recorder, processes=processes)
             mlflow.log_model_params({"artifact_digest": digest_of_directory(out)}, model_id=model_id)
             losses = {name: translator.record.training[name] for name in ("train_losses", "validation_losses")}
             recorder.figure("training_curves.png", figures.curves(f"Translator, {len(tasks)} tasks", losses))
             translator_flavor.log_model(out, name="translator", model_id=model_id)
     return StageResult(run_id, model_id, out)
+
+
+def take_part_in_training(
+    base_model: BaseModel, bank_uri: str, dod_path: Path, config: TranslatorConfig, out: Path, *, processes: Processes
+) -> None:
+    """What a process other than the main one does of `train`: its share of each step, and nothing that is logged."""
+    with DodStore.open(dod_path) as store:
+        bank = SoftPromptBank(find_artifact(bank_uri, "bank").folder)
+        require_same_dod(bank, store)
+        train_translator(base_model, bank, _training_tasks(store, bank), config, out, processes=processes)
+
+
+def _training_tasks(store: DodStore, bank: SoftPromptBank) -> dict[str, Task]:
+    members = set(bank.tasks())
+    return {task.name: task for task in store.tasks("train") if task.name in members}
 
 
 def require_same_dod(bank: SoftPromptBank, store: DodStore) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import random
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +16,7 @@ from softprompt_registry.base_models.reference import require_same_base
 from softprompt_registry.dod.task import Task
 from softprompt_registry.errors import ArtifactError, ConfigError, DataError
 from softprompt_registry.fingerprints import SHORT, digest_of_json
+from softprompt_registry.processes import ALONE, Processes
 from softprompt_registry.recording import NullRecorder, Recorder
 from softprompt_registry.soft_prompts.bank import SoftPromptBank
 from softprompt_registry.soft_prompts.soft_prompt import SoftPrompt
@@ -53,6 +56,9 @@ class TranslatorConfig:
     """Passes over the bank (paper: 5)."""
     batch_size: int = 16
     """Soft prompts per step (paper: 16)."""
+    micro_batch_size: int | None = None
+    """Soft prompts per forward pass, whose gradients add up to the step's: less memory, and the same translator up to
+    rounding and dropout masks. None takes all at once. It may differ from start to start of one training."""
     max_target_tokens: int = 300
     """Longer target texts are cut there (paper: 300)."""
     shuffle_labels: bool = True
@@ -69,15 +75,29 @@ class TranslatorConfig:
     """Of adapter initialisation, order, label shuffling, noise and dropout."""
 
     def __post_init__(self) -> None:
-        for name in ("lora_rank", "epochs", "batch_size", "max_target_tokens", "checkpoint_every_epochs"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"reading the translator settings: {name} is {getattr(self, name)}, expected >= 1.")
+        counts = (
+            "lora_rank",
+            "epochs",
+            "batch_size",
+            "micro_batch_size",
+            "max_target_tokens",
+            "checkpoint_every_epochs",
+        )
+        for name in counts:
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"reading the translator settings: {name} is {value}, expected >= 1.")
         if self.schedule not in ("constant", "cosine"):
             raise ConfigError(f"reading the translator settings: schedule is {self.schedule!r}; constant or cosine.")
         if not 0 <= self.validation_share < 1:
             raise ConfigError(
                 f"reading the translator settings: validation_share {self.validation_share} is not in [0, 1)."
             )
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """The settings that make another translator of the same inputs. How a step is divided does not."""
+        return {name: value for name, value in asdict(self).items() if name != "micro_batch_size"}
 
 
 @dataclass
@@ -99,6 +119,7 @@ def train_translator(
     out: Path,
     *,
     recorder: Recorder | None = None,
+    processes: Processes = ALONE,
 ) -> Translator:
     """Train on the bank's members among `tasks` and write the translator to `out`.
 
@@ -107,21 +128,31 @@ def train_translator(
     in `<out>.training`; a second start with the same bank and settings goes on from the last one and gives the same
     translator as an undisturbed run.
 
+    Several processes divide the soft prompts of each step among them and sum their gradients. They give the translator
+    that one process gives, up to rounding: order, labels and noise are drawn for the whole batch in each. Dropout masks
+    are drawn for the rows of a process, so with `lora_dropout` the number of processes changes them, as another seed
+    would. A training may go on with another number of processes than it began with.
+
     Args:
         tasks: training tasks by name, each with its ground truth; members of the bank outside it are left out.
+        recorder: hears of the main process alone.
+        processes: all of them make this call with the same arguments and, on GPUs, a base model each on its own. The main
+            process writes `out` and the checkpoints, and the others read them: the folder must be one that all can see.
 
     Raises:
         BaseModelMismatch: bank and base model do not belong together.
         DataError: no task of the bank is in `tasks`, or one has no ground truth.
-        ArtifactError: `out` holds a translator made from another bank or other settings.
+        ArtifactError: `out` holds a translator made from another bank or other settings, the losses are no numbers any
+            more, or the processes do not see the same checkpoint.
         BusyError: another process trains into `out`.
     """
     import torch
     from peft import LoraConfig, TaskType
 
-    recorder = recorder or NullRecorder()
+    if recorder is None or not processes.is_main:
+        recorder = NullRecorder()
     require_same_base("training a translator", "the bank", bank.base_model, "the loaded model", base_model.ref)
-    names = [name for name in bank.records if name in tasks]
+    names = [name for name in bank.tasks() if name in tasks]
     if not names:
         raise DataError(
             f"training a translator: none of the bank's {len(bank)} soft prompts belongs to one of the {len(tasks)} "
@@ -137,11 +168,9 @@ def train_translator(
     soft_prompts = {name: bank.member(name) for name in names}
     learned = [[name, list(tasks[name].labels), list(tasks[name].hard_prompts)] for name in names]
     ref = base_model.ref
-    made_from = digest_of_json([bank.digest, bank.dod_digest, learned, asdict(config), ref.fingerprint, ref.dtype])
+    made_from = digest_of_json([bank.digest, bank.dod_digest, learned, config.identity, ref.fingerprint, ref.dtype])
     work = out.with_name(f"{out.name}.training")
-    if out.exists():
-        return _take_over(out, base_model, made_from, recorder)
-    adapter_name = f"training_{digest_of_json([str(out), asdict(config)])[:SHORT]}"
+    adapter_name = f"training_{digest_of_json([str(out), config.identity])[:SHORT]}"
     remove_adapter(base_model, adapter_name)
     lora = LoraConfig(
         task_type=TaskType.CAUSAL_LM,
@@ -150,9 +179,8 @@ def train_translator(
         lora_dropout=config.lora_dropout,
         target_modules=list(config.target_modules),
     )
-    with locked(work):
-        if out.exists():  # another process finished it just now
-            forget(work)
+    with _held_by_main(out, work, processes) as finished:
+        if finished:
             return _take_over(out, base_model, made_from, recorder)
         try:
             add_adapter(base_model, lora, adapter_name, seed=config.seed)
@@ -161,7 +189,9 @@ def train_translator(
                 f"training a translator: the adapter cannot be put on {base_model.ref} ({str(error)[:200]}). Set "
                 "target_modules to names of its linear layers."
             ) from error
-        parameters = adapter_parameters(base_model, adapter_name)
+        # Without the adapter's name, which follows from the spelling of `out`: a later start may spell it otherwise.
+        named = adapter_parameters(base_model, adapter_name)
+        parameters = {name.replace(f".{adapter_name}.", "."): parameter for name, parameter in named.items()}
         optimizer = torch.optim.AdamW(parameters.values(), lr=config.learning_rate, weight_decay=config.weight_decay)
         record = TranslatorRecord(
             base_model=base_model.ref,
@@ -176,13 +206,18 @@ def train_translator(
         translator = Translator(base_model, record, adapter_name)
         try:
             state = checkpoint.load(parameters, optimizer) or _State(0, [], [])
+            if processes.totals(state.epoch != processes.main_says(state.epoch))[0]:
+                raise ArtifactError(
+                    f"training a translator: the processes do not see the same checkpoint in {str(work)!r}; expected a "
+                    "folder that the machines of all processes share. Choose such an output."
+                )
             for epoch, (train, validation) in enumerate(zip(state.train_losses, state.validation_losses, strict=True)):
                 _record_epoch(recorder, epoch, train, validation)
             with recorder.progress("train translator", config.epochs) as bar:
                 bar.advance(state.epoch)
                 for epoch in range(state.epoch, config.epochs):
                     train, validation = _epoch(
-                        translator, soft_prompts, tasks, held_out, parameters, optimizer, config, epoch
+                        translator, soft_prompts, tasks, held_out, parameters, optimizer, config, epoch, processes
                     )
                     if not (math.isfinite(train) and math.isfinite(validation)):
                         raise ArtifactError(
@@ -195,8 +230,9 @@ def train_translator(
                     state.epoch = epoch + 1
                     if validation < state.best_loss:
                         state.best_loss, state.best_epoch = validation, epoch + 1
-                        checkpoint.save_best(parameters)
-                    if state.epoch % config.checkpoint_every_epochs == 0:
+                        if processes.is_main:
+                            checkpoint.save_best(parameters)
+                    if processes.is_main and state.epoch % config.checkpoint_every_epochs == 0:
                         checkpoint.save(parameters, optimizer, state)
                     bar.advance(1, f"loss {train:.3f}, held out {validation:.3f}")
         finally:
@@ -204,29 +240,43 @@ def train_translator(
                 parameter.requires_grad_(False)
             base_model.model.eval()
             base_model.model.disable_adapters()
-        kept_epoch = config.epochs
-        if config.keep_best and held_out:
-            checkpoint.load_best(parameters)
-            kept_epoch = state.best_epoch
-        translator.record = replace(
-            record,
-            training={
-                **record.training,
-                "made_from": made_from,
-                "validation_tasks": sorted(held_out),
-                "train_losses": state.train_losses,
-                "validation_losses": state.validation_losses,
-                "kept_epoch": kept_epoch,
-            },
-            metrics={
-                "train_loss": state.train_losses[kept_epoch - 1],
-                "validation_loss": state.validation_losses[kept_epoch - 1],
-            },
-        )
-        translator.save(out)
-        forget(work)
+        if processes.is_main:
+            kept_epoch = config.epochs
+            if config.keep_best and held_out:
+                checkpoint.load_best(parameters)
+                kept_epoch = state.best_epoch
+            translator.record = replace(
+                record,
+                training={
+                    **record.training,
+                    "made_from": made_from,
+                    "validation_tasks": sorted(held_out),
+                    "train_losses": state.train_losses,
+                    "validation_losses": state.validation_losses,
+                    "kept_epoch": kept_epoch,
+                },
+                metrics={
+                    "train_loss": state.train_losses[kept_epoch - 1],
+                    "validation_loss": state.validation_losses[kept_epoch - 1],
+                },
+            )
+            translator.save(out)
+            forget(work)
+        processes.wait()
     remove_adapter(base_model, adapter_name)
     return Translator.load(out, base_model)
+
+
+@contextlib.contextmanager
+def _held_by_main(out: Path, work: Path, processes: Processes) -> Iterator[bool]:
+    """The main process holds `work` for the block; gives True to all, and holds nothing, if `out` is finished."""
+    with contextlib.ExitStack() as held:
+        finished = False
+        if processes.is_main and not (finished := out.exists()):
+            held.enter_context(locked(work))
+            if finished := out.exists():  # another start finished it just now
+                forget(work)
+        yield bool(processes.main_says(finished))
 
 
 def _take_over(out: Path, base_model: BaseModel, made_from: str, recorder: Recorder) -> Translator:
@@ -263,8 +313,12 @@ def _epoch(
     optimizer: torch.optim.Optimizer,
     config: TranslatorConfig,
     epoch: int,
+    processes: Processes,
 ) -> tuple[float, float]:
-    """One pass; returns (train loss, validation loss) in nats per token. Every random choice follows from the epoch."""
+    """One pass; returns (train loss, validation loss) in nats per token, the same in all processes.
+
+    Every random choice follows from seed and epoch; dropout masks follow from the process and its forward passes too.
+    """
     import torch
 
     base = translator.base_model
@@ -276,45 +330,64 @@ def _epoch(
         settings["lr"] = config.learning_rate * fall
     spread = torch.stack([soft_prompts[name].embeddings for name in order]).std()
     total, count = 0.0, 0
+    seed = config.seed * 100_003 + epoch
+    # Alone, noise and dropout draw in turn from one stream. Divided, dropout would move the noise along: it has its own.
+    alone = processes.count == 1 and config.micro_batch_size is None
+    noise_draw = torch.default_generator if alone else torch.Generator().manual_seed(seed)
     devices = [base.device] if base.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices), translator.reading():
-        torch.manual_seed(config.seed * 100_003 + epoch)
+        torch.manual_seed(seed + (processes.index << 40))  # beyond any epoch's seed: no two processes share masks
         for parameter in parameters.values():
             parameter.requires_grad_(True)
         base.model.train()
         for start in range(0, len(order), config.batch_size):
             batch = order[start : start + config.batch_size]
             soft = torch.stack([soft_prompts[name].embeddings for name in batch])  # (B, K, D)
-            soft = soft + config.noise * spread * torch.randn(soft.shape)
+            soft = soft + config.noise * spread * torch.randn(soft.shape, generator=noise_draw)
             targets = [target_text(tasks[name], draw if config.shuffle_labels else None) for name in batch]
-            loss, tokens = _summed_loss(base, soft, targets, config)
-            (loss / tokens).backward()
+            ids = _target_ids(base, targets, config)
+            tokens = sum(map(len, ids))
+            for rows in _passes(len(batch), config, processes):
+                loss = _summed_loss(base, soft[rows], ids[rows])
+                (loss / tokens).backward()
+                total += float(loss.detach())
+            processes.add_up_gradients(parameters.values())
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            total, count = total + float(loss.detach()), count + tokens
+            count += tokens
         base.model.eval()
-        validation = total / count
-        if held_out:
-            names = sorted(held_out)
-            held_out_total, held_out_count = 0.0, 0
-            with torch.no_grad():
-                for start in range(0, len(names), config.batch_size):
-                    batch = names[start : start + config.batch_size]
-                    soft = torch.stack([soft_prompts[name].embeddings for name in batch])
-                    loss, tokens = _summed_loss(base, soft, [target_text(tasks[name], None) for name in batch], config)
-                    held_out_total, held_out_count = held_out_total + float(loss), held_out_count + tokens
-            validation = held_out_total / held_out_count
-    return total / count, validation
+        names = sorted(held_out)
+        held_out_total, held_out_count = 0.0, 0
+        with torch.no_grad():
+            for start in range(0, len(names), config.batch_size):
+                batch = names[start : start + config.batch_size]
+                soft = torch.stack([soft_prompts[name].embeddings for name in batch])
+                ids = _target_ids(base, [target_text(tasks[name], None) for name in batch], config)
+                held_out_count += sum(map(len, ids))
+                for rows in _passes(len(batch), config, processes):
+                    held_out_total += float(_summed_loss(base, soft[rows], ids[rows]))
+    total, held_out_total = processes.totals(total, held_out_total)
+    train = total / count
+    return train, held_out_total / held_out_count if held_out else train
 
 
-def _summed_loss(
-    base: BaseModel, soft: torch.Tensor, targets: Sequence[str], config: TranslatorConfig
-) -> tuple[torch.Tensor, int]:
-    """-log p of all target tokens, EOS included, and their number. soft: (B, K, D)."""
-    ids = [[*base.tokenize(text)[: config.max_target_tokens], base.eos_id] for text in targets]
-    head = base.bos or ids[0][:0]
-    scores = base.score_targets(soft.to(base.device), [head] * len(ids), ids)
-    return -scores.log_likelihood.sum(), int(scores.num_tokens.sum())
+def _passes(num_rows: int, config: TranslatorConfig, processes: Processes) -> Iterator[slice]:
+    """This process's rows of a batch, forward pass by forward pass."""
+    share = processes.share_of(num_rows)
+    size = config.micro_batch_size or num_rows
+    for start in range(share.start, share.stop, size):
+        yield slice(start, min(start + size, share.stop))
+
+
+def _target_ids(base: BaseModel, targets: Sequence[str], config: TranslatorConfig) -> list[list[int]]:
+    """The tokens to learn of each target text, EOS included."""
+    return [[*base.tokenize(text)[: config.max_target_tokens], base.eos_id] for text in targets]
+
+
+def _summed_loss(base: BaseModel, soft: torch.Tensor, ids: Sequence[Sequence[int]]) -> torch.Tensor:
+    """-log p of all target tokens, as a scalar. soft: (B, K, D); ids: B rows."""
+    scores = base.score_targets(soft.to(base.device), [base.bos] * len(ids), ids)
+    return -scores.log_likelihood.sum()
 
 
 def _record_epoch(recorder: Recorder, epoch: int, train: float, validation: float) -> None:
@@ -350,15 +423,13 @@ class _Checkpoint:
 
     def load(self, parameters: Mapping[str, torch.nn.Parameter], optimizer: torch.optim.Optimizer) -> _State | None:
         """Put the last checkpoint of the same training in place; None if there is none."""
-        from safetensors.torch import load_file
-
         stored = {}
         if (self.folder / "state.json").is_file():
             stored = read_json(self.folder / "state.json", "a training checkpoint")
         if stored.pop("key", None) != self.key:
             (self.folder / "best.safetensors").unlink(missing_ok=True)
             return None
-        tensors = load_file(self.folder / stored.pop("file"))
+        tensors = _tensors_in(self.folder / stored.pop("file"))
         for name, parameter in parameters.items():
             parameter.data.copy_(tensors[f"weight/{name}"])
             moments: dict[str, Any] = {m: tensors[f"{m}/{name}"] for m in ("exp_avg", "exp_avg_sq", "step")}
@@ -374,10 +445,15 @@ class _Checkpoint:
         partial.rename(self.folder / "best.safetensors")
 
     def load_best(self, parameters: Mapping[str, torch.nn.Parameter]) -> None:
-        from safetensors.torch import load_file
-
         path = self.folder / "best.safetensors"
         if not path.is_file():
             raise ArtifactError(f"finishing a translator: its best epoch {str(path)!r} is missing. Train it again.")
-        for name, tensor in load_file(path).items():
+        for name, tensor in _tensors_in(path).items():
             parameters[name].data.copy_(tensor)
+
+
+def _tensors_in(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a checkpoint; the names of earlier ones hold that of the adapter."""
+    from safetensors.torch import load_file
+
+    return {re.sub(r"\.training_[0-9a-f]+\.", ".", name): tensor for name, tensor in load_file(path).items()}
