@@ -1,0 +1,90 @@
+"""What we use of MLflow beyond its documented names, in one place, for whoever moves to another version of MLflow.
+
+A project backend cannot do without: MLflow hands it a URI and leaves fetching the project, reading MLproject and opening the
+run to functions in `mlflow.projects.utils`, which its own backends use.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import click
+from mlflow.entities import Run
+from mlflow.projects.utils import (
+    MLFLOW_LOCAL_BACKEND_RUN_ID_CONFIG,
+    PROJECT_BUILD_IMAGE,
+    PROJECT_DOCKER_ARGS,
+    PROJECT_DOCKER_AUTH,
+    PROJECT_ENV_MANAGER,
+    PROJECT_STORAGE_DIR,
+    PROJECT_SYNCHRONOUS,
+    fetch_and_validate_project,
+    get_entry_point_command,
+    get_or_create_run,
+    load_project,
+)
+
+RUN_ID = MLFLOW_LOCAL_BACKEND_RUN_ID_CONFIG
+ENV_MANAGER = PROJECT_ENV_MANAGER
+DOCKER_ARGS = PROJECT_DOCKER_ARGS
+STORAGE_DIR = PROJECT_STORAGE_DIR
+BACKEND_CONFIG_KEYS = frozenset(
+    {RUN_ID, ENV_MANAGER, DOCKER_ARGS, STORAGE_DIR, PROJECT_SYNCHRONOUS, PROJECT_BUILD_IMAGE, PROJECT_DOCKER_AUTH}
+)
+"""What MLflow itself puts into a backend config."""
+
+
+class ProjectEntryPoint:
+    """An entry point of a fetched project, its params checked.
+
+    Raises:
+        ExecutionException: there is no such project or entry point, or a param has no value.
+    """
+
+    def __init__(self, uri: str, version: str | None, name: str, params: Mapping[str, Any]) -> None:
+        self.uri = uri
+        self.version = version
+        self.name = name
+        self.params = dict(params)
+        self.work_dir = Path(fetch_and_validate_project(uri, version, name, self.params))  # type: ignore[no-untyped-call]
+        self._project = load_project(self.work_dir)  # type: ignore[no-untyped-call]
+        self._entry_point = self._project.get_entry_point(name)
+
+    @property
+    def wants_docker(self) -> bool:
+        return bool(self._project.docker_env)
+
+    def path_params(self) -> dict[str, str]:
+        """Those of type `path`, with their values, given or default."""
+        declared = self._entry_point.parameters
+        return {
+            key: str(self.params.get(key, declared[key].default)) for key in declared if declared[key].type == "path"
+        }
+
+    def command_here(self, storage_dir: str | None) -> str:
+        """The shell command for this machine: paths are absolute, and what remote ones name is downloaded."""
+        return str(get_entry_point_command(self._project, self.name, self.params, storage_dir)[0])  # type: ignore[no-untyped-call]
+
+    def command_with(self, paths: Mapping[str, str]) -> str:
+        """The shell command with other values of the params of type `path`, taken as they are."""
+        return str(self._entry_point.compute_command({**self.params, **paths}, None))
+
+    def run(self, experiment_id: str, run_id: str | None) -> Run:
+        """The MLflow run with that id, else a new one that has the project's tags and params."""
+        run: Run = get_or_create_run(  # type: ignore[no-untyped-call]
+            run_id, self.uri, experiment_id, str(self.work_dir), self.version, self.name, self.params
+        )
+        return run
+
+
+def context_of_mlflow_run() -> click.Context | None:
+    """What the command `mlflow run` was called with, where it is that which calls us.
+
+    MLflow tells a backend `SYNCHRONOUS: False` there, as it does for a caller who really goes on with other work.
+    """
+    context = click.get_current_context(silent=True)
+    if context is not None and getattr(context.command.callback, "__module__", "").startswith("mlflow.cli"):
+        return context
+    return None
