@@ -130,7 +130,7 @@ def test_bank_round_trip(
     info = bank_flavor.log_model(bank, name="bank")
 
     back = bank_flavor.load_model(info.model_uri)
-    assert back.digest == bank.digest and back.records == bank.records
+    assert back.digest == bank.digest and list(back.records()) == list(bank.records())
     assert [member.id for member in back] == [member.id for member in soft_prompts]
 
     model = mlflow.pyfunc.load_model(info.model_uri)
@@ -233,7 +233,7 @@ def test_files(saved: Path) -> None:
     around = {"MLmodel", "conda.yaml", "python_env.yaml", "requirements.txt"}
     expected = {
         "soft_prompt": {"soft_prompt.json", "soft_prompt.safetensors"},
-        "bank": {"bank.json", "bank.jsonl", "bank.safetensors"},
+        "bank": {"bank.json", "bank.sqlite", "embeddings-00000.safetensors", "initial_embeddings-00000.safetensors"},
         "translator": {"adapter_config.json", "adapter_model.safetensors", "translator.json"},
     }
     for name, files in expected.items():
@@ -273,6 +273,7 @@ def test_flavor_configuration(
         "data": "data/soft_prompt",
     }
     assert conf_of(str(saved / "bank"), "softprompt_bank") == common | {
+        "format_version": 2,
         "digest": bank.digest,
         "num_soft_prompts": 3,
         "data": "data/bank",

@@ -1,6 +1,8 @@
-"""Artifacts of format version 1, as written on the day it was fixed; they must load for ever.
+"""Artifacts of every format version, as written on the day it was fixed; they must load for ever.
 
-`python tests/test_golden_artifacts.py` writes them anew, which only a new format version may need.
+`python tests/test_golden_artifacts.py` writes the current ones anew, which only a new format version may need: version 2 of
+the bank and version 1 of all others. The bank of version 1 in `data/v1/bank` was written by 0.1.0, and nothing writes it any
+more.
 """
 
 from __future__ import annotations
@@ -8,17 +10,21 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
 import torch
+from safetensors.torch import load_file
 from tiny_llm import tiny_base_model
 
 from softprompt_registry.dod.store import DodStore
 from softprompt_registry.dod.task import Pair, Task
-from softprompt_registry.soft_prompts.bank import SoftPromptBank
+from softprompt_registry.soft_prompts.bank import BankWriter, SoftPromptBank
 from softprompt_registry.soft_prompts.soft_prompt import SoftPrompt, SoftPromptRecord, soft_prompt_from_bytes
+from softprompt_registry.storage import folder_written_whole
 from softprompt_registry.translators.training import TranslatorConfig, train_translator
 from softprompt_registry.translators.translator import Translator, read_record
 
 FOLDER = Path(__file__).parent / "data" / "v1"
+BANK = Path(__file__).parent / "data" / "v2" / "bank"
 TASKS = {
     name: Task(name, "classification", (Pair("a", labels[0]), Pair("b", labels[1])), labels)
     for name, labels in {"colours": ("red", "blue"), "sizes": ("big", "small")}.items()
@@ -51,11 +57,21 @@ def golden_prompts() -> list[SoftPrompt]:
     ]
 
 
+def write_bank(prompts: list[SoftPrompt]) -> SoftPromptBank:
+    """Two shards, added last first, one start for both, one task that failed."""
+    with folder_written_whole(BANK) as partial, BankWriter(partial, rows_per_shard=1) as writer:
+        writer.add(2, prompts[1])
+        writer.add(0, prompts[0])
+        writer.fail(1, "shapes", "its train loss became nan in epoch 1")
+        writer.finish("0123456789ab")
+    return SoftPromptBank(BANK)
+
+
 def write() -> None:
     prompts = golden_prompts()
     prompts[0].save(FOLDER / "soft_prompt")
     (FOLDER / "payload.safetensors").write_bytes(prompts[0].to_bytes())
-    bank = SoftPromptBank.save(prompts, FOLDER / "bank")
+    bank = write_bank(prompts)
     config = TranslatorConfig(lora_rank=1, target_modules=("q_proj",), epochs=1, validation_share=0.0)
     train_translator(tiny_base_model(), bank, TASKS, config, FOLDER / "translator")
     with DodStore.create(FOLDER / "dod.sqlite") as store:
@@ -77,12 +93,32 @@ def test_payload() -> None:
     assert soft_prompt.record.task == "colours"
 
 
-def test_bank() -> None:
-    bank = SoftPromptBank(FOLDER / "bank")
-    assert list(bank.records) == ["colours", "sizes"]
+@pytest.mark.parametrize(("version", "folder"), [(1, FOLDER / "bank"), (2, BANK)])
+def test_bank(version: int, folder: Path) -> None:
+    bank = SoftPromptBank(folder)
+    assert bank.header["format_version"] == version
+    assert bank.tasks() == ["colours", "sizes"]
     assert torch.equal(bank.member("sizes").embeddings, numbers(1.0))
     initial = bank.member("sizes").initial_embeddings
     assert initial is not None and torch.equal(initial, numbers(0.0))
+    assert [member.id for member in bank] == [prompt.id for prompt in golden_prompts()]
+    assert [member.record for member in bank] == [prompt.record for prompt in golden_prompts()]
+    # Translators name the bank that they were made from: the rule may not change.
+    assert bank.digest == "ef095291951aa29d1e66a4488654ffd302de11e6e8164a606dd06abe49d193fd"
+    assert sorted(bank.files) == sorted(path.name for path in folder.iterdir())
+
+
+def test_bank_of_version_2_has_its_failures_and_shards() -> None:
+    bank = SoftPromptBank(BANK)
+    assert bank.failures() == {"shapes": "its train loss became nan in epoch 1"}
+    assert (bank.header["made_from"], bank.header["num_failed"], bank.header["rows_per_shard"]) == (
+        "0123456789ab",
+        1,
+        1,
+    )
+    first = load_file(BANK / "embeddings-00000.safetensors")["embeddings"]
+    assert torch.equal(first, numbers(1.0)[None])
+    assert len(bank.files) == 5
 
 
 def test_translator() -> None:

@@ -66,12 +66,12 @@ def test_a_soft_prompt_teaches_a_task_that_the_bare_model_cannot_do(base_model: 
     prompts = [encode_pair(base_model, task.template, pair, 256)[0].prompt for pair in pairs]
     outputs = [pair.output for pair in pairs]
     bare, tuned = (
-        measure(base_model, [Trial(task, None, prompts, outputs)], max_new_tokens=8, rows_per_forward=16),
+        measure(base_model, [Trial(task, None, prompts, outputs)], max_new_tokens=8, tokens_per_forward=1024),
         measure(
             base_model,
             [Trial(task, bank.member("rooms").embeddings, prompts, outputs)],
             max_new_tokens=8,
-            rows_per_forward=16,
+            tokens_per_forward=1024,
         ),
     )
     assert bare[0]["exact_match"] == 0.0

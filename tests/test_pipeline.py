@@ -67,7 +67,7 @@ def test_everything_is_visible_in_mlflow(demo_result: Any, tmp_path: Path) -> No
 
 def test_a_second_start_takes_over_what_is_finished(demo_result: Any, tmp_path: Path) -> None:
     files = [
-        tmp_path / "demo" / "bank" / "bank.safetensors",
+        tmp_path / "demo" / "bank" / "embeddings-00000.safetensors",
         tmp_path / "demo" / "translator" / "adapter_model.safetensors",
     ]
     before = [file.stat().st_mtime_ns for file in files]

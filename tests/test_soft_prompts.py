@@ -1,68 +1,22 @@
-"""Soft prompts and banks as artifacts: what is written, read back, and refused."""
+"""Soft prompts as artifacts: what is written, read back, and refused."""
 
 from __future__ import annotations
 
 import json
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save, save_file
-from tiny_llm import HIDDEN_SIZE, tiny_base_model
+from safetensors.torch import save, save_file
+from small_prompts import K, assert_same, edit_json, make, numbers, tiny_ref
+from tiny_llm import HIDDEN_SIZE
 
-from softprompt_registry.base_models.reference import BaseModelRef
 from softprompt_registry.errors import ArtifactError, BaseModelMismatch
-from softprompt_registry.soft_prompts.bank import SoftPromptBank
-from softprompt_registry.soft_prompts.soft_prompt import SoftPrompt, SoftPromptRecord, soft_prompt_from_bytes
+from softprompt_registry.soft_prompts.soft_prompt import SoftPrompt, soft_prompt_from_bytes
 from softprompt_registry.storage import folder_written_whole
-
-K = 4
-
-
-@cache
-def tiny_ref(seed: int = 0, name: str = "tiny") -> BaseModelRef:
-    return tiny_base_model(seed, name=name).ref
-
-
-def numbers(seed: int = 0, num_virtual_tokens: int = K) -> torch.Tensor:
-    """(K, D)"""
-    return torch.randn(num_virtual_tokens, HIDDEN_SIZE, generator=torch.Generator().manual_seed(seed))
-
-
-def make(task: str = "moods", seed: int = 0, *, initial: bool = True, **changes: Any) -> SoftPrompt:
-    record = SoftPromptRecord(
-        task=task,
-        kind="classification",
-        base_model=tiny_ref(),
-        template="Sentence: {x} Label:",
-        labels=("joy", "fear"),
-        task_digest="ab" * 32,
-        dod_name="sample",
-        dod_digest="cd" * 32,
-        ground_truth="joy, fear",
-        tuning={"epochs": 2, "train_losses": [2.5, 1.25]},
-        metrics={"validation_loss": 1.5},
-    )
-    return SoftPrompt(numbers(seed), numbers(99) if initial else None, replace(record, **changes))
-
-
-def assert_same(found: SoftPrompt, expected: SoftPrompt) -> None:
-    assert torch.equal(found.embeddings, expected.embeddings)
-    assert (found.initial_embeddings is None) == (expected.initial_embeddings is None)
-    if found.initial_embeddings is not None and expected.initial_embeddings is not None:
-        assert torch.equal(found.initial_embeddings, expected.initial_embeddings)
-    assert found.record == expected.record
-    assert found.id == expected.id
-
-
-def edit_json(path: Path, **changes: Any) -> None:
-    record = json.loads(path.read_text()) | changes
-    path.write_text(json.dumps({key: value for key, value in record.items() if value is not ...}))
-
 
 # One soft prompt ------------------------------------------------------------------------------------------------------
 
@@ -179,6 +133,12 @@ def test_a_failed_save_leaves_the_old_soft_prompt(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
 
+def test_no_file_carries_a_path(tmp_path: Path) -> None:
+    make().save(tmp_path / "a")
+    for path in (tmp_path / "a").iterdir():
+        assert str(tmp_path).encode() not in path.read_bytes()
+
+
 # Payloads -------------------------------------------------------------------------------------------------------------
 
 
@@ -263,142 +223,3 @@ def test_a_payload_of_another_base_model_names_both() -> None:
         soft_prompt_from_bytes(payload, tiny_ref())
     assert f"elsewhere@{other.fingerprint[:12]}" in str(caught.value)
     assert f"tiny@{tiny_ref().fingerprint[:12]}" in str(caught.value)
-
-
-# Banks ----------------------------------------------------------------------------------------------------------------
-
-
-def test_a_bank_comes_back_as_it_was_saved(tmp_path: Path) -> None:
-    members = [make(name, seed) for seed, name in enumerate(["moods", "ärger / wut", "rooms"])]
-    saved = SoftPromptBank.save(members, tmp_path / "bank", made_from="abc")
-    loaded = SoftPromptBank(tmp_path / "bank")
-    assert len(loaded) == 3 and list(loaded.records) == ["moods", "ärger / wut", "rooms"]
-    for found, expected in zip(loaded, members, strict=True):
-        assert_same(found, expected)
-    assert_same(loaded.member("ärger / wut"), members[1])
-    assert (loaded.digest, loaded.dod_digest) == (saved.digest, "cd" * 32)
-    assert loaded.header["made_from"] == "abc" and loaded.base_model == tiny_ref()
-    assert (loaded.header["K"], loaded.header["D"], loaded.header["num_soft_prompts"]) == (K, HIDDEN_SIZE, 3)
-    assert sorted(path.name for path in (tmp_path / "bank").iterdir()) == [
-        "bank.json",
-        "bank.jsonl",
-        "bank.safetensors",
-    ]
-    assert load_file(tmp_path / "bank" / "bank.safetensors")["embeddings"].shape == (3, K, HIDDEN_SIZE)
-
-
-def test_the_digest_is_of_names_and_numbers(tmp_path: Path) -> None:
-    def digest(name: str, *members: SoftPrompt) -> str:
-        return SoftPromptBank.save(members, tmp_path / name).digest
-
-    first = digest("a", make("x", 0), make("y", 1))
-    assert digest("b", make("x", 0, metrics={}), make("y", 1, tuning={})) == first
-    assert len({first, digest("c", make("x", 0), make("z", 1)), digest("d", make("x", 0), make("y", 2))}) == 3
-
-
-def test_a_member_is_read_without_the_rows_of_the_others(tmp_path: Path) -> None:
-    """The data of the other members is overwritten with NaN, which no soft prompt may hold."""
-    SoftPromptBank.save([make("a", 0, initial=False), make("b", 1, initial=False)], tmp_path / "bank")
-    path = tmp_path / "bank" / "bank.safetensors"
-    row = K * HIDDEN_SIZE * 4
-    path.write_bytes(path.read_bytes()[:-row] + b"\xff" * row)
-    bank = SoftPromptBank(tmp_path / "bank")
-    assert_same(bank.member("a"), make("a", 0, initial=False))
-    with pytest.raises(ArtifactError, match="soft prompt 'b': its embeddings hold NaN"):
-        bank.member("b")
-
-
-def test_records_are_read_without_any_tensor(tmp_path: Path) -> None:
-    SoftPromptBank.save([make("a")], tmp_path / "bank")
-    (tmp_path / "bank" / "bank.safetensors").unlink()
-    assert SoftPromptBank(tmp_path / "bank").records["a"]["labels"] == ["joy", "fear"]
-
-
-def test_texts_with_exotic_line_ends_do_not_split_a_record(tmp_path: Path) -> None:
-    """Python's splitlines also splits at U+2028 and U+0085, which JSON leaves as they are."""
-    odd = "one\u2028two\u2029three\x85four\x0cfive\nsix"
-    member = make("odd", ground_truth=odd, labels=(odd, "plain"))
-    bank = SoftPromptBank.save([member, make("even", 1)], tmp_path / "bank")
-    assert_same(bank.member("odd"), member)
-    assert list(SoftPromptBank(tmp_path / "bank").records) == ["odd", "even"]
-
-
-def test_an_unknown_member_lists_the_known_ones(tmp_path: Path) -> None:
-    bank = SoftPromptBank.save([make(f"task{number}", number) for number in range(10)], tmp_path / "bank")
-    with pytest.raises(ArtifactError) as caught:
-        bank.member("task99")
-    assert "reading 'task99' of bank 'bank': it has no such member among its 10 (task0, task1" in str(caught.value)
-    assert "task7, …)" in str(caught.value) and "task8" not in str(caught.value)
-
-
-def test_what_cannot_be_one_bank_is_refused(tmp_path: Path) -> None:
-    def refused(*members: SoftPrompt) -> str:
-        with pytest.raises(ArtifactError) as caught:
-            SoftPromptBank.save(members, tmp_path / "bank")
-        assert not (tmp_path / "bank").exists()
-        return str(caught.value)
-
-    assert "there are no soft prompts to write" in refused()
-    assert "the tasks ['a'] occur twice" in refused(make("a", 0), make("b", 1), make("a", 2))
-    short = SoftPrompt(numbers(0, 3), None, make("b").record)
-    assert "'b' has K=3, 'a' has K=4; one bank has one K" in refused(make("a"), short)
-    other = tiny_ref(1, "elsewhere")
-    with pytest.raises(BaseModelMismatch) as caught:
-        SoftPromptBank.save([make("a"), make("b", base_model=other)], tmp_path / "bank")
-    for name, ref in (("'a'", tiny_ref()), ("'b'", other)):
-        assert f"soft prompt {name} belongs to" in str(caught.value)
-        assert str(ref) in str(caught.value)
-
-
-def test_one_prompt_without_a_start_leaves_the_starts_of_all_out(tmp_path: Path) -> None:
-    bank = SoftPromptBank.save([make("a"), make("b", 1, initial=False)], tmp_path / "bank")
-    assert bank.member("a").initial_embeddings is None
-
-
-def test_a_damaged_bank_is_an_artifact_error(tmp_path: Path) -> None:
-    folder = tmp_path / "bank"
-    with pytest.raises(ArtifactError, match="reading a bank of soft prompts: .*bank.json' is missing"):
-        SoftPromptBank(folder)
-    SoftPromptBank.save([make("a"), make("b", 1)], folder)
-    files = {path: path.read_bytes() for path in folder.iterdir()}
-
-    def damage(name: str, content: bytes | None) -> None:
-        for path, whole in files.items():
-            path.write_bytes(whole)
-        (folder / name).unlink()
-        if content is not None:
-            (folder / name).write_bytes(content)
-
-    for name, content in (
-        ("bank.safetensors", None),
-        ("bank.safetensors", files[folder / "bank.safetensors"][:-1]),
-        ("bank.safetensors", save({"other": torch.zeros(1)})),
-        ("bank.safetensors", save({"embeddings": torch.zeros(1, K, HIDDEN_SIZE)})),
-        ("bank.jsonl", None),
-        ("bank.jsonl", files[folder / "bank.jsonl"][:-40]),
-        ("bank.jsonl", b"{}\n"),
-        ("bank.json", b'{"format_version": 1}'),
-        ("bank.json", b'{"format_version": 2}'),
-    ):
-        damage(name, content)
-        with pytest.raises(ArtifactError, match=r"bank"):
-            SoftPromptBank(folder).member("b")
-    damage("bank.json", files[folder / "bank.json"])
-    assert_same(SoftPromptBank(folder).member("b"), make("b", 1))
-
-
-def test_a_failed_save_leaves_the_old_bank(tmp_path: Path) -> None:
-    SoftPromptBank.save([make("a")], tmp_path / "bank")
-    with pytest.raises(TypeError, match="not JSON serializable"):
-        SoftPromptBank.save([make("b", 1, tuning={"what": object()})], tmp_path / "bank")
-    assert list(SoftPromptBank(tmp_path / "bank").records) == ["a"]
-    assert [path.name for path in tmp_path.iterdir()] == ["bank"]
-
-
-def test_no_file_carries_a_path(tmp_path: Path) -> None:
-    make().save(tmp_path / "a")
-    SoftPromptBank.save([SoftPrompt.load(tmp_path / "a")], tmp_path / "bank")
-    written = [path for path in tmp_path.rglob("*") if path.is_file()]
-    assert len(written) == 5
-    for path in written:
-        assert str(tmp_path).encode() not in path.read_bytes()

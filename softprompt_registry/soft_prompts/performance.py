@@ -5,12 +5,14 @@ Rows of different tasks share forward passes, each with the soft prompt of its o
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from softprompt_registry.base_models.frozen import BaseModel
+from softprompt_registry.base_models.prefixes import PrefixRows
 from softprompt_registry.dod.task import Task
+from softprompt_registry.soft_prompts.token_budget import pieces
 from softprompt_registry.text_matching import exact_match
 
 if TYPE_CHECKING:
@@ -37,16 +39,23 @@ class _Row:
     prompt: Sequence[int]
 
 
+@dataclass(frozen=True)
+class _LabelRow:
+    row: _Row
+    label: int
+    ids: Sequence[int]
+
+
 def measure(
-    base_model: BaseModel, trials: Sequence[Trial], *, max_new_tokens: int, rows_per_forward: int
+    base_model: BaseModel, trials: Sequence[Trial], *, max_new_tokens: int, tokens_per_forward: int
 ) -> list[dict[str, float]]:
     """Scores of each trial as shares in 0..1; empty for a trial without pairs.
 
     Paper: its "73.73 %" is teacher-forced token accuracy. Here `label_accuracy` is the share of pairs whose own label has
     the highest log-likelihood among the task's labels, and `exact_match` that of generated answers that say the output.
     """
-    choices = choose_labels(base_model, trials, rows_per_forward)
-    answers = generate_answers(base_model, trials, max_new_tokens=max_new_tokens, rows_per_forward=rows_per_forward)
+    choices = choose_labels(base_model, trials, tokens_per_forward)
+    answers = generate_answers(base_model, trials, max_new_tokens=max_new_tokens, tokens_per_forward=tokens_per_forward)
     results = []
     for trial, chosen, texts in zip(trials, choices, answers, strict=True):
         scores: dict[str, float] = {}
@@ -59,27 +68,30 @@ def measure(
 
 
 def generate_answers(
-    base_model: BaseModel, trials: Sequence[Trial], *, max_new_tokens: int, rows_per_forward: int
+    base_model: BaseModel, trials: Sequence[Trial], *, max_new_tokens: int, tokens_per_forward: int
 ) -> list[list[str]]:
-    """Greedy answers per trial, in the order of its prompts. Label answers are capped a little past the longest label."""
+    """Greedy answers per trial, in the order of its prompts. Label answers are cut a little past the task's longest label."""
+    import torch
+
     answers = [[""] * len(trial.prompts) for trial in trials]
+    with torch.no_grad():
+        soft_of = soft_rows(base_model, [trial.soft_prompt for trial in trials])
     for kind in ("classification", "generation"):
         chosen = [index for index, trial in enumerate(trials) if trial.task.kind == kind and trial.prompts]
         if not chosen:
             continue
-        cap = max_new_tokens
-        if kind == "classification":
-            labels = {label for index in chosen for label in trials[index].task.labels}
-            cap = min(cap, 2 + max(len(base_model.tokenize(f" {label}")) for label in labels))
-        for piece in _pieces(trials, chosen, rows_per_forward):
-            soft = _soft_of(trials, piece)
-            generated = base_model.generate(soft, [row.prompt for row in piece], max_new_tokens=cap)
+        caps = {index: _answer_cap(base_model, trials[index].task, max_new_tokens) for index in chosen}
+        longest = max(caps.values())
+        # What is generated counts for little: it comes one token at a time.
+        for piece in pieces(_rows(trials, chosen), lambda row: len(row.prompt), tokens_per_forward):
+            soft = soft_of([row.trial for row in piece])
+            generated = base_model.generate(soft, [row.prompt for row in piece], max_new_tokens=longest)
             for row, ids in zip(piece, generated, strict=True):
-                answers[row.trial][row.number] = base_model.decode(ids).strip()
+                answers[row.trial][row.number] = base_model.decode(ids[: caps[row.trial]]).strip()
     return answers
 
 
-def choose_labels(base_model: BaseModel, trials: Sequence[Trial], rows_per_forward: int) -> list[list[str]]:
+def choose_labels(base_model: BaseModel, trials: Sequence[Trial], tokens_per_forward: int) -> list[list[str]]:
     """The label with the highest log-likelihood after each prompt, per trial; empty for generation tasks.
 
     Labels of one token each are read off one forward pass, far cheaper than a pass per label; otherwise each label is a
@@ -95,46 +107,67 @@ def choose_labels(base_model: BaseModel, trials: Sequence[Trial], rows_per_forwa
         if trial.task.kind == "classification" and trial.prompts:
             (single if all(len(ids) == 1 for ids in label_ids[index]) else several).append(index)
     with torch.no_grad():
-        for piece in _pieces(trials, single, rows_per_forward):
-            joined = base_model.join(_soft_of(trials, piece), [row.prompt for row in piece], pad_side="left")
+        soft_of = soft_rows(base_model, [trial.soft_prompt for trial in trials])
+        for piece in pieces(_rows(trials, single), lambda row: len(row.prompt), tokens_per_forward):
+            joined = base_model.join(
+                soft_of([row.trial for row in piece]), [row.prompt for row in piece], pad_side="left"
+            )
             rows = torch.arange(len(piece), device=base_model.device)
             last = torch.full_like(rows, joined.inputs_embeds.shape[1] - 1)
             logits = base_model.logits_at(joined, rows, last)  # (rows, V)
             for row, scores in zip(piece, logits, strict=True):
                 best = int(scores[[ids[0] for ids in label_ids[row.trial]]].argmax())
                 choices[row.trial][row.number] = trials[row.trial].task.labels[best]
-        for piece in _pieces(trials, several, rows_per_forward):
-            spread = [(row, ids) for row in piece for ids in label_ids[row.trial]]
-            scored: list[float] = []
-            for start in range(0, len(spread), rows_per_forward):
-                part = spread[start : start + rows_per_forward]
-                scored += base_model.score_targets(
-                    _soft_of(trials, [row for row, _ in part]),
-                    [row.prompt for row, _ in part],
-                    [[*ids, base_model.eos_id] for _, ids in part],
-                ).log_likelihood.tolist()
-            for row in piece:
-                labels = trials[row.trial].task.labels
-                own, scored = scored[: len(labels)], scored[len(labels) :]
-                choices[row.trial][row.number] = labels[own.index(max(own))]
+        spread = [
+            _LabelRow(row, label, ids)
+            for row in _rows(trials, several)
+            for label, ids in enumerate(label_ids[row.trial])
+        ]
+        scored: dict[tuple[int, int], dict[int, float]] = {}
+        for part in pieces(spread, lambda row: len(row.row.prompt) + len(row.ids) + 1, tokens_per_forward):
+            scores = base_model.score_targets(
+                soft_of([row.row.trial for row in part]),
+                [row.row.prompt for row in part],
+                [[*row.ids, base_model.eos_id] for row in part],
+            ).log_likelihood
+            for choice, score in zip(part, scores.tolist(), strict=True):
+                scored.setdefault((choice.row.trial, choice.row.number), {})[choice.label] = score
+        for (index, number), by_label in scored.items():
+            # Of equal scores the first label, whatever the order they were worked out in.
+            best = max(sorted(by_label), key=by_label.__getitem__)
+            choices[index][number] = trials[index].task.labels[best]
     return choices
 
 
-def _pieces(trials: Sequence[Trial], chosen: Sequence[int], size: int) -> Iterator[list[_Row]]:
-    """The rows of the chosen trials, those of similar length together."""
-    rows = [_Row(index, number, prompt) for index in chosen for number, prompt in enumerate(trials[index].prompts)]
-    rows.sort(key=lambda row: len(row.prompt))
-    for start in range(0, len(rows), size):
-        yield rows[start : start + size]
+def _rows(trials: Sequence[Trial], chosen: Sequence[int]) -> list[_Row]:
+    return [_Row(index, number, prompt) for index in chosen for number, prompt in enumerate(trials[index].prompts)]
 
 
-def _soft_of(trials: Sequence[Trial], rows: Sequence[_Row]) -> torch.Tensor | None:
-    """(rows, K, D): each row's own soft prompt."""
+def _answer_cap(base_model: BaseModel, task: Task, max_new_tokens: int) -> int:
+    if task.kind != "classification":
+        return max_new_tokens
+    return min(max_new_tokens, 2 + max(len(base_model.tokenize(f" {label}")) for label in task.labels))
+
+
+SoftOf = Callable[[Sequence[int]], "torch.Tensor | PrefixRows | None"]
+"""From the numbers of the prompts that rows begin with to what a forward pass takes."""
+
+
+def soft_rows(base_model: BaseModel, prompts: Sequence[torch.Tensor | None]) -> SoftOf:
+    """Soft prompts (K, D), computed once for all their rows where the model allows it; None for the bare base model.
+
+    Call without gradients.
+    """
     import torch
 
-    prompts = [trials[row.trial].soft_prompt for row in rows]
     present = [prompt for prompt in prompts if prompt is not None]
-    return torch.stack(present) if present else None
+    if not present:
+        return lambda owners: None
+    stacked = torch.stack(present)  # (G, K, D)
+    prefixes = base_model.prefixes(stacked)
+    if prefixes is None:
+        return lambda owners: stacked[list(owners)]
+    return prefixes.of_rows
 
 
 def _share(hits: Iterator[bool]) -> float:

@@ -1,0 +1,268 @@
+"""The fleet: many soft prompts tuned at once in slots, each as if it were alone.
+
+A step takes one batch of every slot. Their rows share forward passes, sorted by length; each row begins with the soft prompt
+of its own slot, whose keys and values are worked out once a step. A slot has its own optimizer, order of examples,
+schedule, early stopping and best epoch, and when it is done the next task takes its place at once.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING
+
+from softprompt_registry.base_models.frozen import BaseModel
+from softprompt_registry.dod.task import Task
+from softprompt_registry.soft_prompts.encoding import EncodedPair
+from softprompt_registry.soft_prompts.performance import Trial, measure, soft_rows
+from softprompt_registry.soft_prompts.progress import Progress, prepare
+from softprompt_registry.soft_prompts.token_budget import TokenBudget, pieces, tokens_that_fit
+
+if TYPE_CHECKING:
+    import torch
+
+    from softprompt_registry.soft_prompts.tuning import TuningConfig
+
+PREPARED_AHEAD = 2
+"""Tasks whose text is made into token ids while others are tuned."""
+
+
+@dataclass
+class FleetStatistics:
+    """What a fleet has done so far."""
+
+    train_tokens: int = 0
+    """Tokens of training rows, soft tokens counted in each row, padding not."""
+    seconds: float = 0.0
+    """Spent on training, validation and test."""
+    halvings: int = 0
+    """How often the memory did not suffice."""
+    gpu_peak_mib: float = 0.0
+    """Highest memory of a GPU in use, by this process."""
+
+    @property
+    def tokens_per_s(self) -> float:
+        return self.train_tokens / self.seconds if self.seconds else 0.0
+
+
+@dataclass
+class _Slot:
+    """One task on its way."""
+
+    progress: Progress
+    epoch: int = 0
+    """Epochs that have ended."""
+    batches: deque[list[EncodedPair]] = field(default_factory=deque)
+    """What is left of the epoch."""
+    losses: list[float] = field(default_factory=list)
+    """Of the epoch's steps."""
+    stopped: bool = False
+
+    def begin_epoch(self, config: TuningConfig) -> None:
+        rows = list(self.progress.train)
+        self.progress.order.shuffle(rows)
+        self.batches.extend(rows[i : i + config.batch_size] for i in range(0, len(rows), config.batch_size))
+        rate = config.learning_rate
+        if config.schedule == "cosine":
+            rate *= 0.5 * (1 + math.cos(math.pi * self.epoch / config.epochs))
+        for settings in self.progress.optimizer.param_groups:
+            settings["lr"] = rate
+
+    def end_epoch(self, validation_loss: float | None, config: TuningConfig) -> None:
+        """Keep the best epoch; stop a task that has not improved for long enough, or whose loss is no number."""
+        progress = self.progress
+        self.epoch += 1
+        progress.train_losses.append(sum(self.losses) / len(self.losses))
+        self.losses.clear()
+        loss = progress.train_losses[-1] if validation_loss is None else validation_loss
+        if not math.isfinite(loss):
+            progress.failure = f"its validation loss became {loss} in epoch {self.epoch}"
+            return
+        progress.validation_losses.append(loss)
+        if loss < progress.best_loss:
+            progress.best_loss, progress.best_epoch = loss, self.epoch
+            progress.best = progress.prompt.detach().float().cpu().clone()
+        elif config.patience_epochs is not None and self.epoch - progress.best_epoch >= config.patience_epochs:
+            self.stopped = True
+        self.stopped = self.stopped or self.epoch == config.epochs
+
+
+class Fleet:
+    """Tunes tasks on one base model in this process."""
+
+    def __init__(self, base_model: BaseModel, config: TuningConfig) -> None:
+        self.base_model = base_model
+        self.config = config
+        self.statistics = FleetStatistics()
+        tokens = config.tokens_per_forward or tokens_that_fit(base_model, config.num_virtual_tokens)
+        self._budget = TokenBudget(tokens)
+
+    def tune(
+        self, tasks: Iterable[Task], on_epoch: Callable[[str, int], None] = lambda task, epoch: None
+    ) -> Iterator[tuple[Progress, dict[str, float]]]:
+        """Tune task after task; yields each with its test scores when it is done, or without any when it failed.
+
+        A task whose loss becomes NaN or infinite ends there, with the reason in `Progress.failure`; the others go on.
+
+        Args:
+            tasks: drawn from when a slot is free, so they need not be in memory all at once.
+            on_epoch: told the name of a task and how many epochs it has behind it.
+        """
+        import torch
+
+        prepared = _ahead(partial(prepare, self.base_model, task, self.config) for task in tasks)
+        slots: list[_Slot] = []
+        done: list[Progress] = []
+        while True:
+            while len(slots) < self.config.slots and (progress := next(prepared, None)) is not None:
+                slots.append(_Slot(progress))
+            started = time.perf_counter()
+            if slots:
+                self._step(slots)
+                for slot in self._end_epochs(slots):
+                    on_epoch(slot.progress.task.name, slot.epoch)
+                done += [slot.progress for slot in slots if slot.stopped or slot.progress.failure]
+                slots = [slot for slot in slots if not (slot.stopped or slot.progress.failure)]
+            # Tests of several prompts together cost less; but what is done should soon be on the disk.
+            finished: list[tuple[Progress, dict[str, float]]] = []
+            if done and (not slots or len(done) >= max(self.config.slots // 4, 1)):
+                finished = list(zip(done, self._measure(done), strict=True))
+                done = []
+            self.statistics.seconds += time.perf_counter() - started
+            self.statistics.halvings = self._budget.halvings
+            if self.base_model.device.type == "cuda":
+                self.statistics.gpu_peak_mib = torch.cuda.max_memory_allocated(self.base_model.device) / 2**20
+            yield from finished
+            if not slots and not done and not finished:
+                return
+
+    def _step(self, slots: Sequence[_Slot]) -> None:
+        """One batch of every slot."""
+        for slot in slots:
+            if not slot.batches:
+                slot.begin_epoch(self.config)
+        prompts = [slot.progress.prompt for slot in slots]
+        batches = [slot.batches[0] for slot in slots]
+
+        def forget_gradients() -> None:
+            for prompt in prompts:
+                prompt.grad = None
+
+        losses = self._budget.run(
+            lambda tokens: train_step(self.base_model, prompts, batches, tokens), forget_gradients
+        )
+        for slot, loss in zip(slots, losses, strict=True):
+            batch = slot.batches.popleft()
+            self.statistics.train_tokens += sum(pair.num_tokens + self.config.num_virtual_tokens for pair in batch)
+            if not math.isfinite(loss):
+                slot.progress.failure = f"its train loss became {loss} in epoch {slot.epoch + 1}"
+                continue
+            slot.losses.append(loss)
+            slot.progress.optimizer.step()
+            slot.progress.optimizer.zero_grad(set_to_none=True)
+
+    def _end_epochs(self, slots: Sequence[_Slot]) -> list[_Slot]:
+        """Validate the slots that have used up their batches; returns them."""
+        ended = [slot for slot in slots if not slot.batches and slot.progress.failure is None]
+        if ended:
+            progresses = [slot.progress for slot in ended]
+            losses = self._budget.run(lambda tokens: validation_losses(self.base_model, progresses, tokens))
+            for slot, loss in zip(ended, losses, strict=True):
+                slot.end_epoch(loss, self.config)
+        return ended
+
+    def _measure(self, done: Sequence[Progress]) -> list[dict[str, float]]:
+        """Scores on test pairs; none for what failed."""
+        well = [progress for progress in done if progress.failure is None]
+        trials = [
+            Trial(
+                progress.task,
+                progress.best.to(self.base_model.device),
+                [pair.prompt for pair in progress.test],
+                progress.test_outputs,
+            )
+            for progress in well
+        ]
+        found = self._budget.run(
+            lambda tokens: measure(
+                self.base_model, trials, max_new_tokens=self.config.max_new_tokens, tokens_per_forward=tokens
+            )
+        )
+        scores = {progress.task.name: score for progress, score in zip(well, found, strict=True)}
+        return [scores.get(progress.task.name, {}) for progress in done]
+
+
+def train_step(
+    base_model: BaseModel,
+    prompts: Sequence[torch.nn.Parameter],
+    batches: Sequence[Sequence[EncodedPair]],
+    tokens_per_forward: int,
+) -> list[float]:
+    """Leave in each prompt the gradient of its own mean token loss; returns those losses.
+
+    loss_i = sum of -log p over the target tokens of prompt i / their number: neither padding, nor the other prompts, nor the
+    cutting into pieces changes it.
+
+    Args:
+        prompts: G of (K, D).
+        batches: the rows of each.
+    """
+    import torch
+
+    rows = [(i, pair) for i, batch in enumerate(batches) for pair in batch]
+    num_soft = prompts[0].shape[0]
+    num_tokens = [sum(len(pair.target) for pair in batch) for batch in batches]
+    stacked = torch.stack(list(prompts))  # (G, K, D)
+    losses = stacked.new_zeros(len(prompts))  # read once, at the end: a GPU is not waited for before
+    prefixes = base_model.prefixes(stacked)
+    leaves = None if prefixes is None else prefixes.leaves()
+    for piece in pieces(rows, lambda row: num_soft + row[1].num_tokens, tokens_per_forward):
+        owners = [i for i, _ in piece]
+        soft = torch.stack([prompts[i] for i in owners]) if leaves is None else leaves.of_rows(owners)
+        scores = base_model.score_targets(soft, [pair.prompt for _, pair in piece], [pair.target for _, pair in piece])
+        shares = scores.log_likelihood.new_tensor([1 / num_tokens[i] for i in owners])
+        row_losses = -scores.log_likelihood * shares
+        row_losses.sum().backward()
+        losses.index_add_(0, torch.tensor(owners, device=losses.device), row_losses.detach().to(losses.dtype))
+    if prefixes is not None and leaves is not None:
+        prefixes.backward_from(leaves)
+    found: list[float] = losses.tolist()
+    return found
+
+
+def validation_losses(
+    base_model: BaseModel, progresses: Sequence[Progress], tokens_per_forward: int
+) -> list[float | None]:
+    """Mean -log p per target token of each task's validation pairs; None for a task without any."""
+    import torch
+
+    rows = [(i, pair) for i, progress in enumerate(progresses) for pair in progress.validation]
+    totals, counts = [0.0] * len(progresses), [0] * len(progresses)
+    with torch.no_grad():
+        prompts = [progress.prompt for progress in progresses]
+        soft_of = soft_rows(base_model, prompts)
+        for piece in pieces(rows, lambda row: prompts[0].shape[0] + row[1].num_tokens, tokens_per_forward):
+            scores = base_model.score_targets(
+                soft_of([i for i, _ in piece]), [p.prompt for _, p in piece], [p.target for _, p in piece]
+            )
+            for (i, pair), log_likelihood in zip(piece, scores.log_likelihood.tolist(), strict=True):
+                totals[i] -= log_likelihood
+                counts[i] += len(pair.target)
+    return [total / count if count else None for total, count in zip(totals, counts, strict=True)]
+
+
+def _ahead(making: Iterable[Callable[[], Progress]]) -> Iterator[Progress]:
+    """What the calls return, in order; the next few are made in another thread meanwhile."""
+    with ThreadPoolExecutor(1) as thread:
+        waiting: deque[Future[Progress]] = deque()
+        for make in making:
+            waiting.append(thread.submit(make))
+            if len(waiting) > PREPARED_AHEAD:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()

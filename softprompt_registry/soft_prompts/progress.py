@@ -1,0 +1,131 @@
+"""One task on its way from its pairs to a soft prompt."""
+
+from __future__ import annotations
+
+import math
+import random
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING
+
+from softprompt_registry.base_models.frozen import BaseModel
+from softprompt_registry.dod.task import Pair, PairSplit, Task
+from softprompt_registry.fingerprints import digest_of_json
+from softprompt_registry.soft_prompts.encoding import EncodedPair, choose_pairs, encode_pair
+from softprompt_registry.soft_prompts.soft_prompt import SoftPrompt, SoftPromptRecord
+
+if TYPE_CHECKING:
+    import torch
+
+    from softprompt_registry.soft_prompts.tuning import TuningConfig
+
+
+@dataclass(frozen=True)
+class DodOrigin:
+    """The DoD that tasks come from, where there is one."""
+
+    name: str | None = None
+    digest: str | None = None
+
+
+@dataclass
+class Progress:
+    """A task while it is being tuned."""
+
+    task: Task
+    train: list[EncodedPair]
+    validation: list[EncodedPair]
+    test: list[EncodedPair]
+    test_outputs: list[str]
+    truncated: int
+    prompt: torch.nn.Parameter
+    initial: torch.Tensor
+    optimizer: torch.optim.Optimizer
+    order: random.Random
+    best: torch.Tensor
+    best_loss: float = math.inf
+    best_epoch: int = 0
+    failure: str | None = None
+    """Why the task cannot be tuned; None while all is well."""
+    train_losses: list[float] = field(default_factory=list)
+    validation_losses: list[float] = field(default_factory=list)
+
+
+def prepare(base_model: BaseModel, task: Task, config: TuningConfig) -> Progress:
+    """A task's pairs as token ids, and a soft prompt at its start with an optimizer of its own."""
+    import torch
+
+    room = min(config.max_sequence_tokens, base_model.max_positions) - config.num_virtual_tokens
+    chosen: dict[PairSplit, list[Pair]] = {
+        "train": choose_pairs(task, "train", config.max_train_pairs, config.seed),
+        "validation": choose_pairs(task, "validation", config.max_validation_pairs, config.seed),
+        "test": choose_pairs(task, "test", config.max_test_pairs, config.seed),
+    }
+    encoded: dict[PairSplit, list[EncodedPair]] = {}
+    truncated = 0
+    for split, pairs in chosen.items():
+        rows = [encode_pair(base_model, task.template, pair, room) for pair in pairs]
+        encoded[split] = [row for row, _ in rows]
+        truncated += sum(cut for _, cut in rows)
+    initial = initial_embeddings(base_model, config, task)
+    precision = torch.promote_types(torch.float32, base_model.dtype)
+    prompt = torch.nn.Parameter(initial.to(base_model.device, precision, copy=True))
+    return Progress(
+        task=task,
+        train=encoded["train"],
+        validation=encoded["validation"],
+        test=encoded["test"],
+        test_outputs=[pair.output for pair in chosen["test"]],
+        truncated=truncated,
+        prompt=prompt,
+        initial=initial,
+        optimizer=torch.optim.AdamW([prompt], lr=config.learning_rate, weight_decay=0.0),
+        order=random.Random(f"{config.seed}/{task.name}"),
+        best=initial.clone(),
+    )
+
+
+def initial_embeddings(base_model: BaseModel, config: TuningConfig, task: Task) -> torch.Tensor:
+    """(K, D) float32: embeddings of K tokens drawn from the vocabulary, special tokens left out."""
+    import torch
+
+    seed = config.seed
+    if config.init == "own_vocabulary":
+        seed = int(digest_of_json([config.seed, task.name])[:8], 16)
+    generator = torch.Generator().manual_seed(seed)
+    special = set(base_model.tokenizer.all_special_ids)
+    order = torch.randperm(base_model.ref.vocab_size, generator=generator).tolist()
+    chosen = [token for token in order if token not in special][: config.num_virtual_tokens]
+    return base_model.input_embeddings[torch.tensor(chosen, device=base_model.device)].float().cpu().clone()
+
+
+def finished_prompt(
+    base_model: BaseModel,
+    progress: Progress,
+    config: TuningConfig,
+    measured: dict[str, float],
+    origin: DodOrigin,
+) -> SoftPrompt:
+    """The soft prompt of the best epoch, with the record of how it was made."""
+    task = progress.task
+    record = SoftPromptRecord(
+        task=task.name,
+        kind=task.kind,
+        base_model=base_model.ref,
+        template=task.template,
+        labels=task.labels,
+        task_digest=task.digest,
+        dod_name=origin.name,
+        dod_digest=origin.digest,
+        ground_truth=task.ground_truth,
+        tuning={
+            **asdict(config),
+            "best_epoch": progress.best_epoch,
+            "num_train_pairs": len(progress.train),
+            "num_validation_pairs": len(progress.validation),
+            "num_truncated_inputs": progress.truncated,
+            "train_losses": progress.train_losses,
+            "validation_losses": progress.validation_losses,
+        },
+        metrics={"validation_loss": progress.best_loss, **measured},
+    )
+    return SoftPrompt(progress.best, progress.initial, record)
