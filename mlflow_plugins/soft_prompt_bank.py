@@ -11,13 +11,7 @@ from mlflow.models.model import ModelInfo
 from mlflow.models.signature import ModelSignature
 
 from mlflow_plugins import flavor_parts
-from softprompt_registry.soft_prompts.bank import (
-    FORMAT_VERSION,
-    HEADER_FILE,
-    RECORDS_FILE,
-    TENSORS_FILE,
-    SoftPromptBank,
-)
+from softprompt_registry.soft_prompts.bank import SoftPromptBank
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -51,13 +45,12 @@ def save_model(
         artifact.base_model,
         num_virtual_tokens=int(artifact.header["K"]),
         digest=artifact.digest,
-        format_version=FORMAT_VERSION,
+        format_version=int(artifact.header["format_version"]),
     )
-    files = [TENSORS_FILE, RECORDS_FILE, HEADER_FILE]
     flavor_parts.save(
         FLAVOR_NAME,
         __name__,
-        lambda folder: flavor_parts.copy_files(artifact.folder, folder, files),
+        lambda folder: flavor_parts.copy_files(artifact.folder, folder, artifact.files),
         path,
         folder_name="bank",
         facts={"num_soft_prompts": len(artifact), **facts},

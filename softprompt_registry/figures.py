@@ -26,6 +26,49 @@ def curves(title: str, series: Mapping[str, Sequence[float]], *, x: str = "epoch
     return figure
 
 
+def bands(title: str, series: Mapping[str, Sequence[Sequence[float]]], *, x: str = "epoch", y: str = "loss") -> Figure:
+    """For each name many curves over epochs 1, 2, …: their median as a line, the middle 80 % of them as a band.
+
+    A curve that ends early keeps its last value.
+    """
+    import numpy as np
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    axes = figure.subplots()
+    for name, many in series.items():
+        longest = max(len(curve) for curve in many)
+        table = np.array([[*curve, *[curve[-1]] * (longest - len(curve))] for curve in many])  # (curves, epochs)
+        low, middle, high = np.quantile(table, [0.1, 0.5, 0.9], axis=0)
+        epochs = np.arange(1, longest + 1)
+        (line,) = axes.plot(epochs, middle, marker="o", markersize=3, label=f"{name} (median, 10 to 90 %)")
+        axes.fill_between(epochs, low, high, color=line.get_color(), alpha=0.2)
+        axes.annotate(f"{middle[-1]:.2f}", (longest, middle[-1]), color=line.get_color(), fontsize=8)
+    axes.set(title=title, xlabel=x, ylabel=y)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.grid(alpha=0.3)
+    axes.legend()
+    return figure
+
+
+def distribution(title: str, values: Sequence[float], *, x: str) -> Figure:
+    """A histogram, with the median as a line."""
+    import statistics
+
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 3.6), layout="constrained")
+    axes = figure.subplots()
+    axes.hist(values, bins=min(40, max(10, len(values) // 5)), color="#4c78a8")
+    median = statistics.median(values)
+    axes.axvline(median, color="#e45756", linestyle="--", label=f"median {median:.2f}")
+    axes.set(title=title, xlabel=x, ylabel="soft prompts")
+    axes.grid(axis="y", alpha=0.3)
+    axes.legend()
+    return figure
+
+
 def scores_by_task(title: str, scores: Mapping[str, float], *, x: str) -> Figure:
     """A horizontal bar per task, best on top, and the mean as a line."""
     from matplotlib.figure import Figure

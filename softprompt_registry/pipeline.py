@@ -122,8 +122,9 @@ def _ask(registered: RegisteredVersion, bank_folder: Path, dod_path: Path) -> tu
     import pandas
 
     bank = SoftPromptBank(bank_folder)
+    members = set(bank.tasks())
     with DodStore.open(dod_path) as store:
-        task = next(name for name in store.task_names("test") if name in bank.records)
+        task = next(name for name in store.task_names("test") if name in members)
     payload = base64.b64encode(bank.member(task).to_bytes()).decode("ascii")
     model = mlflow.pyfunc.load_model(f"models:/{registered.name}/{registered.version}")
     answer = model.predict(pandas.DataFrame({"soft_prompt": [payload]}))

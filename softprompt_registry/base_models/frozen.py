@@ -39,7 +39,7 @@ class TargetScores:
     """Teacher-forced scores of target texts."""
 
     log_likelihood: torch.Tensor
-    """(B,) float32: sum over target tokens, in nats."""
+    """(B,) float32, or float64 of a model in float64: sum over target tokens, in nats."""
     num_tokens: torch.Tensor
     """(B,) int64: target tokens per row, the end token included when it was a target."""
 
@@ -176,7 +176,7 @@ class BaseModel:
         Args:
             rows, columns: (M,) int64 positions in `joined.inputs_embeds`.
         Returns:
-            (M, V) float32.
+            (M, V) float32, or float64 of a model in float64.
         """
         call = {
             "inputs_embeds": joined.inputs_embeds,
@@ -188,10 +188,10 @@ class BaseModel:
             call |= {"past_key_values": joined.cache, "use_cache": True}
         if not self._plain_head:
             full: torch.Tensor = self.model(**call).logits[rows, columns]
-            return full.float()
+            return _not_narrower_than_float32(full)
         hidden = self.model.base_model(**call).last_hidden_state[rows, columns]  # (M, D), contiguous
         logits: torch.Tensor = self.model.get_output_embeddings()(hidden)
-        return logits.float()
+        return _not_narrower_than_float32(logits)
 
     def score_targets(
         self,
@@ -227,7 +227,7 @@ class BaseModel:
         logits = self.logits_at(joined, row_index, torch.tensor(columns, device=self.device))  # (M, V)
         chosen = torch.tensor(targets, device=self.device)
         token_log_likelihood = -torch.nn.functional.cross_entropy(logits, chosen, reduction="none")  # (M,)
-        zeros = torch.zeros(len(prompt_ids), device=self.device)
+        zeros = token_log_likelihood.new_zeros(len(prompt_ids))
         return TargetScores(
             zeros.index_add(0, row_index, token_log_likelihood),
             torch.tensor([len(target) for target in target_ids], device=self.device),
@@ -275,3 +275,9 @@ class BaseModel:
             )
         rows: list[list[int]] = output.tolist()
         return [row[: row.index(self.eos_id)] if self.eos_id in row else row for row in rows]
+
+
+def _not_narrower_than_float32(tensor: torch.Tensor) -> torch.Tensor:
+    import torch
+
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -26,6 +26,17 @@ if TYPE_CHECKING:
 @dod_option
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder of the bank to write.")
 @click.option("--task", "tasks", multiple=True, help="Tune this task only; may be given several times.")
+@click.option("--log-each", is_flag=True, help="Also log a nested run for each soft prompt, with its curves.")
+@click.option(
+    "--engine",
+    type=click.Choice(["local", "ray"]),
+    default="local",
+    show_default=True,
+    help="Tune in this process, or on a Ray cluster (needs the extra `ray`).",
+)
+@click.option("--workers", type=int, default=1, show_default=True, help="Ray: actors, with a base model each.")
+@click.option("--gpus-per-worker", type=float, default=0.0, show_default=True, help="Ray: GPUs of each actor.")
+@click.option("--ray-address", help="Ray: the cluster. Default: $RAY_ADDRESS, else a new one on this machine.")
 @with_base_model
 @with_settings
 @with_json
@@ -33,6 +44,11 @@ def tune(
     dod: Path,
     out: Path,
     tasks: tuple[str, ...],
+    log_each: bool,
+    engine: str,
+    workers: int,
+    gpus_per_worker: float,
+    ray_address: str | None,
     base_model: str | None,
     dtype: DType | None,
     config: Path | None,
@@ -44,7 +60,9 @@ def tune(
     \b
     Example:
       softprompt tune --dod tasks.sqlite --out bank -s num_virtual_tokens=8 -s learning_rate=2e-2
+      softprompt tune --dod tasks.sqlite --out bank --engine ray --workers 8 --gpus-per-worker 1
     """
+    from softprompt_registry.base_models.loading import default_reference
     from softprompt_registry.config import build_config
     from softprompt_registry.soft_prompts.tuning import TuningConfig
 
@@ -53,13 +71,24 @@ def tune(
     from softprompt_registry.stages.tuning import bank_table
     from softprompt_registry.stages.tuning import tune as tune_stage
 
-    result = tune_stage(open_base_model(base_model, dtype), dod, settings, out, task_names=tasks or None)
-    table = bank_table(SoftPromptBank(out))
+    chosen: dict[str, Any] = {"task_names": tasks or None, "log_each": log_each}
+    if engine == "ray":
+        from softprompt_registry.soft_prompts.on_ray import RayConfig, RayEngine
+
+        cluster = RayConfig(ray_address, workers, gpus_per_worker)
+        with RayEngine(base_model or default_reference(), dtype or "float32", cluster) as on_ray:
+            result = tune_stage(on_ray, dod, settings, out, **chosen)
+    else:
+        result = tune_stage(open_base_model(base_model, dtype), dod, settings, out, **chosen)
+    bank = SoftPromptBank(out)
+    table = bank_table(bank)
     if as_json:
         print_json({"run_id": result.run_id, "model_uri": result.model_uri, "bank": str(out), "soft_prompts": table})
         return
     shown = ("task", "kind", "validation_loss", "label_accuracy", "exact_match")
-    print_table(f"{len(table['task'])} soft prompts", {name: table[name] for name in shown})
+    print_table(f"{len(bank)} soft prompts", {name: table[name][: len(bank)] for name in shown})
+    for name, reason in bank.failures().items():
+        click.echo(f"not tuned: {name}: {reason}", err=True)
     click.echo(f"bank {out}  model {result.model_uri}  run {result.run_id}")
 
 

@@ -16,7 +16,7 @@ from functools import lru_cache
 from itertools import chain
 from pathlib import Path
 from types import TracebackType
-from typing import Any, cast
+from typing import Any, cast, overload
 
 from softprompt_registry.dod.task import Pair, Task, TaskKind, TaskSplit
 from softprompt_registry.errors import DataError
@@ -256,6 +256,10 @@ class DodStore:
         for name in self.task_names(split):
             yield self.task(name)
 
+    def stored_tasks(self, names: Sequence[str] | None = None) -> Sequence[Task]:
+        """The named tasks, or all, as a sequence that reads a task from the file each time it is asked for."""
+        return _StoredTasks(self, self.task_names() if names is None else list(names))
+
     def metadata(self) -> dict[str, Any]:
         """How the DoD was made (`build`), what an audit found (`audit`); empty where nothing was written down."""
         if not self._has_metadata:
@@ -285,6 +289,25 @@ class DodStore:
             "metadata": self.metadata(),
             "tasks": [dict(zip(columns, row, strict=True)) for row in rows],
         }
+
+
+class _StoredTasks(Sequence[Task]):
+    def __init__(self, store: DodStore, names: list[str]) -> None:
+        self._store, self._names = store, names
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    @overload
+    def __getitem__(self, index: int) -> Task: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Task]: ...
+
+    def __getitem__(self, index: int | slice) -> Task | Sequence[Task]:
+        if isinstance(index, slice):
+            return _StoredTasks(self._store, self._names[index])
+        return self._store.task(self._names[index])
 
 
 @contextmanager

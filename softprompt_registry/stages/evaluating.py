@@ -89,7 +89,8 @@ def evaluate(
 
 def _test_tasks(store: DodStore, bank: SoftPromptBank, translator: Translator) -> dict[str, Task]:
     """The bank's tasks of the DoD's test split, none of which the translator may have seen."""
-    names = [name for name in store.task_names("test") if name in bank.records]
+    members = set(bank.tasks())
+    names = [name for name in store.task_names("test") if name in members]
     seen = sorted(set(names) & set(translator.record.train_tasks))
     if seen or not names:
         found = f"the translator was trained on {seen[:5]}" if seen else "the bank has no soft prompt of a test task"

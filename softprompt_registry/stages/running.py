@@ -15,6 +15,7 @@ from mlflow_plugins.run_context import set_base_fingerprint
 from softprompt_registry.base_models.frozen import BaseModel
 from softprompt_registry.base_models.reference import BaseModelRef
 from softprompt_registry.registry import conventions
+from softprompt_registry.soft_prompts.engines import TuningEngine
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class StageResult:
 
 
 @contextlib.contextmanager
-def stage_run(stage: str, base_model: BaseModel | None = None) -> Iterator[str]:
+def stage_run(stage: str, base_model: BaseModel | TuningEngine | None = None) -> Iterator[str]:
     """One MLflow run for a stage, tagged with the base model it uses; yields its id."""
     if base_model is not None:
         set_base_fingerprint(base_model.ref.fingerprint)
