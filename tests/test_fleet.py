@@ -313,6 +313,22 @@ def test_a_validation_loss_that_is_not_a_number_fails_the_task(
     assert (progress.failure, scores) == ("its validation loss became inf in epoch 1", {})
 
 
+def test_a_target_that_does_not_fit_and_a_prompt_that_becomes_infinite_fail_alone(
+    base: BaseModel, tmp_path: Path
+) -> None:
+    endless = Task("endless", "generation", (Pair("a", "word " * base.max_positions), Pair("b", "short")))
+    bank = tune_soft_prompts(base, [TASKS[0], endless], CONFIG, tmp_path / "bank")
+    assert bank.tasks() == ["b"]
+    assert bank.failures()["endless"].startswith("its longest row has 2")
+    assert bank.failures()["endless"].endswith(f"the base model takes {base.max_positions}")
+
+    # Without validation pairs the last step's result is seen by nobody: here it is the only step.
+    train = tuple(pair for pair in TASKS[4].pairs if pair.split == "train")
+    one_step = replace(CONFIG, epochs=1, learning_rate=math.inf)
+    ((progress, _),) = tuned(base, [replace(TASKS[4], pairs=train)], one_step).values()
+    assert progress.failure == "its soft prompt became NaN or infinite in epoch 1"
+
+
 def test_a_task_with_one_pair_and_inputs_longer_than_the_context(base: BaseModel, tmp_path: Path) -> None:
     one = Task("one", "classification", (Pair("a", "joy"),), ("joy", "fear"))
     text = "word " * (2 * base.max_positions)

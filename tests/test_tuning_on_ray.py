@@ -22,10 +22,12 @@ from tiny_llm import save_tiny_model
 
 from softprompt_registry.base_models.loading import load_base_model
 from softprompt_registry.dod.store import DodStore
+from softprompt_registry.dod.task import Task
 from softprompt_registry.errors import BaseModelError, ConfigError
 from softprompt_registry.recording import NullRecorder, ProgressBar
+from softprompt_registry.soft_prompts import on_ray
 from softprompt_registry.soft_prompts.bank import SoftPromptBank
-from softprompt_registry.soft_prompts.on_ray import RayConfig, RayEngine
+from softprompt_registry.soft_prompts.on_ray import RayConfig, RayEngine, _Actor
 from softprompt_registry.soft_prompts.tuning import tune_soft_prompts
 
 ray = pytest.importorskip("ray")
@@ -126,6 +128,37 @@ def test_a_stopped_driver_goes_on_where_it_was(tiny: str, expected: SoftPromptBa
         bank = tune_soft_prompts(engine, MANY, CONFIG, tmp_path / "bank", recorder=again)
     assert again.notes[0] == "taken from an earlier start" and again.done == len(MANY) - 3
     assert_same(bank, expected)
+
+
+@pytest.mark.usefixtures("cluster")
+def test_a_task_that_kills_its_actor_is_given_up_and_no_other(
+    tiny: str, expected: SoftPromptBank, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Deadly(_Actor):
+        def _tasks(self) -> Iterator[Task]:
+            for task in super()._tasks():
+                if task.name == "c":
+                    os.kill(os.getpid(), signal.SIGKILL)
+                yield task
+
+    monkeypatch.setattr(on_ray, "_Actor", Deadly)
+    with RayEngine(tiny, "float32", RayConfig(workers=1)) as engine:
+        bank = tune_soft_prompts(engine, TASKS, CONFIG, tmp_path / "bank")
+    assert bank.failures() == {"c": "the actor that tuned it was lost 3 times"}
+    assert bank.tasks() == ["b", "a", "free", "d"]
+    for found in bank:
+        torch.testing.assert_close(
+            found.embeddings, expected.member(found.record.task).embeddings, rtol=1e-4, atol=1e-5
+        )
+
+
+@pytest.mark.usefixtures("cluster")
+def test_more_workers_than_the_cluster_holds_and_a_second_use(tiny: str, tmp_path: Path) -> None:
+    """Two workers of two processors each on a machine of two: one waits for ever, the other does the work."""
+    config = replace(CONFIG, epochs=1)
+    with RayEngine(tiny, "float32", RayConfig(workers=2, cpus_per_worker=2.0)) as engine:
+        assert len(tune_soft_prompts(engine, TASKS[:3], config, tmp_path / "bank")) == 3
+        assert len(tune_soft_prompts(engine, TASKS[3:], config, tmp_path / "other")) == 2
 
 
 @pytest.mark.usefixtures("cluster")

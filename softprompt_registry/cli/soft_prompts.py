@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     help="Tune in this process, or on a Ray cluster (needs the extra `ray`).",
 )
 @click.option("--workers", type=int, default=1, show_default=True, help="Ray: actors, with a base model each.")
-@click.option("--gpus-per-worker", type=float, default=0.0, show_default=True, help="Ray: GPUs of each actor.")
+@click.option("--gpus-per-worker", type=float, help="Ray: GPUs of each actor. Default: those of the cluster, divided.")
 @click.option("--ray-address", help="Ray: the cluster. Default: $RAY_ADDRESS, else a new one on this machine.")
 @with_base_model
 @with_settings
@@ -47,7 +47,7 @@ def tune(
     log_each: bool,
     engine: str,
     workers: int,
-    gpus_per_worker: float,
+    gpus_per_worker: float | None,
     ray_address: str | None,
     base_model: str | None,
     dtype: DType | None,

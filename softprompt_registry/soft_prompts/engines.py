@@ -36,7 +36,7 @@ class TuningEngine(Protocol):
 
     @property
     def statistics(self) -> FleetStatistics:
-        """Of what has been tuned since the engine was made."""
+        """Of the last `tune`."""
 
     def tune(
         self, tasks: Iterable[Task], config: TuningConfig, origin: DodOrigin, on_epoch: Callable[[str, int], None]

@@ -83,6 +83,9 @@ class _Slot:
         if not math.isfinite(loss):
             progress.failure = f"its validation loss became {loss} in epoch {self.epoch}"
             return
+        if not bool(progress.prompt.isfinite().all()):
+            progress.failure = f"its soft prompt became NaN or infinite in epoch {self.epoch}"
+            return
         progress.validation_losses.append(loss)
         if loss < progress.best_loss:
             progress.best_loss, progress.best_epoch = loss, self.epoch
@@ -120,7 +123,10 @@ class Fleet:
         done: list[Progress] = []
         while True:
             while len(slots) < self.config.slots and (progress := next(prepared, None)) is not None:
-                slots.append(_Slot(progress))
+                if progress.failure:
+                    done.append(progress)
+                else:
+                    slots.append(_Slot(progress))
             started = time.perf_counter()
             if slots:
                 self._step(slots)
@@ -218,7 +224,7 @@ def train_step(
     num_soft = prompts[0].shape[0]
     num_tokens = [sum(len(pair.target) for pair in batch) for batch in batches]
     stacked = torch.stack(list(prompts))  # (G, K, D)
-    losses = stacked.new_zeros(len(prompts))  # read once, at the end: a GPU is not waited for before
+    losses = stacked.new_zeros(len(prompts))
     prefixes = base_model.prefixes(stacked)
     leaves = None if prefixes is None else prefixes.leaves()
     for piece in pieces(rows, lambda row: num_soft + row[1].num_tokens, tokens_per_forward):

@@ -7,13 +7,13 @@ had when it was lost goes back to the head of the queue, and another actor takes
 from __future__ import annotations
 
 import importlib
+import math
 import os
 import queue
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
-from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from softprompt_registry.base_models.reference import BaseModelRef
@@ -27,8 +27,12 @@ if TYPE_CHECKING:
     from softprompt_registry.base_models.loading import DType
     from softprompt_registry.soft_prompts.tuning import TuningConfig
 
-MAX_LOST_ACTORS_IN_A_ROW = 5
+MAX_LOST_ACTORS_IN_A_ROW = 10
 """Without a finished task between them: then it is not the machines that fail."""
+MAX_LOSSES_OF_A_TASK = 3
+"""A task whose actors were lost that often is given up; before its last try it has an actor to itself."""
+START_TIMEOUT_S = 900.0
+"""How long to wait for the first actor to have loaded its base model."""
 
 
 @dataclass(frozen=True)
@@ -39,8 +43,8 @@ class RayConfig:
     """Of the cluster; null takes the one named by RAY_ADDRESS or running on this machine, else starts one here."""
     workers: int = 1
     """Actors, with a base model each."""
-    gpus_per_worker: float = 0.0
-    """GPUs of each; below 1 several share one."""
+    gpus_per_worker: float | None = None
+    """GPUs of each, below 1 for several to share one; null divides those of the cluster by the number of workers."""
     cpus_per_worker: float | None = None
     """Processors of each; null divides those of the cluster by the number of workers."""
 
@@ -70,98 +74,154 @@ class RayEngine:
         return self
 
     def __exit__(self, *error: object) -> None:
-        for worker in self._workers:
-            self._ray.kill(worker.actor)
-        self._workers.clear()
+        self._end_workers()
         if self._started:
             self._ray.shutdown()
 
     @property
     def ref(self) -> BaseModelRef:
         if self._ref is None:
-            self._workers = [self._new_worker() for _ in range(self._config.workers)]
+            self._start_workers()
+            refs = {worker.actor.ref.remote(): worker for worker in self._workers}
+            ready, _ = self._ray.wait(list(refs), num_returns=1, timeout=START_TIMEOUT_S)
+            if not ready:
+                raise self._not_started()
             try:
-                self._ref = self._ray.get(self._workers[0].actor.ref.remote())
+                self._ref = self._ray.get(ready[0])
             except self._ray.exceptions.RayTaskError as error:
                 raise _own_error(error) from error
+            except self._lost as error:
+                raise ConfigError(
+                    f"tuning on Ray: an actor was lost while it loaded {self._reference!r}: {error}"
+                ) from error
         return self._ref
 
     def tune(
         self, tasks: Iterable[Task], config: TuningConfig, origin: DodOrigin, on_epoch: Callable[[str, int], None]
     ) -> Iterator[Tuned]:
         assert self.ref
-        started = time.perf_counter()
-        finished_tokens = 0
-        todo = _Queue(tasks)
+        self._start_workers()
+        try:
+            yield from self._tune(_Queue(tasks), config, origin)
+        finally:  # a next `tune` begins with new ones, whatever became of these
+            self._end_workers()
+
+    def _tune(self, todo: _Queue, config: TuningConfig, origin: DodOrigin) -> Iterator[Tuned]:
+        started = last_result = time.perf_counter()
+        losses: Counter[str] = Counter()
         lost_in_a_row = 0
-        for worker in self._workers:
-            worker.results = worker.actor.tune.remote(config, origin)
-            worker.num_given, worker.told_the_end = 0, False
-        self._hand_out(todo, config.slots)
-        while any(worker.results is not None for worker in self._workers):
+        self.statistics, finished = FleetStatistics(), FleetStatistics()
+        while not todo.is_empty() or any(worker.tasks for worker in self._workers):
+            for worker in self._workers:
+                if worker.results is None and not todo.is_empty():
+                    worker.begin(config, origin)
+            self._hand_out(todo, config.slots, losses)
             running = {worker.results: worker for worker in self._workers if worker.results is not None}
-            (ready,), _ = self._ray.wait(list(running), num_returns=1, fetch_local=False)
-            worker = running[ready]
+            ready, _ = self._ray.wait(list(running), num_returns=1, timeout=10.0, fetch_local=False)
+            if not ready:
+                if (
+                    not any(worker.ready for worker in self._workers)
+                    and time.perf_counter() - last_result > START_TIMEOUT_S
+                ):
+                    raise self._not_started()
+                continue
+            worker = running[ready[0]]
             try:
-                tuned, statistics = self._ray.get(next(ready))
+                result = self._ray.get(next(ready[0]))
             except StopIteration:
+                _add(finished, worker.statistics)
                 worker.results = None
                 continue
-            except self._ray.exceptions.RayActorError:
+            except self._lost as error:
                 lost_in_a_row += 1
                 if lost_in_a_row > MAX_LOST_ACTORS_IN_A_ROW:
-                    raise
+                    raise ConfigError(
+                        f"tuning on Ray: {lost_in_a_row} actors in a row were lost without finishing a task (the last one: "
+                        f"{error}). Look into Ray's logs; fewer workers on a machine leave each more memory."
+                    ) from error
+                _add(finished, worker.statistics)
+                losses.update(list(worker.tasks))
+                for name in [name for name in worker.tasks if losses[name] >= MAX_LOSSES_OF_A_TASK]:
+                    del worker.tasks[name]
+                    yield Tuned(name, None, f"the actor that tuned it was lost {losses[name]} times")
                 todo.put_back(worker.tasks.values())
-                finished_tokens += worker.statistics.train_tokens
-                self._replace(worker, config, origin)
+                self._ray.kill(worker.actor)  # it may be cut off and not dead
+                self._workers[self._workers.index(worker)] = self._new_worker()
+                continue
             except self._ray.exceptions.RayTaskError as error:
                 raise _own_error(error) from error
-            else:
-                lost_in_a_row = 0
-                worker.tasks.pop(tuned.task, None)
-                worker.statistics = statistics
-                self._add_up(finished_tokens, time.perf_counter() - started)
-                yield tuned
-            self._hand_out(todo, config.slots)
+            last_result, worker.ready = time.perf_counter(), True
+            if result is None:  # its base model is loaded
+                continue
+            lost_in_a_row = 0
+            tuned, worker.statistics = result
+            worker.tasks.pop(tuned.task, None)
+            self.statistics = FleetStatistics()
+            for part in (finished, *(worker.statistics for worker in self._workers)):
+                _add(self.statistics, part)
+            self.statistics.seconds = time.perf_counter() - started
+            yield tuned
 
-    def _hand_out(self, todo: _Queue, slots: int) -> None:
-        """Give each actor tasks in turn, until it has enough to keep its slots full; tell it when there are no more."""
-        # A fleet draws some ahead of its slots, and must never wait for the next task while others are in its slots.
-        enough = 2 * slots + PREPARED_AHEAD
-        hungry = deque(worker for worker in self._workers if worker.results is not None and not worker.told_the_end)
+    def _hand_out(self, todo: _Queue, slots: int, losses: Counter[str]) -> None:
+        """Give each actor that is ready tasks in turn, until it has enough to keep its slots full.
+
+        An actor that gets no more is told so, as its fleet would else wait for the next task and not go on with what is in
+        its slots. Should there be more for it after all, it begins anew.
+        """
+        enough = 2 * slots + PREPARED_AHEAD  # a fleet draws some ahead of its slots
+        hungry = deque(worker for worker in self._workers if worker.ready and worker.total is None)
         while hungry:
             worker = hungry.popleft()
             if len(worker.tasks) >= enough:
                 continue
-            task = todo.next()
-            if task is None:
-                worker.told_the_end = True
-                worker.actor.give.remote(worker.num_given)
+            alone = not todo.is_empty() and losses[todo.first().name] >= MAX_LOSSES_OF_A_TASK - 1
+            if todo.is_empty() or (alone and worker.tasks):
+                worker.tell_the_end()
+                continue
+            worker.give(todo.next())
+            if alone:
+                worker.tell_the_end()
             else:
-                worker.tasks[task.name] = task
-                worker.num_given += 1
-                worker.actor.give.remote(task)
                 hungry.append(worker)
 
-    def _replace(self, worker: _Worker, config: TuningConfig, origin: DodOrigin) -> None:
-        new = self._new_worker()
-        new.results = new.actor.tune.remote(config, origin)
-        self._workers[self._workers.index(worker)] = new
+    def _start_workers(self) -> None:
+        if not self._workers:
+            self._workers = [self._new_worker() for _ in range(self._config.workers)]
 
-    def _add_up(self, tokens_of_lost: int, seconds: float) -> None:
-        own = [worker.statistics for worker in self._workers]
-        self.statistics.train_tokens = tokens_of_lost + sum(item.train_tokens for item in own)
-        self.statistics.seconds = seconds
-        self.statistics.halvings = sum(item.halvings for item in own)
-        self.statistics.gpu_peak_mib = max(item.gpu_peak_mib for item in own)
+    def _end_workers(self) -> None:
+        for worker in self._workers:
+            self._ray.kill(worker.actor)
+        self._workers.clear()
 
     def _new_worker(self) -> _Worker:
-        cpus = self._config.cpus_per_worker
-        if cpus is None:
-            cpus = max(self._ray.cluster_resources().get("CPU", 1) // self._config.workers, 1)
         # Two threads: one tunes, the other takes in tasks meanwhile.
-        options = {"num_cpus": cpus, "num_gpus": self._config.gpus_per_worker, "max_concurrency": 2}
-        return _Worker(self._ray.remote(_Actor).options(**options).remote(self._reference, self._dtype))
+        options = {**self._share_of_each(), "max_concurrency": 2}
+        return _Worker(self._ray.remote(_Actor).options(**options).remote(self._reference, self._dtype, self._ref))
+
+    def _share_of_each(self) -> dict[str, float]:
+        resources, workers = self._ray.cluster_resources(), self._config.workers
+        cpus, gpus = self._config.cpus_per_worker, self._config.gpus_per_worker
+        if cpus is None:
+            share = resources.get("CPU", 1) / workers
+            cpus = share if share < 1 else math.floor(share)
+        if gpus is None:
+            share = resources.get("GPU", 0) / workers
+            gpus = share if share < 1 else math.floor(share)
+        return {"num_cpus": cpus, "num_gpus": gpus}
+
+    def _not_started(self) -> ConfigError:
+        share = self._share_of_each()
+        return ConfigError(
+            f"tuning on Ray: none of {self._config.workers} workers could start within {START_TIMEOUT_S:.0f} s; each asks "
+            f"for {share['num_cpus']} CPUs and {share['num_gpus']} GPUs of one machine, the cluster has "
+            f"{self._ray.available_resources()} free. Lower workers, or what each asks for."
+        )
+
+    @property
+    def _lost(self) -> tuple[type[Exception], ...]:
+        """What Ray raises when an actor, its process, its machine or what it had sent is gone."""
+        names = ("RayActorError", "ObjectLostError", "NodeDiedError", "WorkerCrashedError", "OutOfMemoryError")
+        return tuple(getattr(self._ray.exceptions, name) for name in names)
 
 
 @dataclass
@@ -170,52 +230,87 @@ class _Worker:
 
     actor: Any
     results: Any = None
-    """Stream of what it has tuned; None before and after."""
+    """Stream of what it has tuned, after a first item once its base model is loaded; None between streams."""
+    ready: bool = False
     tasks: dict[str, Task] = field(default_factory=dict)
     """What it was given and has not sent back."""
     num_given: int = 0
-    told_the_end: bool = False
+    total: int | None = None
+    """How many tasks this stream has, once the actor was told."""
     statistics: FleetStatistics = field(default_factory=FleetStatistics)
+
+    def begin(self, config: TuningConfig, origin: DodOrigin) -> None:
+        self.num_given, self.total, self.ready, self.statistics = 0, None, False, FleetStatistics()
+        self.results = self.actor.tune.remote(config, origin)
+
+    def give(self, task: Task) -> None:
+        self.tasks[task.name] = task
+        self.num_given += 1
+        self.actor.give.remote(task)
+
+    def tell_the_end(self) -> None:
+        self.total = self.num_given
+        self.actor.give.remote(self.total)
 
 
 class _Queue:
     """Tasks in order; those of a lost actor first."""
 
     def __init__(self, tasks: Iterable[Task]) -> None:
-        self._returned: deque[Task] = deque()
+        self._first: deque[Task] = deque()
         self._tasks = iter(tasks)
 
-    def next(self) -> Task | None:
-        return self._returned.popleft() if self._returned else next(self._tasks, None)
+    def is_empty(self) -> bool:
+        if not self._first and (task := next(self._tasks, None)) is not None:
+            self._first.append(task)
+        return not self._first
+
+    def first(self) -> Task:
+        """The next task, which stays; there is one."""
+        return self._first[0]
+
+    def next(self) -> Task:
+        """The next task; there is one."""
+        return self._first.popleft()
 
     def put_back(self, tasks: Iterable[Task]) -> None:
-        self._returned.extend(tasks)
+        self._first.extendleft(reversed(list(tasks)))
+
+
+def _add(total: FleetStatistics, part: FleetStatistics) -> None:
+    total.train_tokens += part.train_tokens
+    total.halvings += part.halvings
+    total.gpu_peak_mib = max(total.gpu_peak_mib, part.gpu_peak_mib)
 
 
 class _Actor:
     """In a process of the cluster: a base model, and a fleet that takes tasks as they come."""
 
-    def __init__(self, reference: str, dtype: DType) -> None:
-        self._reference, self._dtype = reference, dtype
+    def __init__(self, reference: str, dtype: DType, expected: BaseModelRef | None) -> None:
+        self._reference, self._dtype, self._expected = reference, dtype, expected
+        self._engine: InThisProcess | None = None
         self._given: queue.SimpleQueue[Task | int] = queue.SimpleQueue()
 
-    @cached_property
-    def _engine(self) -> InThisProcess:
+    def _loaded(self) -> InThisProcess:
         # Not in `__init__`: what goes wrong there reaches the driver as a lost actor, without the reason.
         from softprompt_registry.base_models.loading import load_base_model
 
-        return InThisProcess(load_base_model(self._reference, dtype=self._dtype))
+        if self._engine is None:
+            self._engine = InThisProcess(load_base_model(self._reference, dtype=self._dtype, expected=self._expected))
+        return self._engine
 
     def ref(self) -> BaseModelRef:
-        return self._engine.ref
+        return self._loaded().ref
 
     def give(self, task: Task | int) -> None:
         """A task, or the number of all tasks, once it is known: calls may overtake each other."""
         self._given.put(task)
 
-    def tune(self, config: TuningConfig, origin: DodOrigin) -> Iterator[tuple[Tuned, FleetStatistics]]:
-        for tuned in self._engine.tune(self._tasks(), config, origin, lambda task, epoch: None):
-            yield tuned, FleetStatistics(**asdict(self._engine.statistics))
+    def tune(self, config: TuningConfig, origin: DodOrigin) -> Iterator[tuple[Tuned, FleetStatistics] | None]:
+        engine = self._loaded()
+        yield None  # ready
+        for tuned in engine.tune(self._tasks(), config, origin, lambda task, epoch: None):
+            yield tuned, FleetStatistics(**asdict(engine.statistics))
 
     def _tasks(self) -> Iterator[Task]:
         taken, total = 0, None
@@ -252,8 +347,10 @@ def _connect(config: RayConfig) -> tuple[Any, bool]:
                 "address out to start one on this machine."
             ) from error
     resources = ray.cluster_resources()
-    wanted = config.gpus_per_worker * config.workers
+    wanted = (config.gpus_per_worker or 0) * config.workers
     if wanted > resources.get("GPU", 0):
+        if started:
+            ray.shutdown()
         raise ConfigError(
             f"tuning on Ray: {config.workers} workers with {config.gpus_per_worker} GPUs each need {wanted}, the cluster "
             f"has {resources.get('GPU', 0)}. Lower workers or gpus_per_worker."

@@ -73,6 +73,7 @@ def generate_answers(
     """Greedy answers per trial, in the order of its prompts. Label answers are cut a little past the task's longest label."""
     import torch
 
+    num_soft = _num_soft(trials)
     answers = [[""] * len(trial.prompts) for trial in trials]
     with torch.no_grad():
         soft_of = soft_rows(base_model, [trial.soft_prompt for trial in trials])
@@ -82,8 +83,8 @@ def generate_answers(
             continue
         caps = {index: _answer_cap(base_model, trials[index].task, max_new_tokens) for index in chosen}
         longest = max(caps.values())
-        # What is generated counts for little: it comes one token at a time.
-        for piece in pieces(_rows(trials, chosen), lambda row: len(row.prompt), tokens_per_forward):
+        rows = _rows(trials, chosen)
+        for piece in pieces(rows, _length(num_soft + longest), tokens_per_forward):
             soft = soft_of([row.trial for row in piece])
             generated = base_model.generate(soft, [row.prompt for row in piece], max_new_tokens=longest)
             for row, ids in zip(piece, generated, strict=True):
@@ -99,6 +100,7 @@ def choose_labels(base_model: BaseModel, trials: Sequence[Trial], tokens_per_for
     """
     import torch
 
+    num_soft = _num_soft(trials)
     choices = [[""] * len(trial.prompts) if trial.task.kind == "classification" else [] for trial in trials]
     label_ids = [[base_model.tokenize(f" {label}") for label in trial.task.labels] for trial in trials]
     single: list[int] = []
@@ -108,7 +110,7 @@ def choose_labels(base_model: BaseModel, trials: Sequence[Trial], tokens_per_for
             (single if all(len(ids) == 1 for ids in label_ids[index]) else several).append(index)
     with torch.no_grad():
         soft_of = soft_rows(base_model, [trial.soft_prompt for trial in trials])
-        for piece in pieces(_rows(trials, single), lambda row: len(row.prompt), tokens_per_forward):
+        for piece in pieces(_rows(trials, single), _length(num_soft), tokens_per_forward):
             joined = base_model.join(
                 soft_of([row.trial for row in piece]), [row.prompt for row in piece], pad_side="left"
             )
@@ -124,7 +126,7 @@ def choose_labels(base_model: BaseModel, trials: Sequence[Trial], tokens_per_for
             for label, ids in enumerate(label_ids[row.trial])
         ]
         scored: dict[tuple[int, int], dict[int, float]] = {}
-        for part in pieces(spread, lambda row: len(row.row.prompt) + len(row.ids) + 1, tokens_per_forward):
+        for part in pieces(spread, lambda row: num_soft + len(row.row.prompt) + len(row.ids) + 1, tokens_per_forward):
             scores = base_model.score_targets(
                 soft_of([row.row.trial for row in part]),
                 [row.row.prompt for row in part],
@@ -141,6 +143,16 @@ def choose_labels(base_model: BaseModel, trials: Sequence[Trial], tokens_per_for
 
 def _rows(trials: Sequence[Trial], chosen: Sequence[int]) -> list[_Row]:
     return [_Row(index, number, prompt) for index in chosen for number, prompt in enumerate(trials[index].prompts)]
+
+
+def _num_soft(trials: Sequence[Trial]) -> int:
+    """K, or 0 for the bare base model."""
+    return next((int(trial.soft_prompt.shape[0]) for trial in trials if trial.soft_prompt is not None), 0)
+
+
+def _length(beside: int) -> Callable[[_Row], int]:
+    """Tokens of a row: its text and `beside`, what is kept for it besides."""
+    return lambda row: len(row.prompt) + beside
 
 
 def _answer_cap(base_model: BaseModel, task: Task, max_new_tokens: int) -> int:

@@ -66,6 +66,13 @@ def prepare(base_model: BaseModel, task: Task, config: TuningConfig) -> Progress
         rows = [encode_pair(base_model, task.template, pair, room) for pair in pairs]
         encoded[split] = [row for row, _ in rows]
         truncated += sum(cut for _, cut in rows)
+    longest = config.num_virtual_tokens + max(row.num_tokens for rows in encoded.values() for row in rows)
+    failure = None
+    if longest > base_model.max_positions:
+        failure = (
+            f"its longest row has {longest} tokens, soft ones included, although its input was cut; the base model takes "
+            f"{base_model.max_positions}"
+        )
     initial = initial_embeddings(base_model, config, task)
     precision = torch.promote_types(torch.float32, base_model.dtype)
     prompt = torch.nn.Parameter(initial.to(base_model.device, precision, copy=True))
@@ -81,6 +88,7 @@ def prepare(base_model: BaseModel, task: Task, config: TuningConfig) -> Progress
         optimizer=torch.optim.AdamW([prompt], lr=config.learning_rate, weight_decay=0.0),
         order=random.Random(f"{config.seed}/{task.name}"),
         best=initial.clone(),
+        failure=failure,
     )
 
 

@@ -12,7 +12,7 @@ ResultT = TypeVar("ResultT")
 RowT = TypeVar("RowT")
 
 CPU_TOKENS = 1024
-"""Best on two cores (docs/experiments.md): a larger piece falls out of the processor's caches."""
+"""A larger piece falls out of a processor's caches."""
 FREE_MEMORY_SHARE = 0.6
 """Of a GPU's free memory, for the pieces; the rest is for logits, prompts and what a longer row needs."""
 
@@ -61,7 +61,8 @@ def is_out_of_memory(error: Exception) -> bool:
     """Whether a GPU or the machine had no memory left."""
     import torch
 
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+    said = ("can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDA error: out of memory")
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(text in str(error) for text in said)
 
 
 def tokens_that_fit(base_model: BaseModel, num_virtual_tokens: int) -> int:

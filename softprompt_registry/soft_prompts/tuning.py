@@ -117,7 +117,7 @@ def tune_soft_prompts(
             done = writer.done()
             if done:
                 bar.advance(len(done), "taken from an earlier start")
-            # Longest first: what does not fit into memory shows at once, and the last slots end at about the same time.
+            # Longest first: what does not fit into memory shows at once.
             waiting = sorted(
                 set(range(len(outlines))) - done, key=lambda i: (-outlines[i].mean_characters, outlines[i].name)
             )
@@ -134,19 +134,20 @@ def tune_soft_prompts(
                     writer.add(position_of[tuned.task], tuned.soft_prompt)
                 bar.advance(1, f"{engine.statistics.tokens_per_s:,.0f} tokens/s")
             failures = writer.failures()
-            if len(failures) == len(outlines):
-                name, reason = next(iter(failures.items()))
-                forget(growing)
-                raise ArtifactError(
-                    f"tuning {len(outlines)} soft prompts: none could be tuned; of task {name!r}, {reason}; expected finite "
-                    "numbers. Lower the learning rate."
-                )
-            writer.finish(made_from)
+            if len(failures) < len(outlines):
+                writer.finish(made_from)
+        if len(failures) == len(outlines):
+            forget(growing)
+            name, reason = next(iter(failures.items()))
+            raise ArtifactError(
+                f"tuning {len(outlines)} soft prompts: none could be tuned; of task {name!r}, {reason}. If a number became "
+                "infinite or NaN, lower the learning rate."
+            )
         growing.rename(out)
-        bank = SoftPromptBank(out)
-        _record_curves(bank, recorder)
-        _record_statistics(engine.statistics, recorder)
         forget(work)
+    bank = SoftPromptBank(out)
+    _record_curves(bank, recorder)
+    _record_statistics(engine.statistics, recorder)
     return bank
 
 
@@ -229,7 +230,7 @@ def _record_curves(bank: SoftPromptBank, recorder: Recorder) -> None:
 
 
 def _record_statistics(statistics: FleetStatistics, recorder: Recorder) -> None:
-    if statistics.seconds:
+    if statistics.train_tokens:
         recorder.metric("train_tokens_per_s", statistics.tokens_per_s)
         recorder.metric("memory_halvings", statistics.halvings)
     if statistics.gpu_peak_mib:

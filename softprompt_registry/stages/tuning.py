@@ -24,6 +24,10 @@ from softprompt_registry.soft_prompts.tuning import TuningConfig, tune_soft_prom
 from softprompt_registry.stages.running import StageResult, lineage_params, log_inputs, logged_model, stage_run
 
 METRICS = ("validation_loss", "label_accuracy", "exact_match")
+CURVES = {"train_loss_by_epoch": "train_losses", "validation_loss_by_epoch": "validation_losses"}
+"""Metrics of a soft prompt's own run, and what the record calls them."""
+MAX_POINTS = 800
+"""MLflow takes 1,000 in a call, params and tags counted in."""
 MAX_BARS = 40
 """More soft prompts than these are shown as a distribution."""
 
@@ -123,11 +127,9 @@ def _log_each(bank: SoftPromptBank, run_id: str, recorder: MlflowRecorder) -> No
             tags = {"mlflow.parentRunId": run_id, conventions.STAGE_TAG: "soft-prompt"}
             run = client.create_run(experiment_id, run_name=record["task"], tags=tags)
             points = [Metric(name, value, now, 0) for name, value in record["metrics"].items()]
-            for name in ("train_loss", "validation_loss_by_epoch"):
-                key = "train_losses" if name == "train_loss" else "validation_losses"
-                points += [
-                    Metric(name, value, now, epoch) for epoch, value in enumerate(record["tuning"][key], start=1)
-                ]
+            for name, curve in CURVES.items():
+                losses = enumerate(record["tuning"][curve], start=1)
+                points += [Metric(name, value, now, epoch) for epoch, value in losses]
             params = [
                 Param("task", record["task"]),
                 Param("kind", record["kind"]),
@@ -135,6 +137,8 @@ def _log_each(bank: SoftPromptBank, run_id: str, recorder: MlflowRecorder) -> No
                 Param("bank", bank.digest),
             ]
             note = RunTag("mlflow.note.content", record["ground_truth"][:4000])
-            client.log_batch(run.info.run_id, metrics=points, params=params, tags=[note])
+            client.log_batch(run.info.run_id, metrics=points[:MAX_POINTS], params=params, tags=[note])
+            for first in range(MAX_POINTS, len(points), MAX_POINTS):
+                client.log_batch(run.info.run_id, metrics=points[first : first + MAX_POINTS])
             client.set_terminated(run.info.run_id)
             bar.advance(1, record["task"])
