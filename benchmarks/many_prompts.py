@@ -7,7 +7,7 @@ Three questions, each answered in processes of their own:
 
 - Peak memory of `tune_soft_prompts` against the number of tasks: a real fleet on a tiny random Llama, whose own memory does
   not hide the rest, with an eighth of the tasks and with all of them.
-- Restart: the seconds from calling it on a bank of which all but one prompt is finished to the first step.
+- Restart: the seconds from calling it on a bank of which all but one prompt is finished to the end of its first epoch.
 - Logging: the stage of `softprompt tune` on a real MLflow server, with random numbers in place of tuned prompts, so that only
   the keeping and logging is left: seconds and HTTP requests.
 """
@@ -18,6 +18,7 @@ import argparse
 import json
 import os
 import resource
+import signal
 import socket
 import subprocess
 import sys
@@ -25,6 +26,7 @@ import tempfile
 import time
 import urllib.request
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -188,32 +190,30 @@ def log_all(folder: Path) -> dict[str, float]:
         return {"log_s": time.perf_counter() - started, "log_requests": requests, "keep_s": kept}
 
 
-class _mlflow_server:
+@contextmanager
+def _mlflow_server(folder: Path) -> Iterator[str]:
     """A server on a free port with SQLite and artifacts in `folder`; yields its URL."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-
-    def __enter__(self) -> str:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        command = [sys.executable, "-m", "mlflow", "server", "--port", str(port), "--workers", "1"]
-        command += ["--backend-store-uri", f"sqlite:///{self._folder}/mlflow.db"]
-        command += ["--default-artifact-root", str(self._folder / "artifacts"), "--no-serve-artifacts"]
-        log = (self._folder / "server.log").open("wb")
-        self._process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "mlflow", "server", "--port", str(port), "--workers", "1"]
+    command += ["--backend-store-uri", f"sqlite:///{folder}/mlflow.db"]
+    command += ["--default-artifact-root", str(folder / "artifacts"), "--no-serve-artifacts"]
+    with (folder / "server.log").open("wb") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+    try:
         for _ in range(600):
             try:
                 urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=1).close()
-                return f"http://127.0.0.1:{port}"
+                break
             except OSError:
                 time.sleep(0.2)
-        raise RuntimeError((self._folder / "server.log").read_text())
-
-    def __exit__(self, *error: object) -> None:
-        os.killpg(self._process.pid, 15)
-        self._process.wait()
+        else:
+            raise RuntimeError((folder / "server.log").read_text())
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        os.killpg(process.pid, signal.SIGTERM)
+        process.wait()
 
 
 QUESTIONS = {"tune": tune_all, "restart": restart, "log": log_all}

@@ -21,6 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -73,10 +74,10 @@ def run_way(arguments: argparse.Namespace) -> dict[str, Any]:
         figures, prompts = _with_fleet(base, tasks, config)
     else:
         figures, prompts = _with_peft(base, tasks, config, way)
-    figures["label_accuracy"] = _accuracy(base, tasks, prompts, arguments)
     figures["peak_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     if base.device.type == "cuda":
         figures["peak_mib"] = torch.cuda.max_memory_allocated() / 2**20
+    figures["label_accuracy"] = _accuracy(base, tasks, prompts, arguments)
     return figures
 
 
@@ -121,7 +122,7 @@ def _accuracy(base: BaseModel, tasks: Sequence[Task], prompts: Sequence[Any], ar
     trials = []
     for task, prompt in zip(tasks, prompts, strict=True):
         pairs = task.pairs_of("test")[:TEST_PAIRS]
-        only_tests = prepare(base, Task(**{**vars(task), "pairs": tuple(pairs) + task.pairs[:1]}), _all_tests(config))
+        only_tests = prepare(base, replace(task, pairs=(*pairs, *task.pairs_of("train")[:1])), _all_tests(config))
         trials.append(
             Trial(task, prompt.to(base.device), [row.prompt for row in only_tests.test], only_tests.test_outputs)
         )

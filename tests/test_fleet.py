@@ -107,6 +107,20 @@ def test_a_prompt_tuned_in_a_fleet_is_the_prompt_tuned_alone(config: TuningConfi
         assert (shared.best_epoch, shared_scores) == (alone.best_epoch, scores)
 
 
+def without_prefixes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As for a model that keeps other things than all keys and values: rows take the soft prompts themselves."""
+    monkeypatch.setattr(BaseModel, "prefixes", lambda self, soft_prompts: None)
+
+
+def test_a_model_without_shareable_prefixes_gives_the_same_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
+    shared = tuned(tiny_double(), TASKS, CONFIG)
+    without_prefixes(monkeypatch)
+    own = tuned(tiny_double(), TASKS, CONFIG)
+    for task in TASKS:
+        torch.testing.assert_close(own[task.name][0].prompt, shared[task.name][0].prompt, rtol=0, atol=1e-6)
+        assert own[task.name][1] == shared[task.name][1]
+
+
 def test_prompts_of_one_fleet_differ(base: BaseModel) -> None:
     """What would also pass the test above: a fleet in which nothing is learned, or the same by all."""
     prompts = [progress.prompt.detach() for progress, _ in tuned(base, TASKS, CONFIG).values()]
@@ -215,6 +229,36 @@ def test_what_was_done_is_counted(base: BaseModel) -> None:
 
 
 # What goes wrong ------------------------------------------------------------------------------------------------------
+
+
+def test_what_a_failed_try_has_left_is_undone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory runs out at the fifth forward pass, when gradients of the pieces before it lie in the prompts already."""
+    without_prefixes(monkeypatch)
+    config = replace(CONFIG, tokens_per_forward=120)
+    expected = tuned(tiny_double(), TASKS[:3], config)
+    base = tiny_double()
+    real: Callable[..., Any] = base.score_targets
+    calls: list[bool] = []
+
+    def score_targets(*args: Any) -> Any:
+        calls.append(any(prompt.grad is not None for prompt in progressing))
+        if len(calls) == 5:
+            raise torch.OutOfMemoryError("out of memory")
+        return real(*args)
+
+    progressing: list[torch.nn.Parameter] = []
+
+    def watched(base_model: BaseModel, task: Task, config: TuningConfig) -> Progress:
+        progress = prepare(base_model, task, config)
+        progressing.append(progress.prompt)
+        return progress
+
+    monkeypatch.setattr(fleet_module, "prepare", watched)
+    monkeypatch.setattr(base, "score_targets", score_targets)
+    found = tuned(base, TASKS[:3], config)
+    assert calls[4] and not calls[5], "there was something to undo, and it was undone"
+    for name, (progress, _) in found.items():
+        torch.testing.assert_close(progress.prompt, expected[name][0].prompt, rtol=0, atol=1e-6)
 
 
 def small_memory(monkeypatch: pytest.MonkeyPatch, base: BaseModel, cells: int, error: Exception) -> list[int]:

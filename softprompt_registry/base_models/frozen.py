@@ -125,7 +125,7 @@ class BaseModel:
         import torch
 
         lengths = torch.tensor([len(ids) for ids in token_ids], device=self.device)
-        longest = int(lengths.max())
+        longest = max(len(ids) for ids in token_ids)
         padded = torch.zeros(len(token_ids), longest, dtype=torch.long)  # (B, T)
         for row, ids in enumerate(token_ids):
             padded[row, : len(ids)] = torch.tensor(ids, dtype=torch.long)

@@ -22,6 +22,8 @@ class Prefixes:
 
     keys: tuple[torch.Tensor, ...]
     values: tuple[torch.Tensor, ...]
+    dtype: torch.dtype
+    """Of the base model, which takes the tensors in it."""
 
     @property
     def num_virtual_tokens(self) -> int:
@@ -29,18 +31,23 @@ class Prefixes:
         return int(self.keys[0].shape[2])
 
     def leaves(self) -> Prefixes:
-        """The same numbers, cut off from how they were made, collecting gradients of their own."""
-        return Prefixes(
-            tuple(tensor.detach().requires_grad_() for tensor in self.keys),
-            tuple(tensor.detach().requires_grad_() for tensor in self.values),
-        )
+        """The same numbers, cut off from how they were made, collecting gradients of their own.
+
+        At least float32: the gradients of all rows add up here.
+        """
+        import torch
+
+        def leaf(tensor: torch.Tensor) -> torch.Tensor:
+            return tensor.detach().to(torch.promote_types(tensor.dtype, torch.float32)).requires_grad_()
+
+        return Prefixes(tuple(map(leaf, self.keys)), tuple(map(leaf, self.values)), self.dtype)
 
     def backward_from(self, leaves: Prefixes) -> None:
         """Send the gradients that rows left in `leaves` on to the soft prompts."""
         import torch
 
         pairs = [
-            (made, leaf.grad)
+            (made, leaf.grad.to(made.dtype))
             for made, leaf in zip((*self.keys, *self.values), (*leaves.keys, *leaves.values), strict=True)
             if leaf.grad is not None
         ]
@@ -63,10 +70,10 @@ class PrefixRows:
         import torch
         from transformers import DynamicCache
 
-        chosen = torch.tensor(self.prompts, device=self.prefixes.keys[0].device)
+        chosen, dtype = torch.tensor(self.prompts, device=self.prefixes.keys[0].device), self.prefixes.dtype
         cache = DynamicCache()
         for layer, (keys, values) in enumerate(zip(self.prefixes.keys, self.prefixes.values, strict=True)):
-            cache.update(keys[chosen], values[chosen], layer)
+            cache.update(keys[chosen].to(dtype), values[chosen].to(dtype), layer)
         return cache
 
 
@@ -78,4 +85,5 @@ def prefixes_in(cache: Any) -> Prefixes | None:
     if type(cache) is not DynamicCache or not all(type(layer) is DynamicLayer for layer in cache.layers):
         return None
     layers: list[Any] = list(cache.layers)
-    return Prefixes(tuple(layer.keys for layer in layers), tuple(layer.values for layer in layers))
+    keys, values = tuple(layer.keys for layer in layers), tuple(layer.values for layer in layers)
+    return Prefixes(keys, values, keys[0].dtype)

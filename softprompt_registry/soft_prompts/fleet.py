@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 PREPARED_AHEAD = 2
 """Tasks whose text is made into token ids while others are tuned."""
 
+MAX_UNTESTED_S = 60.0
+"""A prompt that is done waits no longer for others to be tested together with it."""
+
 
 @dataclass
 class FleetStatistics:
@@ -121,6 +124,7 @@ class Fleet:
         prepared = _ahead(partial(prepare, self.base_model, task, self.config) for task in tasks)
         slots: list[_Slot] = []
         done: list[Progress] = []
+        waiting_since = 0.0
         while True:
             while len(slots) < self.config.slots and (progress := next(prepared, None)) is not None:
                 if progress.failure:
@@ -136,7 +140,10 @@ class Fleet:
                 slots = [slot for slot in slots if not (slot.stopped or slot.progress.failure)]
             # Tests of several prompts together cost less; but what is done should soon be on the disk.
             finished: list[tuple[Progress, dict[str, float]]] = []
-            if done and (not slots or len(done) >= max(self.config.slots // 4, 1)):
+            if not done:
+                waiting_since = started
+            waited = started - waiting_since
+            if done and (not slots or len(done) >= max(self.config.slots // 4, 1) or waited > MAX_UNTESTED_S):
                 finished = list(zip(done, self._measure(done), strict=True))
                 done = []
             self.statistics.seconds += time.perf_counter() - started

@@ -101,8 +101,8 @@ def initial_embeddings(base_model: BaseModel, config: TuningConfig, task: Task) 
         seed = int(digest_of_json([config.seed, task.name])[:8], 16)
     generator = torch.Generator().manual_seed(seed)
     special = set(base_model.tokenizer.all_special_ids)
-    order = torch.randperm(base_model.ref.vocab_size, generator=generator).tolist()
-    chosen = [token for token in order if token not in special][: config.num_virtual_tokens]
+    order = torch.randperm(base_model.ref.vocab_size, generator=generator)[: config.num_virtual_tokens + len(special)]
+    chosen = [token for token in order.tolist() if token not in special][: config.num_virtual_tokens]
     return base_model.input_embeddings[torch.tensor(chosen, device=base_model.device)].float().cpu().clone()
 
 

@@ -70,10 +70,21 @@ def tokens_that_fit(base_model: BaseModel, num_virtual_tokens: int) -> int:
 
     A guess that is too high costs a failed try and no more (see `TokenBudget`).
     """
-    import torch
 
     if base_model.device.type != "cuda":
         return CPU_TOKENS
+    try:
+        return _measured_tokens(base_model, num_virtual_tokens)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+    _free_memory()
+    return CPU_TOKENS
+
+
+def _measured_tokens(base_model: BaseModel, num_virtual_tokens: int) -> int:
+    import torch
+
     _free_memory()
     before = torch.cuda.memory_allocated(base_model.device)
     torch.cuda.reset_peak_memory_stats(base_model.device)
