@@ -12,55 +12,19 @@ from typing import Any
 import pytest
 import torch
 from peft import PromptTuningConfig, TaskType, get_peft_model
+from small_tasks import CONFIG, TASKS, make_task
 from tiny_llm import tiny_base_model
 
 from softprompt_registry.base_models.frozen import BaseModel
 from softprompt_registry.base_models.loading import load_base_model
 from softprompt_registry.dod.store import DodStore
-from softprompt_registry.dod.task import Pair, PairSplit, Task
+from softprompt_registry.dod.task import Pair, Task
 from softprompt_registry.errors import ArtifactError
 from softprompt_registry.soft_prompts import fleet as fleet_module
 from softprompt_registry.soft_prompts.fleet import Fleet, train_step
 from softprompt_registry.soft_prompts.progress import Progress, initial_embeddings, prepare
 from softprompt_registry.soft_prompts.token_budget import TokenBudget, pieces
 from softprompt_registry.soft_prompts.tuning import TuningConfig, tune_soft_prompts
-
-CONFIG = TuningConfig(
-    num_virtual_tokens=4,
-    learning_rate=3e-2,
-    epochs=3,
-    patience_epochs=None,
-    batch_size=4,
-    slots=3,
-    tokens_per_forward=200,
-    max_sequence_tokens=80,
-    max_new_tokens=8,
-)
-
-
-def make_task(name: str, labels: tuple[str, ...] = ("joy", "fear"), train: int = 6, length: int = 1) -> Task:
-    counts: dict[PairSplit, int] = {"train": train, "validation": 2, "test": 3}
-    pairs = [
-        Pair(f"{name} {number} " * length, labels[number % len(labels)], split)
-        for split, count in counts.items()
-        for number in range(count)
-    ]
-    return Task(name, "classification", tuple(pairs), labels)
-
-
-def free_task(name: str, train: int = 5) -> Task:
-    counts: dict[PairSplit, int] = {"train": train, "validation": 1, "test": 2}
-    pairs = [Pair(f"{name} {n}", f"answer {n}", split) for split, count in counts.items() for n in range(count)]
-    return Task(name, "generation", tuple(pairs))
-
-
-TASKS = [
-    make_task("b", length=2),
-    make_task("a", ("up", "down"), train=5),
-    make_task("c", ("red", "blue", "green"), train=9, length=3),
-    free_task("free"),
-    make_task("d", train=3),
-]
 
 
 def tiny_double() -> BaseModel:

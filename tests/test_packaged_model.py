@@ -14,8 +14,9 @@ from softprompt_registry.base_models.frozen import BaseModel
 from softprompt_registry.base_models.loading import PACKAGED_MODELS, load_base_model, quiet_transformers
 from softprompt_registry.dod.store import DodStore
 from softprompt_registry.sample import build_sample_dod
+from softprompt_registry.soft_prompts.encoding import encode_pair
 from softprompt_registry.soft_prompts.performance import Trial, measure
-from softprompt_registry.soft_prompts.tuning import TuningConfig, encode_pair, tune_soft_prompts
+from softprompt_registry.soft_prompts.tuning import TuningConfig, tune_soft_prompts
 
 pytestmark = pytest.mark.slow
 

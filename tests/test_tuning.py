@@ -16,7 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import small_tasks
 import torch
+from small_tasks import make_task
 from tiny_llm import save_tiny_model, tiny_base_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -35,27 +37,8 @@ from softprompt_registry.soft_prompts.progress import initial_embeddings
 from softprompt_registry.soft_prompts.soft_prompt import SoftPrompt
 from softprompt_registry.soft_prompts.tuning import TuningConfig, mean_curves, tune_soft_prompts
 
-CONFIG = TuningConfig(
-    num_virtual_tokens=4,
-    learning_rate=3e-2,
-    epochs=3,
-    patience_epochs=None,
-    batch_size=4,
-    slots=2,
-    tokens_per_forward=160,
-    max_sequence_tokens=80,
-    max_new_tokens=8,
-)
+CONFIG = replace(small_tasks.CONFIG, slots=2, tokens_per_forward=160)
 CLOSE = {"rtol": 1e-4, "atol": 1e-6}
-
-
-def make_task(name: str, labels: tuple[str, ...] = ("joy", "fear"), train: int = 6, length: int = 1) -> Task:
-    pairs = [
-        Pair(f"{name} {number} " * length, labels[number % len(labels)], split)
-        for split, count in (("train", train), ("validation", 2), ("test", 2))
-        for number in range(count)
-    ]
-    return Task(name, "classification", tuple(pairs), labels)  # type: ignore[arg-type]
 
 
 TASKS = [make_task("b", length=2), make_task("a", ("up", "down"), train=5), make_task("c", ("red", "blue"), length=3)]

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 from local_ray import local_ray
-from test_fleet import CONFIG, TASKS, make_task
+from small_tasks import CONFIG, TASKS, make_task
 from tiny_llm import save_tiny_model
 
 from softprompt_registry.base_models.loading import load_base_model

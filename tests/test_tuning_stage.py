@@ -10,7 +10,7 @@ from pathlib import Path
 
 import mlflow
 import pytest
-from test_fleet import CONFIG, TASKS, make_task
+from small_tasks import CONFIG, TASKS, make_task
 from tiny_llm import tiny_base_model
 
 from softprompt_registry.base_models.frozen import BaseModel

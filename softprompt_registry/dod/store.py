@@ -21,7 +21,7 @@ from typing import Any, cast, overload
 from softprompt_registry.dod.task import Pair, Task, TaskKind, TaskSplit
 from softprompt_registry.errors import DataError
 from softprompt_registry.fingerprints import digest_of_dod
-from softprompt_registry.storage import locked_file
+from softprompt_registry.storage import locked_file, transaction
 
 FORMAT_VERSION = 1
 APPLICATION_ID = (
@@ -164,20 +164,9 @@ class DodStore:
     ) -> None:
         self.close()
 
-    @contextmanager
-    def _transaction(self) -> Iterator[None]:
-        self._connection.execute("BEGIN IMMEDIATE")
-        try:
-            yield
-            self._connection.execute("COMMIT")
-        except BaseException:
-            if self._connection.in_transaction:  # SQLite itself rolls back when the disk is full
-                self._connection.execute("ROLLBACK")
-            raise
-
     def add_task(self, task: Task) -> None:
         """Store a task whole or not at all."""
-        with self._transaction():
+        with transaction(self._connection):
             if self._connection.execute("SELECT 1 FROM datasets WHERE name = ?", (task.name,)).fetchone():
                 raise DataError(
                     f"adding task {task.name!r} to DoD {self.name!r}: a task of that name is there already; names are "
@@ -268,7 +257,7 @@ class DodStore:
 
     def set_metadata(self, key: str, value: Any) -> None:
         """Write one JSON value down under `key`, in place of an earlier one."""
-        with self._transaction():
+        with transaction(self._connection):
             self._connection.execute(
                 "INSERT INTO metadata VALUES (?, ?) ON CONFLICT (key) DO UPDATE SET value = excluded.value",
                 (key, json.dumps(value, ensure_ascii=False, sort_keys=True)),

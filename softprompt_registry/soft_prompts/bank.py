@@ -27,6 +27,7 @@ from softprompt_registry.storage import (
     complete_record,
     folder_written_whole,
     read_json,
+    transaction,
     write_json,
 )
 
@@ -190,7 +191,7 @@ class BankWriter:
         metrics = json.dumps(record.pop("metrics"), ensure_ascii=False)
         record.pop("base_model")  # stands once, in the header
         text = json.dumps(record, ensure_ascii=False)
-        with self._errors_named(), self._transaction():
+        with self._errors_named(), transaction(self._connection):
             if self._shared is None:
                 self._connection.execute("INSERT INTO shared VALUES (?)", (json.dumps(shared, ensure_ascii=False),))
             row = self._num_rows("members")
@@ -278,17 +279,6 @@ class BankWriter:
     def _all(self, query: str, *values: object) -> list[Any]:
         with self._errors_named():
             return self._connection.execute(query, values).fetchall()
-
-    @contextlib.contextmanager
-    def _transaction(self) -> Iterator[None]:
-        self._connection.execute("BEGIN IMMEDIATE")
-        try:
-            yield
-            self._connection.execute("COMMIT")
-        except BaseException:
-            if self._connection.in_transaction:  # SQLite itself rolls back when the disk is full
-                self._connection.execute("ROLLBACK")
-            raise
 
     @contextlib.contextmanager
     def _errors_named(self) -> Iterator[None]:
