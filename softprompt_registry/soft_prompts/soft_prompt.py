@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from softprompt_registry.base_models.frozen import SEQUENCE_LAYOUT
 from softprompt_registry.base_models.reference import BaseModelRef
 from softprompt_registry.errors import ArtifactError
-from softprompt_registry.fingerprints import digest_of_json
+from softprompt_registry.fingerprints import digest_of_texts
 from softprompt_registry.storage import (
     check_format_version,
     complete_record,
@@ -85,7 +85,7 @@ class SoftPrompt:
     @property
     def id(self) -> str:
         """Digest of the tuned numbers and the base model: the same soft prompt has the same id wherever it lies."""
-        return digest_of_json([self.record.base_model.fingerprint, _bytes_of(self.embeddings).hex()])
+        return digest_of_texts(self.record.base_model.fingerprint, _bytes_of(self.embeddings).hex())
 
     def save(self, folder: Path) -> None:
         """Write the folder whole or not at all."""
