@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import signal
@@ -81,8 +82,11 @@ def project(mlflow_store: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
 def start_mlflow_run(config: dict[str, Any], *arguments: str, **environment: str) -> subprocess.Popen[str]:
     (Path("..") / "config.json").write_text(json.dumps(config))
     command = [sys.executable, "-m", "mlflow", "run", ".", "--backend", "ray", "--backend-config", "../config.json"]
+    # A job that a shell starts in the background ignores Ctrl-C, and so would what it starts.
+    heeds_ctrl_c = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
     return subprocess.Popen(
         [*command, *arguments],
+        preexec_fn=heeds_ctrl_c,
         env={**os.environ, **environment},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
