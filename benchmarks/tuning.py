@@ -56,18 +56,31 @@ def config_of(arguments: argparse.Namespace, slots: int) -> TuningConfig:
     )
 
 
-def chosen_tasks(arguments: argparse.Namespace) -> list[Task]:
+def chosen_tasks(base: BaseModel, arguments: argparse.Namespace) -> list[Task]:
     """Tasks drawn from the DoD; the same ones for all ways."""
+    chosen: list[Task] = []
     with DodStore.open(arguments.dod) as store:
         names = sorted(store.task_names())
         random.Random(0).shuffle(names)
-        return [store.task(name) for name in sorted(names[: arguments.tasks])]
+        for name in names:
+            task = store.task(name)
+            if arguments.max_words is None or _mean_words(task) <= arguments.max_words:
+                chosen.append(task)
+            if len(chosen) == arguments.tasks:
+                break
+    if len(chosen) < arguments.tasks:
+        raise SystemExit(f"{arguments.dod} has {len(chosen)} such tasks, expected {arguments.tasks}")
+    return sorted(chosen, key=lambda task: task.name)
+
+
+def _mean_words(task: Task) -> float:
+    return statistics.mean(len(pair.input.split()) for pair in task.pairs_of("train"))
 
 
 def run_way(arguments: argparse.Namespace) -> dict[str, Any]:
     """One way in this process."""
     base = load_base_model(arguments.base_model, dtype=arguments.dtype, device=arguments.device)
-    tasks = chosen_tasks(arguments)
+    tasks = chosen_tasks(base, arguments)
     way, _, slots = arguments.way.partition(" ")
     config = config_of(arguments, int(slots or 1))
     if way == "fleet":
@@ -143,7 +156,7 @@ def share_of_rate(arguments: argparse.Namespace, figures: dict[str, Any]) -> tup
     config = config_of(arguments, 1)
     row_tokens: list[int] = []
     projected = 0
-    for task in chosen_tasks(arguments):
+    for task in chosen_tasks(base, arguments):
         for row in prepare(base, task, config).train:
             row_tokens.append(row.num_tokens + config.num_virtual_tokens)
             projected += len(row.target)
@@ -159,6 +172,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--device", help="default: the first GPU, else the CPU")
     parser.add_argument("--tasks", type=int, default=16)
+    parser.add_argument("--max-words", type=float, help="only tasks whose inputs have at most so many words on average")
     parser.add_argument("--pairs", type=int, default=32, help="train pairs of a task; a quarter as many validate")
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--batch-size", type=int, default=8)

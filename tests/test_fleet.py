@@ -73,7 +73,7 @@ def test_a_prompt_tuned_in_a_fleet_is_the_prompt_tuned_alone(config: TuningConfi
 
 def without_prefixes(monkeypatch: pytest.MonkeyPatch) -> None:
     """As for a model that keeps other things than all keys and values: rows take the soft prompts themselves."""
-    monkeypatch.setattr(BaseModel, "prefixes", lambda self, soft_prompts: None)
+    monkeypatch.setattr(BaseModel, "prefixes", lambda self, soft_prompts, lead=(): None)
 
 
 def test_a_model_without_shareable_prefixes_gives_the_same_prompts(monkeypatch: pytest.MonkeyPatch) -> None:

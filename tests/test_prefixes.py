@@ -8,7 +8,7 @@ from tiny_llm import tiny_base_model
 
 from softprompt_registry.base_models.decoding import RowDecoder
 from softprompt_registry.base_models.frozen import BaseModel
-from softprompt_registry.base_models.prefixes import prefixes_in
+from softprompt_registry.base_models.prefixes import prefixes_in, shared_lead
 
 TEXTS = ["a fine day", "rain", "the long and winding road to the sea", "no", "x", "what is it"]
 TARGETS = [" sunny", " wet", " far", " yes", " y", " unknown"]
@@ -35,21 +35,25 @@ def targets(base_model: BaseModel) -> list[list[int]]:
     return [[*base_model.tokenize(text), base_model.eos_id] for text in TARGETS]
 
 
-def test_scores_and_gradients_are_those_of_joined_rows(base_model: BaseModel) -> None:
+@pytest.mark.parametrize("before", ["", "Sentence: "], ids=["bos", "template"])
+def test_scores_and_gradients_are_those_of_joined_rows(base_model: BaseModel, before: str) -> None:
+    texts = ids(base_model, [before + text for text in TEXTS])
+    lead = shared_lead(texts)
+    assert len(lead) >= (5 if before else 1)
     joined = soft_prompts(base_model).requires_grad_()
-    expected = base_model.score_targets(joined[OWNERS], ids(base_model, TEXTS), targets(base_model))
+    expected = base_model.score_targets(joined[OWNERS], texts, targets(base_model))
     weights = torch.arange(1.0, 7.0, dtype=torch.float32)
     (expected.log_likelihood * weights).sum().backward()
 
     shared = soft_prompts(base_model).requires_grad_()
-    prefixes = base_model.prefixes(shared)
-    assert prefixes is not None and prefixes.num_virtual_tokens == 5
+    prefixes = base_model.prefixes(shared, lead)
+    assert prefixes is not None and prefixes.num_tokens == 5 + len(lead)
     leaves = prefixes.leaves()
     found = []
     for rows in ([0, 2, 4], [1, 3, 5]):  # in two pieces, whose gradients add up
         scores = base_model.score_targets(
             leaves.of_rows([OWNERS[row] for row in rows]),
-            [ids(base_model, TEXTS)[row] for row in rows],
+            [texts[row] for row in rows],
             [targets(base_model)[row] for row in rows],
         )
         (scores.log_likelihood * weights[rows]).sum().backward()
@@ -63,12 +67,13 @@ def test_scores_and_gradients_are_those_of_joined_rows(base_model: BaseModel) ->
     torch.testing.assert_close(shared.grad, joined.grad, rtol=1e-3, atol=1e-5)
 
 
-def test_greedy_texts_are_those_of_joined_rows(base_model: BaseModel) -> None:
-    prompts = soft_prompts(base_model)
-    expected = base_model.generate(prompts[OWNERS], ids(base_model, TEXTS), max_new_tokens=12)
-    prefixes = base_model.prefixes(prompts)
+@pytest.mark.parametrize("before", ["", "Sentence: "], ids=["bos", "template"])
+def test_greedy_texts_are_those_of_joined_rows(base_model: BaseModel, before: str) -> None:
+    prompts, texts = soft_prompts(base_model), ids(base_model, [before + text for text in TEXTS])
+    expected = base_model.generate(prompts[OWNERS], texts, max_new_tokens=12)
+    prefixes = base_model.prefixes(prompts, shared_lead(texts))
     assert prefixes is not None
-    found = base_model.generate(prefixes.of_rows(OWNERS), ids(base_model, TEXTS), max_new_tokens=12)
+    found = base_model.generate(prefixes.of_rows(OWNERS), texts, max_new_tokens=12)
     assert found == expected
     assert len({tuple(row) for row in found}) > 1
 
@@ -95,6 +100,18 @@ def test_a_decoder_goes_on_with_some_rows(base_model: BaseModel) -> None:
     decoder.feed([17, 19])
     alone = RowDecoder(base_model, base_model.join(None, [[*rows[2], 9, 19]], pad_side="left"))
     torch.testing.assert_close(decoder.logits[1], alone.logits[0], rtol=1e-5, atol=1e-6)
+
+
+def test_the_lead_is_what_all_texts_begin_with_and_leaves_each_a_token(base_model: BaseModel) -> None:
+    assert shared_lead([[1, 5, 6, 7], [1, 5, 6, 8], [1, 5, 9]]) == (1, 5)
+    assert shared_lead([[1, 5], [1, 5, 6]]) == (1,)
+    assert shared_lead([[1, 5, 6]]) == (1, 5)
+    assert shared_lead([[1], [1, 5]]) == shared_lead([[2, 3], [1, 3]]) == shared_lead([]) == ()
+    prefixes = base_model.prefixes(soft_prompts(base_model), (1, 5))
+    assert prefixes is not None
+    for wrong in ([1, 6, 7], [1, 5]):
+        with pytest.raises(ValueError, match=r"must begin with the tokens \[1, 5\]"):
+            base_model.join(prefixes.of_rows([0, 1]), [[1, 5, 6], wrong], pad_side="right")
 
 
 def test_other_caches_are_not_taken_for_prefixes() -> None:

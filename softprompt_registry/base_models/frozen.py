@@ -30,8 +30,9 @@ class JoinedBatch:
     position_ids: torch.Tensor
     """(B, N) int64; padding does not move the positions of real tokens."""
     cache: Any = None
-    """Keys and values of soft tokens that stand before these columns, where they are not among `inputs_embeds`: then N = T
-    there and in `position_ids`, and N = K + T in `attention_mask`. A forward pass adds to it: use it once."""
+    """Keys and values of what stands before these columns (soft tokens and L first tokens of the text), where that is not
+    among `inputs_embeds`: then N = T - L there and in `position_ids`, and N = K + T in `attention_mask`. A forward pass adds
+    to it: use it once."""
 
 
 @dataclass(frozen=True)
@@ -95,17 +96,24 @@ class BaseModel:
         text: str = self.tokenizer.decode(list(ids), skip_special_tokens=True)
         return text
 
-    def prefixes(self, soft_prompts: torch.Tensor) -> Prefixes | None:
-        """What the model computes for soft prompts alone, to be shared by all rows that begin with them.
+    def prefixes(self, soft_prompts: torch.Tensor, lead: Sequence[int] = ()) -> Prefixes | None:
+        """What the model computes for soft prompts and the first text tokens, to be shared by all rows that begin with them.
 
         Args:
             soft_prompts: (G, K, D); gradients flow back to them.
+            lead: L token ids with which the text of every row begins (`shared_lead`).
         Returns:
             None for a model that keeps other things than all keys and values (sliding windows, recurrent layers): its rows
             take the soft prompts themselves.
         """
-        output = self.model.base_model(inputs_embeds=soft_prompts.to(self.dtype), use_cache=True)
-        return prefixes_in(output.past_key_values)
+        import torch
+
+        embeds = soft_prompts.to(self.dtype)
+        if lead:
+            first = self.input_embeddings[torch.tensor(lead, device=self.device)]  # (L, D)
+            embeds = torch.cat([embeds, first.expand(len(embeds), -1, -1)], dim=1)  # (G, K + L, D)
+        output = self.model.base_model(inputs_embeds=embeds, use_cache=True)
+        return prefixes_in(output.past_key_values, tuple(lead))
 
     def join(
         self,
@@ -124,6 +132,8 @@ class BaseModel:
         """
         import torch
 
+        if isinstance(soft_prompts, PrefixRows):
+            token_ids = soft_prompts.after_lead(token_ids)
         lengths = torch.tensor([len(ids) for ids in token_ids], device=self.device)
         longest = max(len(ids) for ids in token_ids)
         padded = torch.zeros(len(token_ids), longest, dtype=torch.long)  # (B, T)
@@ -151,20 +161,20 @@ class BaseModel:
     def _join_prefixes(
         self, rows: PrefixRows, embeds: torch.Tensor, lengths: torch.Tensor, pad_side: Literal["left", "right"]
     ) -> JoinedBatch:
-        """Text embeddings (B, T, D), padded on the right, behind the keys and values of soft prompts."""
+        """Text embeddings (B, T - L, D), padded on the right, behind the keys and values of `rows`."""
         import torch
 
-        num_soft, longest = rows.prefixes.num_virtual_tokens, embeds.shape[1]
+        num_before, longest = rows.prefixes.num_tokens, embeds.shape[1]
         columns = torch.arange(longest, device=self.device)
         if pad_side == "right":
-            mask = columns < lengths[:, None]  # (B, T)
+            mask = columns < lengths[:, None]  # (B, T - L)
         else:
             shift = (longest - lengths)[:, None]
             mask = columns >= shift
             source = (columns - shift).clamp(min=0)
             embeds = embeds.gather(1, source[:, :, None].expand(-1, -1, embeds.shape[2]))
-        positions = num_soft + (mask.long().cumsum(1) - 1).clamp(min=0)
-        whole = torch.cat([mask.new_ones(len(lengths), num_soft), mask], dim=1)  # (B, K + T)
+        positions = num_before + (mask.long().cumsum(1) - 1).clamp(min=0)
+        whole = torch.cat([mask.new_ones(len(lengths), num_before), mask], dim=1)  # (B, K + T)
         return JoinedBatch(embeds, whole.long(), positions, rows.cache())
 
     def logits_at(self, joined: JoinedBatch, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
@@ -211,7 +221,8 @@ class BaseModel:
         joined = self.join(
             soft_prompts, [[*p, *t] for p, t in zip(prompt_ids, target_ids, strict=True)], pad_side="right"
         )
-        num_soft = joined.inputs_embeds.shape[1] - max(
+        # Where the text begins: after the soft tokens, or before column 0 if its first tokens are not among the columns.
+        start = joined.inputs_embeds.shape[1] - max(
             len(p) + len(t) for p, t in zip(prompt_ids, target_ids, strict=True)
         )
         rows: list[int] = []
@@ -219,7 +230,7 @@ class BaseModel:
         targets: list[int] = []
         for row, (prompt, target) in enumerate(zip(prompt_ids, target_ids, strict=True)):
             # The token at column c is predicted from column c - 1.
-            first = num_soft + len(prompt) - 1
+            first = start + len(prompt) - 1
             rows += [row] * len(target)
             columns += range(first, first + len(target))
             targets += target

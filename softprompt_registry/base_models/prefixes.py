@@ -1,12 +1,13 @@
 """Soft prompts as keys and values: worked out once for each prompt, used by every row that begins with it.
 
-In a causal model the soft tokens do not see the text, so the rows of one prompt share all that the model computes for it.
+In a causal model the soft tokens do not see the text, so the rows of one prompt share all that the model computes for it; and
+for the first tokens of the text too, where all rows have the same ones, such as BOS and the beginning of the template.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -15,19 +16,21 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Prefixes:
-    """Keys and values of G soft prompts in every layer.
+    """Keys and values of G soft prompts, and of L first tokens of the text behind each, in every layer.
 
-    Each tensor is (G, H, K, D / heads) with H key-value heads.
+    Each tensor is (G, H, K + L, D / heads) with H key-value heads.
     """
 
     keys: tuple[torch.Tensor, ...]
     values: tuple[torch.Tensor, ...]
     dtype: torch.dtype
     """Of the base model, which takes the tensors in it."""
+    lead: tuple[int, ...] = ()
+    """L token ids, with which each row's text begins."""
 
     @property
-    def num_virtual_tokens(self) -> int:
-        """K"""
+    def num_tokens(self) -> int:
+        """K + L"""
         return int(self.keys[0].shape[2])
 
     def leaves(self) -> Prefixes:
@@ -40,7 +43,7 @@ class Prefixes:
         def leaf(tensor: torch.Tensor) -> torch.Tensor:
             return tensor.detach().to(torch.promote_types(tensor.dtype, torch.float32)).requires_grad_()
 
-        return Prefixes(tuple(map(leaf, self.keys)), tuple(map(leaf, self.values)), self.dtype)
+        return replace(self, keys=tuple(map(leaf, self.keys)), values=tuple(map(leaf, self.values)))
 
     def backward_from(self, leaves: Prefixes) -> None:
         """Send the gradients that rows left in `leaves` on to the soft prompts."""
@@ -65,6 +68,19 @@ class PrefixRows:
     prefixes: Prefixes
     prompts: tuple[int, ...]
 
+    def after_lead(self, texts: Sequence[Sequence[int]]) -> list[Sequence[int]]:
+        """The rows' texts without the tokens that the prefixes hold already.
+
+        Raises:
+            ValueError: a text begins otherwise, or has no other tokens.
+        """
+        lead = list(self.prefixes.lead)
+        if any(list(text[: len(lead)]) != lead or len(text) == len(lead) for text in texts):
+            raise ValueError(
+                f"each text must begin with the tokens {lead}, which its prefix holds, and go on after them"
+            )
+        return [text[len(lead) :] for text in texts]
+
     def cache(self) -> Any:
         """The rows' keys and values as a transformers cache, to be continued."""
         import torch
@@ -77,7 +93,18 @@ class PrefixRows:
         return cache
 
 
-def prefixes_in(cache: Any) -> Prefixes | None:
+def shared_lead(texts: Sequence[Sequence[int]]) -> tuple[int, ...]:
+    """The first tokens that all texts have in common, at most all but the last one of the shortest."""
+    if not texts:
+        return ()
+    first, last = min(texts), max(texts)
+    length = 0
+    while length < min(map(len, texts)) - 1 and first[length] == last[length]:
+        length += 1
+    return tuple(first[:length])
+
+
+def prefixes_in(cache: Any, lead: tuple[int, ...] = ()) -> Prefixes | None:
     """What a model left in its cache; None if it keeps more or other things than all keys and values."""
     from transformers import DynamicCache
     from transformers.cache_utils import DynamicLayer
@@ -86,4 +113,4 @@ def prefixes_in(cache: Any) -> Prefixes | None:
         return None
     layers: list[Any] = list(cache.layers)
     keys, values = tuple(layer.keys for layer in layers), tuple(layer.values for layer in layers)
-    return Prefixes(keys, values, keys[0].dtype)
+    return Prefixes(keys, values, keys[0].dtype, lead)

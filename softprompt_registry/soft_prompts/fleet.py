@@ -17,6 +17,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from softprompt_registry.base_models.frozen import BaseModel
+from softprompt_registry.base_models.prefixes import shared_lead
 from softprompt_registry.dod.task import Task
 from softprompt_registry.soft_prompts.encoding import EncodedPair
 from softprompt_registry.soft_prompts.performance import Trial, measure, soft_rows
@@ -232,7 +233,7 @@ def train_step(
     num_tokens = [sum(len(pair.target) for pair in batch) for batch in batches]
     stacked = torch.stack(list(prompts))  # (G, K, D)
     losses = stacked.new_zeros(len(prompts))
-    prefixes = base_model.prefixes(stacked)
+    prefixes = base_model.prefixes(stacked, shared_lead([pair.prompt for _, pair in rows]))
     leaves = None if prefixes is None else prefixes.leaves()
     for piece in pieces(rows, lambda row: num_soft + row[1].num_tokens, tokens_per_forward):
         owners = [i for i, _ in piece]
@@ -258,7 +259,7 @@ def validation_losses(
     totals, counts = [0.0] * len(progresses), [0] * len(progresses)
     with torch.no_grad():
         prompts = [progress.prompt for progress in progresses]
-        soft_of = soft_rows(base_model, prompts)
+        soft_of = soft_rows(base_model, prompts, [pair.prompt for _, pair in rows])
         for piece in pieces(rows, lambda row: prompts[0].shape[0] + row[1].num_tokens, tokens_per_forward):
             scores = base_model.score_targets(
                 soft_of([i for i, _ in piece]), [p.prompt for _, p in piece], [p.target for _, p in piece]

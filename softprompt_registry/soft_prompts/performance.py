@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from softprompt_registry.base_models.frozen import BaseModel
-from softprompt_registry.base_models.prefixes import PrefixRows
+from softprompt_registry.base_models.prefixes import PrefixRows, shared_lead
 from softprompt_registry.dod.task import Task
 from softprompt_registry.soft_prompts.token_budget import pieces
 from softprompt_registry.text_matching import exact_match
@@ -76,7 +76,7 @@ def generate_answers(
     num_soft = _num_soft(trials)
     answers = [[""] * len(trial.prompts) for trial in trials]
     with torch.no_grad():
-        soft_of = soft_rows(base_model, [trial.soft_prompt for trial in trials])
+        soft_of = _soft_rows(base_model, trials)
     for kind in ("classification", "generation"):
         chosen = [index for index, trial in enumerate(trials) if trial.task.kind == kind and trial.prompts]
         if not chosen:
@@ -109,7 +109,7 @@ def choose_labels(base_model: BaseModel, trials: Sequence[Trial], tokens_per_for
         if trial.task.kind == "classification" and trial.prompts:
             (single if all(len(ids) == 1 for ids in label_ids[index]) else several).append(index)
     with torch.no_grad():
-        soft_of = soft_rows(base_model, [trial.soft_prompt for trial in trials])
+        soft_of = _soft_rows(base_model, trials)
         for piece in pieces(_rows(trials, single), _length(num_soft), tokens_per_forward):
             joined = base_model.join(
                 soft_of([row.trial for row in piece]), [row.prompt for row in piece], pad_side="left"
@@ -165,10 +165,13 @@ SoftOf = Callable[[Sequence[int]], "torch.Tensor | PrefixRows | None"]
 """From the numbers of the prompts that rows begin with to what a forward pass takes."""
 
 
-def soft_rows(base_model: BaseModel, prompts: Sequence[torch.Tensor | None]) -> SoftOf:
+def soft_rows(base_model: BaseModel, prompts: Sequence[torch.Tensor | None], texts: Sequence[Sequence[int]]) -> SoftOf:
     """Soft prompts (K, D), computed once for all their rows where the model allows it; None for the bare base model.
 
     Call without gradients.
+
+    Args:
+        texts: token ids of all rows that will begin with these prompts.
     """
     import torch
 
@@ -176,10 +179,15 @@ def soft_rows(base_model: BaseModel, prompts: Sequence[torch.Tensor | None]) -> 
     if not present:
         return lambda owners: None
     stacked = torch.stack(present)  # (G, K, D)
-    prefixes = base_model.prefixes(stacked)
+    prefixes = base_model.prefixes(stacked, shared_lead(texts))
     if prefixes is None:
         return lambda owners: stacked[list(owners)]
     return prefixes.of_rows
+
+
+def _soft_rows(base_model: BaseModel, trials: Sequence[Trial]) -> SoftOf:
+    texts = [prompt for trial in trials for prompt in trial.prompts]
+    return soft_rows(base_model, [trial.soft_prompt for trial in trials], texts)
 
 
 def _share(hits: Iterator[bool]) -> float:
