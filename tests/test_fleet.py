@@ -19,7 +19,7 @@ from softprompt_registry.base_models.frozen import BaseModel
 from softprompt_registry.base_models.loading import load_base_model
 from softprompt_registry.dod.store import DodStore
 from softprompt_registry.dod.task import Pair, Task
-from softprompt_registry.errors import ArtifactError
+from softprompt_registry.errors import ArtifactError, ConfigError
 from softprompt_registry.soft_prompts import fleet as fleet_module
 from softprompt_registry.soft_prompts.fleet import Fleet, train_step
 from softprompt_registry.soft_prompts.progress import Progress, initial_embeddings, prepare
@@ -74,6 +74,24 @@ def test_a_prompt_tuned_in_a_fleet_is_the_prompt_tuned_alone(config: TuningConfi
 def without_prefixes(monkeypatch: pytest.MonkeyPatch) -> None:
     """As for a model that keeps other things than all keys and values: rows take the soft prompts themselves."""
     monkeypatch.setattr(BaseModel, "prefixes", lambda self, soft_prompts, lead=(): None)
+
+
+def test_a_compiled_model_gives_the_same_prompts() -> None:
+    config = replace(CONFIG, epochs=1)
+    plain = tuned(tiny_base_model(), TASKS[:3], config)
+    base = tiny_base_model()
+    compiled = tuned(base, TASKS[:3], replace(config, compile=True))
+    parts = {type(module).__name__ for module in base.model.modules() if module._compiled_call_impl is not None}
+    assert parts == {"LlamaRMSNorm", "LlamaMLP"}
+    for name, (progress, scores) in plain.items():
+        torch.testing.assert_close(compiled[name][0].prompt, progress.prompt, rtol=0, atol=1e-5)
+        assert compiled[name][1] == scores
+
+
+def test_compiling_without_a_compiler_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(ConfigError, match="torch.compile needs a C\\+\\+ compiler"):
+        Fleet(tiny_base_model(), replace(CONFIG, compile=True))
 
 
 def test_a_model_without_shareable_prefixes_gives_the_same_prompts(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -111,9 +111,20 @@ def test_loss_falls_and_the_prompt_moves_away_from_its_start(base: BaseModel, tm
         "label_accuracy",
         "exact_match",
         "failed_tasks",
+        "finished_tasks",
         "train_tokens_per_s",
         "memory_halvings",
     }
+
+
+def test_a_long_run_reports_its_speed_on_the_way(
+    base: BaseModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("softprompt_registry.soft_prompts.tuning.RECORD_EVERY_S", 0.0)
+    recorder = ListRecorder()
+    tune_soft_prompts(base, TASKS, replace(CONFIG, epochs=1, slots=1), tmp_path / "bank", recorder=recorder)
+    assert recorder.curves["finished_tasks"] == [1, 2, 3, 3]
+    assert all(speed > 0 for speed in recorder.curves["train_tokens_per_s"])
 
 
 def test_the_record_says_what_was_done(base: BaseModel, undisturbed: SoftPromptBank) -> None:
@@ -520,7 +531,11 @@ def test_a_finished_bank_is_taken_over_with_its_curves(base: BaseModel, tmp_path
     times = {path: path.stat().st_mtime_ns for path in (tmp_path / "bank").iterdir()}
     again = tune_soft_prompts(base, TASKS[:2], CONFIG, tmp_path / "bank", recorder=second)
     assert again.digest == bank.digest
-    for name in ("train_tokens_per_s", "memory_halvings"):  # of the work itself, which is not done again
+    for name in (
+        "finished_tasks",
+        "train_tokens_per_s",
+        "memory_halvings",
+    ):  # of the work itself, which is not done again
         del first.curves[name]
     assert (second.curves, second.notes) == (first.curves, [])
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "bank").iterdir()} == times

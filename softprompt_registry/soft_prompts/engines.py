@@ -49,10 +49,15 @@ class TuningEngine(Protocol):
 
 
 class InThisProcess:
-    """One fleet on a loaded base model."""
+    """One fleet on a loaded base model.
 
-    def __init__(self, base_model: BaseModel) -> None:
+    Args:
+        memory_share: of the GPU's free memory, where several processes use one GPU.
+    """
+
+    def __init__(self, base_model: BaseModel, *, memory_share: float = 1.0) -> None:
         self.base_model = base_model
+        self.memory_share = memory_share
         self.statistics = FleetStatistics()
 
     @property
@@ -62,7 +67,7 @@ class InThisProcess:
     def tune(
         self, tasks: Iterable[Task], config: TuningConfig, origin: DodOrigin, on_epoch: Callable[[str, int], None]
     ) -> Iterator[Tuned]:
-        fleet = Fleet(self.base_model, config)
+        fleet = Fleet(self.base_model, config, memory_share=self.memory_share)
         self.statistics = fleet.statistics
         for progress, scores in fleet.tune(tasks, on_epoch):
             if progress.failure:

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING
 
+from softprompt_registry.base_models.compiling import compile_parts
 from softprompt_registry.base_models.frozen import BaseModel
 from softprompt_registry.base_models.prefixes import shared_lead
 from softprompt_registry.dod.task import Task
@@ -100,13 +101,19 @@ class _Slot:
 
 
 class Fleet:
-    """Tunes tasks on one base model in this process."""
+    """Tunes tasks on one base model in this process.
 
-    def __init__(self, base_model: BaseModel, config: TuningConfig) -> None:
+    Args:
+        memory_share: of the GPU's free memory, which others may want at the same time.
+    """
+
+    def __init__(self, base_model: BaseModel, config: TuningConfig, *, memory_share: float = 1.0) -> None:
         self.base_model = base_model
         self.config = config
         self.statistics = FleetStatistics()
-        tokens = config.tokens_per_forward or tokens_that_fit(base_model, config.num_virtual_tokens)
+        if config.compile:
+            compile_parts(base_model)
+        tokens = config.tokens_per_forward or tokens_that_fit(base_model, config.num_virtual_tokens, memory_share)
         self._budget = TokenBudget(tokens)
 
     def tune(
@@ -228,8 +235,14 @@ def train_step(
     """
     import torch
 
-    rows = [(i, pair) for i, batch in enumerate(batches) for pair in batch]
     num_soft = prompts[0].shape[0]
+    groups = math.ceil(len(prompts) * num_soft / max(tokens_per_forward, num_soft))
+    if groups > 1:  # what is kept of the soft prompts themselves must fit too
+        size = math.ceil(len(prompts) / groups)
+        parts = [slice(start, start + size) for start in range(0, len(prompts), size)]
+        steps = [train_step(base_model, prompts[part], batches[part], tokens_per_forward) for part in parts]
+        return [loss for losses_of_part in steps for loss in losses_of_part]
+    rows = [(i, pair) for i, batch in enumerate(batches) for pair in batch]
     num_tokens = [sum(len(pair.target) for pair in batch) for batch in batches]
     stacked = torch.stack(list(prompts))  # (G, K, D)
     losses = stacked.new_zeros(len(prompts))

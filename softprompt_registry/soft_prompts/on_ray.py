@@ -195,8 +195,10 @@ class RayEngine:
 
     def _new_worker(self) -> _Worker:
         # Two threads: one tunes, the other takes in tasks meanwhile.
-        options = {**self._share_of_each(), "max_concurrency": 2}
-        return _Worker(self._ray.remote(_Actor).options(**options).remote(self._reference, self._dtype, self._ref))
+        share = self._share_of_each()
+        made = self._ray.remote(_Actor).options(**share, max_concurrency=2)
+        memory_share = min(share["num_gpus"], 1.0) or 1.0  # several of them on one GPU divide its memory
+        return _Worker(made.remote(self._reference, self._dtype, self._ref, memory_share))
 
     def _share_of_each(self) -> dict[str, float]:
         resources, workers = self._ray.cluster_resources(), self._config.workers
@@ -286,8 +288,8 @@ def _add(total: FleetStatistics, part: FleetStatistics) -> None:
 class _Actor:
     """In a process of the cluster: a base model, and a fleet that takes tasks as they come."""
 
-    def __init__(self, reference: str, dtype: DType, expected: BaseModelRef | None) -> None:
-        self._reference, self._dtype, self._expected = reference, dtype, expected
+    def __init__(self, reference: str, dtype: DType, expected: BaseModelRef | None, memory_share: float) -> None:
+        self._reference, self._dtype, self._expected, self._memory_share = reference, dtype, expected, memory_share
         self._engine: InThisProcess | None = None
         self._given: queue.SimpleQueue[Task | int] = queue.SimpleQueue()
 
@@ -296,7 +298,8 @@ class _Actor:
         from softprompt_registry.base_models.loading import load_base_model
 
         if self._engine is None:
-            self._engine = InThisProcess(load_base_model(self._reference, dtype=self._dtype, expected=self._expected))
+            base_model = load_base_model(self._reference, dtype=self._dtype, expected=self._expected)
+            self._engine = InThisProcess(base_model, memory_share=self._memory_share)
         return self._engine
 
     def ref(self) -> BaseModelRef:

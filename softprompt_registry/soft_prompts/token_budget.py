@@ -65,16 +65,19 @@ def is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(text in str(error) for text in said)
 
 
-def tokens_that_fit(base_model: BaseModel, num_virtual_tokens: int) -> int:
+def tokens_that_fit(base_model: BaseModel, num_virtual_tokens: int, memory_share: float = 1.0) -> int:
     """A first guess at the budget: a fixed one on a CPU; on a GPU what one training pass takes, measured, says how many.
 
     A guess that is too high costs a failed try and no more (see `TokenBudget`).
+
+    Args:
+        memory_share: of a GPU's free memory, for several processes that begin on it together.
     """
 
     if base_model.device.type != "cuda":
         return CPU_TOKENS
     try:
-        return _measured_tokens(base_model, num_virtual_tokens)
+        return _measured_tokens(base_model, num_virtual_tokens, memory_share)
     except Exception as error:
         if not is_out_of_memory(error):
             raise
@@ -82,7 +85,7 @@ def tokens_that_fit(base_model: BaseModel, num_virtual_tokens: int) -> int:
     return CPU_TOKENS
 
 
-def _measured_tokens(base_model: BaseModel, num_virtual_tokens: int) -> int:
+def _measured_tokens(base_model: BaseModel, num_virtual_tokens: int, memory_share: float) -> int:
     import torch
 
     _free_memory()
@@ -95,7 +98,7 @@ def _measured_tokens(base_model: BaseModel, num_virtual_tokens: int) -> int:
     taken = torch.cuda.max_memory_allocated(base_model.device) - before
     per_token = max(taken // (rows * (num_virtual_tokens + len(text) + 4)), 1)
     free, _ = torch.cuda.mem_get_info(base_model.device)
-    return max(int(FREE_MEMORY_SHARE * free / per_token), CPU_TOKENS)
+    return max(int(FREE_MEMORY_SHARE * memory_share * free / per_token), CPU_TOKENS)
 
 
 def _free_memory() -> None:
