@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import random
 import resource
 import statistics
@@ -64,7 +65,8 @@ def chosen_tasks(base: BaseModel, arguments: argparse.Namespace) -> list[Task]:
         random.Random(0).shuffle(names)
         for name in names:
             task = store.task(name)
-            if arguments.max_words is None or _mean_words(task) <= arguments.max_words:
+            inputs, outputs = _mean_words(task)
+            if inputs <= arguments.max_words and outputs <= arguments.max_output_words:
                 chosen.append(task)
             if len(chosen) == arguments.tasks:
                 break
@@ -73,8 +75,12 @@ def chosen_tasks(base: BaseModel, arguments: argparse.Namespace) -> list[Task]:
     return sorted(chosen, key=lambda task: task.name)
 
 
-def _mean_words(task: Task) -> float:
-    return statistics.mean(len(pair.input.split()) for pair in task.pairs_of("train"))
+def _mean_words(task: Task) -> tuple[float, float]:
+    """Of its train pairs' inputs and outputs."""
+    pairs = task.pairs_of("train")
+    texts = [pair.input for pair in pairs], [pair.output for pair in pairs]
+    inputs, outputs = (statistics.mean(len(text.split()) for text in of) for of in texts)
+    return inputs, outputs
 
 
 def run_way(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -172,7 +178,10 @@ def main() -> None:
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--device", help="default: the first GPU, else the CPU")
     parser.add_argument("--tasks", type=int, default=16)
-    parser.add_argument("--max-words", type=float, help="only tasks whose inputs have at most so many words on average")
+    parser.add_argument(
+        "--max-words", type=float, default=math.inf, help="of a task's inputs on average; leave others out"
+    )
+    parser.add_argument("--max-output-words", type=float, default=math.inf, help="the same for its outputs")
     parser.add_argument("--pairs", type=int, default=32, help="train pairs of a task; a quarter as many validate")
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--batch-size", type=int, default=8)

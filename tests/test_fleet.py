@@ -22,7 +22,7 @@ from softprompt_registry.dod.task import Pair, Task
 from softprompt_registry.errors import ArtifactError, ConfigError
 from softprompt_registry.soft_prompts import fleet as fleet_module
 from softprompt_registry.soft_prompts.fleet import Fleet, train_step
-from softprompt_registry.soft_prompts.progress import Progress, initial_embeddings, prepare
+from softprompt_registry.soft_prompts.progress import EncodedTask, Progress, begin, initial_embeddings, prepare
 from softprompt_registry.soft_prompts.token_budget import TokenBudget, pieces
 from softprompt_registry.soft_prompts.tuning import TuningConfig, tune_soft_prompts
 
@@ -230,12 +230,12 @@ def test_what_a_failed_try_has_left_is_undone(monkeypatch: pytest.MonkeyPatch) -
 
     progressing: list[torch.nn.Parameter] = []
 
-    def watched(base_model: BaseModel, task: Task, config: TuningConfig) -> Progress:
-        progress = prepare(base_model, task, config)
+    def watched(base_model: BaseModel, encoded: EncodedTask, config: TuningConfig) -> Progress:
+        progress = begin(base_model, encoded, config)
         progressing.append(progress.prompt)
         return progress
 
-    monkeypatch.setattr(fleet_module, "prepare", watched)
+    monkeypatch.setattr(fleet_module, "begin", watched)
     monkeypatch.setattr(base, "score_targets", score_targets)
     found = tuned(base, TASKS[:3], config)
     assert calls[4] and not calls[5], "there was something to undo, and it was undone"
@@ -306,13 +306,13 @@ def test_one_loss_that_is_not_a_number_fails_that_task_and_no_other(
     base = tiny_double()
     expected = tuned(base, TASKS, CONFIG)
 
-    def with_one_broken(base_model: BaseModel, task: Task, config: TuningConfig) -> Progress:
-        progress = prepare(base_model, task, config)
-        if task.name == "a":
+    def with_one_broken(base_model: BaseModel, encoded: EncodedTask, config: TuningConfig) -> Progress:
+        progress = begin(base_model, encoded, config)
+        if encoded.task.name == "a":
             progress.prompt.data[0, 0] = math.nan
         return progress
 
-    monkeypatch.setattr(fleet_module, "prepare", with_one_broken)
+    monkeypatch.setattr(fleet_module, "begin", with_one_broken)
     found = tuned(base, TASKS, CONFIG)
     assert found["a"][0].failure == "its train loss became nan in epoch 1"
     for name in ("b", "c", "d", "free"):

@@ -18,7 +18,7 @@ from softprompt_registry.dod.store import DodStore
 from softprompt_registry.dod.task import Task
 from softprompt_registry.soft_prompts import fleet as fleet_module
 from softprompt_registry.soft_prompts.bank import SoftPromptBank
-from softprompt_registry.soft_prompts.progress import Progress, prepare
+from softprompt_registry.soft_prompts.progress import EncodedTask, Progress, begin
 from softprompt_registry.soft_prompts.tuning import TuningConfig
 from softprompt_registry.stages import tuning as stage
 
@@ -27,13 +27,13 @@ from softprompt_registry.stages import tuning as stage
 def with_one_broken(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Task `a` starts from NaN."""
 
-    def prepared(base_model: BaseModel, task: Task, config: TuningConfig) -> Progress:
-        progress = prepare(base_model, task, config)
-        if task.name == "a":
+    def begun(base_model: BaseModel, encoded: EncodedTask, config: TuningConfig) -> Progress:
+        progress = begin(base_model, encoded, config)
+        if encoded.task.name == "a":
             progress.prompt.data[0, 0] = math.nan
         return progress
 
-    monkeypatch.setattr(fleet_module, "prepare", prepared)
+    monkeypatch.setattr(fleet_module, "begin", begun)
     yield
 
 

@@ -22,7 +22,7 @@ from softprompt_registry.base_models.prefixes import shared_lead
 from softprompt_registry.dod.task import Task
 from softprompt_registry.soft_prompts.encoding import EncodedPair
 from softprompt_registry.soft_prompts.performance import Trial, measure, soft_rows
-from softprompt_registry.soft_prompts.progress import Progress, prepare
+from softprompt_registry.soft_prompts.progress import EncodedTask, Progress, begin, encode_task
 from softprompt_registry.soft_prompts.token_budget import TokenBudget, pieces, tokens_that_fit
 
 if TYPE_CHECKING:
@@ -129,12 +129,13 @@ class Fleet:
         """
         import torch
 
-        prepared = _ahead(partial(prepare, self.base_model, task, self.config) for task in tasks)
+        encoded = _ahead(partial(encode_task, self.base_model, task, self.config) for task in tasks)
         slots: list[_Slot] = []
         done: list[Progress] = []
         waiting_since = 0.0
         while True:
-            while len(slots) < self.config.slots and (progress := next(prepared, None)) is not None:
+            while len(slots) < self.config.slots and (next_task := next(encoded, None)) is not None:
+                progress = begin(self.base_model, next_task, self.config)
                 if progress.failure:
                     done.append(progress)
                 else:
@@ -283,10 +284,14 @@ def validation_losses(
     return [total / count if count else None for total, count in zip(totals, counts, strict=True)]
 
 
-def _ahead(making: Iterable[Callable[[], Progress]]) -> Iterator[Progress]:
-    """What the calls return, in order; the next few are made in another thread meanwhile."""
+def _ahead(making: Iterable[Callable[[], EncodedTask]]) -> Iterator[EncodedTask]:
+    """What the calls return, in order; the next few are made in another thread meanwhile.
+
+    They must not use torch: a second thread that does gets OpenMP threads of its own, and with more of those than processors
+    OpenMP lets all of them sleep between operations, which made training on two cores a third slower.
+    """
     with ThreadPoolExecutor(1) as thread:
-        waiting: deque[Future[Progress]] = deque()
+        waiting: deque[Future[EncodedTask]] = deque()
         for make in making:
             waiting.append(thread.submit(make))
             if len(waiting) > PREPARED_AHEAD:

@@ -50,10 +50,28 @@ class Progress:
     validation_losses: list[float] = field(default_factory=list)
 
 
+@dataclass(frozen=True)
+class EncodedTask:
+    """A task's pairs as token ids."""
+
+    task: Task
+    train: list[EncodedPair]
+    validation: list[EncodedPair]
+    test: list[EncodedPair]
+    test_outputs: list[str]
+    truncated: int
+    """Inputs that had to be cut."""
+    failure: str | None
+    """Why it cannot be tuned."""
+
+
 def prepare(base_model: BaseModel, task: Task, config: TuningConfig) -> Progress:
     """A task's pairs as token ids, and a soft prompt at its start with an optimizer of its own."""
-    import torch
+    return begin(base_model, encode_task(base_model, task, config), config)
 
+
+def encode_task(base_model: BaseModel, task: Task, config: TuningConfig) -> EncodedTask:
+    """The pairs that the settings choose, as token ids. Without any torch, so it can run beside the training."""
     room = min(config.max_sequence_tokens, base_model.max_positions) - config.num_virtual_tokens
     chosen: dict[PairSplit, list[Pair]] = {
         "train": choose_pairs(task, "train", config.max_train_pairs, config.seed),
@@ -73,22 +91,37 @@ def prepare(base_model: BaseModel, task: Task, config: TuningConfig) -> Progress
             f"its longest row has {longest} tokens, soft ones included, although its input was cut; the base model takes "
             f"{base_model.max_positions}"
         )
-    initial = initial_embeddings(base_model, config, task)
-    precision = torch.promote_types(torch.float32, base_model.dtype)
-    prompt = torch.nn.Parameter(initial.to(base_model.device, precision, copy=True))
-    return Progress(
+    return EncodedTask(
         task=task,
         train=encoded["train"],
         validation=encoded["validation"],
         test=encoded["test"],
         test_outputs=[pair.output for pair in chosen["test"]],
         truncated=truncated,
+        failure=failure,
+    )
+
+
+def begin(base_model: BaseModel, encoded: EncodedTask, config: TuningConfig) -> Progress:
+    """The soft prompt at its start, with an optimizer of its own."""
+    import torch
+
+    initial = initial_embeddings(base_model, config, encoded.task)
+    precision = torch.promote_types(torch.float32, base_model.dtype)
+    prompt = torch.nn.Parameter(initial.to(base_model.device, precision, copy=True))
+    return Progress(
+        task=encoded.task,
+        train=encoded.train,
+        validation=encoded.validation,
+        test=encoded.test,
+        test_outputs=encoded.test_outputs,
+        truncated=encoded.truncated,
         prompt=prompt,
         initial=initial,
         optimizer=torch.optim.AdamW([prompt], lr=config.learning_rate, weight_decay=0.0),
-        order=random.Random(f"{config.seed}/{task.name}"),
+        order=random.Random(f"{config.seed}/{encoded.task.name}"),
         best=initial.clone(),
-        failure=failure,
+        failure=encoded.failure,
     )
 
 
