@@ -67,6 +67,17 @@ def test_scores_and_gradients_are_those_of_joined_rows(base_model: BaseModel, be
     torch.testing.assert_close(shared.grad, joined.grad, rtol=1e-3, atol=1e-5)
 
 
+def test_the_lead_is_embedded_as_the_model_embeds_it(base_model: BaseModel) -> None:
+    """Some models scale the rows of their embedding matrix."""
+    base_model.model.get_input_embeddings().register_forward_hook(lambda module, given, output: 3 * output)
+    prompts, texts = soft_prompts(base_model), ids(base_model, TEXTS)
+    prefixes = base_model.prefixes(prompts, shared_lead(texts))
+    assert prefixes is not None and prefixes.lead
+    expected = base_model.score_targets(prompts[OWNERS], texts, targets(base_model))
+    found = base_model.score_targets(prefixes.of_rows(OWNERS), texts, targets(base_model))
+    torch.testing.assert_close(found.log_likelihood, expected.log_likelihood, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("before", ["", "Sentence: "], ids=["bos", "template"])
 def test_greedy_texts_are_those_of_joined_rows(base_model: BaseModel, before: str) -> None:
     prompts, texts = soft_prompts(base_model), ids(base_model, [before + text for text in TEXTS])

@@ -110,7 +110,7 @@ class BaseModel:
 
         embeds = soft_prompts.to(self.dtype)
         if lead:
-            first = self.input_embeddings[torch.tensor(lead, device=self.device)]  # (L, D)
+            first = self.model.get_input_embeddings()(torch.tensor(lead, device=self.device))  # (L, D)
             embeds = torch.cat([embeds, first.expand(len(embeds), -1, -1)], dim=1)  # (G, K + L, D)
         output = self.model.base_model(inputs_embeds=embeds, use_cache=True)
         return prefixes_in(output.past_key_values, tuple(lead))
