@@ -76,6 +76,7 @@ def without_prefixes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(BaseModel, "prefixes", lambda self, soft_prompts, lead=(): None)
 
 
+@pytest.mark.filterwarnings("ignore")  # torch warns of what it does itself while it compiles
 def test_a_compiled_model_gives_the_same_prompts() -> None:
     config = replace(CONFIG, epochs=1)
     plain = tuned(tiny_base_model(), TASKS[:3], config)

@@ -97,7 +97,7 @@ def shared_lead(texts: Sequence[Sequence[int]]) -> tuple[int, ...]:
     """The first tokens that all texts have in common, at most all but the last one of the shortest."""
     if not texts:
         return ()
-    first, last = min(texts), max(texts)
+    first, last = min(map(list, texts)), max(map(list, texts))
     length = 0
     while length < min(map(len, texts)) - 1 and first[length] == last[length]:
         length += 1
