@@ -57,7 +57,7 @@ def config_of(arguments: argparse.Namespace, slots: int) -> TuningConfig:
     )
 
 
-def chosen_tasks(base: BaseModel, arguments: argparse.Namespace) -> list[Task]:
+def chosen_tasks(arguments: argparse.Namespace) -> list[Task]:
     """Tasks drawn from the DoD; the same ones for all ways."""
     chosen: list[Task] = []
     with DodStore.open(arguments.dod) as store:
@@ -86,7 +86,7 @@ def _mean_words(task: Task) -> tuple[float, float]:
 def run_way(arguments: argparse.Namespace) -> dict[str, Any]:
     """One way in this process."""
     base = load_base_model(arguments.base_model, dtype=arguments.dtype, device=arguments.device)
-    tasks = chosen_tasks(base, arguments)
+    tasks = chosen_tasks(arguments)
     way, _, slots = arguments.way.partition(" ")
     config = config_of(arguments, int(slots or 1))
     if way == "fleet":
@@ -162,7 +162,7 @@ def share_of_rate(arguments: argparse.Namespace, figures: dict[str, Any]) -> tup
     config = config_of(arguments, 1)
     row_tokens: list[int] = []
     projected = 0
-    for task in chosen_tasks(base, arguments):
+    for task in chosen_tasks(arguments):
         for row in prepare(base, task, config).train:
             row_tokens.append(row.num_tokens + config.num_virtual_tokens)
             projected += len(row.target)

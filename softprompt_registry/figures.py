@@ -101,3 +101,195 @@ def methods_compared(title: str, values: Mapping[str, Mapping[str, float]], metr
     axes.grid(axis="y", alpha=0.3)
     axes.legend()
     return figure
+
+
+PALETTE = ("#0072b2", "#c4500a", "#00795a", "#b0528a", "#8f6400", "#5b4bb5", "#7a5230", "#5f6770")
+"""Colours of series, told apart by colour-blind readers too and dark enough for white paper; a ninth series starts again,
+with other markers, lines and bars."""
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+_LINES = ("-", "--", "-.")
+_HATCHES = ("", "///", "...")
+_PAGE_WIDTH = 5.6
+"""Inches: about the width at which a page shows a figure, so that its letters are as large as the page's."""
+_LEGEND_LETTERS, _ROW_LETTERS = 60, 24
+"""Longer names begin a new line."""
+
+
+def means_with_intervals(
+    title: str,
+    values: Mapping[str, Mapping[str, tuple[float, float, float]]],
+    metrics: Sequence[str],
+    *,
+    chances: Mapping[str, float] | None = None,
+) -> Figure:
+    """A row per metric, best read from left to right: a dot for each method's mean, a bar for its interval.
+
+    Args:
+        values: by method, by metric: mean, low, high.
+        metrics: the rows, from the top.
+        chances: by metric the value that no information gives, drawn as a dotted line.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(_PAGE_WIDTH, 1.2 + len(metrics) * (0.3 + 0.16 * len(values))), layout="constrained")
+    axes = figure.subplots()
+    step = 0.8 / len(values)
+    lowest, highest = 0.0, 1.0
+    for number, (method, scores) in enumerate(values.items()):
+        shown = [(place, *scores[metric]) for place, metric in enumerate(metrics) if metric in scores]
+        if not shown:
+            continue
+        lowest, highest = min(lowest, *(low for _, _, low, _ in shown)), max(highest, *(high for *_, high in shown))
+        # Rounding may put a mean some 1e-17 outside its interval.
+        below = [max(0.0, mean - low) for _, mean, low, _ in shown]
+        above = [max(0.0, high - mean) for _, mean, _, high in shown]
+        axes.errorbar(
+            [mean for _, mean, _, _ in shown],
+            [place + (number - (len(values) - 1) / 2) * step for place, *_ in shown],
+            xerr=[below, above],
+            fmt=_marker(number),
+            markersize=5,
+            capsize=2,
+            color=PALETTE[number % len(PALETTE)],
+            label=_words(method, _LEGEND_LETTERS),
+        )
+    marked = [(place, chances[metric]) for place, metric in enumerate(metrics) if chances and metric in chances]
+    for number, (place, chance) in enumerate(marked):
+        label = None if number else "chance"
+        axes.plot([chance, chance], [place - 0.45, place + 0.45], color="#000000", linestyle=":", label=label)
+    axes.set_yticks(range(len(metrics)), [_words(metric, _ROW_LETTERS) for metric in metrics])
+    axes.set(title=title, xlim=(lowest - 0.03, highest + 0.03), ylim=(len(metrics) - 0.5, -0.5))
+    axes.grid(axis="x", alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    _legend_above(figure)
+    return figure
+
+
+def quality_by_coverage(title: str, curves: Mapping[str, Sequence[tuple[float, float]]], *, y: str) -> Figure:
+    """For each name steps through (coverage, quality), by growing coverage; a dotted line shows the quality of the last.
+
+    Each quality holds from the coverage before it.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(_PAGE_WIDTH, 4.2), layout="constrained")
+    axes = figure.subplots()
+    for number, (name, points) in enumerate(curves.items()):
+        colour = PALETTE[number % len(PALETTE)]
+        coverages, qualities = [0.0, *(c for c, _ in points)], [points[0][1], *(q for _, q in points)]
+        line = _LINES[number // len(PALETTE) % len(_LINES)]
+        axes.plot(coverages, qualities, line, drawstyle="steps-pre", color=colour, label=_words(name, _LEGEND_LETTERS))
+        axes.axhline(points[-1][1], color=colour, linestyle=":", linewidth=1)
+    axes.set(title=title, xlabel="share of tasks answered, most faithful first", ylabel=_words(y), xlim=(0, 1))
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    _legend_above(figure)
+    return figure
+
+
+def scatter(title: str, points: Mapping[str, Sequence[tuple[float, float]]], *, x: str, y: str) -> Figure:
+    """Points (x, y), with a colour and a marker for each name."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(_PAGE_WIDTH, 4.2), layout="constrained")
+    axes = figure.subplots()
+    for number, (name, places) in enumerate(points.items()):
+        axes.plot(
+            [left for left, _ in places],
+            [right for _, right in places],
+            _marker(number),
+            color=PALETTE[number % len(PALETTE)],
+            markersize=5,
+            alpha=0.6,
+            label=_words(name, _LEGEND_LETTERS),
+        )
+    axes.set(title=title, xlabel=_words(x), ylabel=_words(y))
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    _legend_above(figure)
+    return figure
+
+
+def grouped_bars(title: str, values: Mapping[str, Mapping[str, float]], groups: Sequence[str], *, x: str) -> Figure:
+    """Horizontal bars: a cluster per group, from the top, with a colour for each name; a missing value has no bar."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(_PAGE_WIDTH, 1.2 + len(groups) * (0.25 + 0.2 * len(values))), layout="constrained")
+    axes = figure.subplots()
+    height = 0.8 / len(values)
+    for number, (name, by_group) in enumerate(values.items()):
+        shown = [(place, by_group[group]) for place, group in enumerate(groups) if group in by_group]
+        bars = axes.barh(
+            [place + (number - (len(values) - 1) / 2) * height for place, _ in shown],
+            [value for _, value in shown],
+            height * 0.9,
+            color=PALETTE[number % len(PALETTE)],
+            hatch=_HATCHES[number // len(PALETTE) % len(_HATCHES)],
+            label=_words(name, _LEGEND_LETTERS),
+        )
+        axes.bar_label(bars, fmt="%.2f", fontsize=8, padding=2)
+    axes.set_yticks(range(len(groups)), [_words(group, _ROW_LETTERS) for group in groups])
+    lowest = min((value for by_group in values.values() for value in by_group.values()), default=0.0)
+    axes.set(title=title, xlabel=_words(x), xlim=(min(0.0, 1.1 * lowest), 1.08), ylim=(len(groups) - 0.5, -0.5))
+    axes.grid(axis="x", alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    _legend_above(figure)
+    return figure
+
+
+def _marker(number: int) -> str:
+    """Of a series: where the colours start again, the markers are shifted by one."""
+    return _MARKERS[(number + number // len(PALETTE)) % len(_MARKERS)]
+
+
+def _legend_above(figure: Figure) -> None:
+    """What the series are, in as many columns as their names leave room for."""
+    labels = figure.axes[0].get_legend_handles_labels()[1]
+    longest = max((len(line) for label in labels for line in label.splitlines()), default=0)
+    columns = 75 // (longest + 7)  # some 75 letters are as wide as the figure; the sign before a name is 7 wide
+    figure.legend(loc="outside upper left", ncols=max(1, min(3, columns, len(labels))), frameon=False, fontsize=9)
+
+
+def _words(text: str, letters: int = 100) -> str:
+    """A name that comes from outside, as matplotlib shows it unchanged, in lines of so many letters: "$" begins no formula,
+    and the legend leaves out what begins with "_"."""
+    import textwrap
+
+    plain = "\n".join(textwrap.wrap(text, letters)).replace("$", r"\$")
+    return f" {plain}" if plain.startswith("_") else plain
+
+
+def inline_svg(figure: Figure, name: str, alt: str, colours: Mapping[str, str]) -> str:
+    """A figure as SVG to stand inside a page: no title, which the page has, text as text, and the page's own colours.
+
+    The same figure and name give the same letters.
+
+    Args:
+        name: of letters and digits; makes the ids in the figure differ from those of the page's other figures.
+        alt: what the figure shows, in words.
+        colours: colour in the figure → what stands for it in the page.
+    """
+    import html
+    import io
+    import re
+    import warnings
+
+    import matplotlib
+
+    figure.axes[0].set_title("")
+    file = io.StringIO()
+    nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+    with warnings.catch_warnings(), matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
+        warnings.filterwarnings("ignore", message="Glyph .* missing from")  # the reader's browser has its own fonts
+        figure.savefig(file, format="svg", transparent=True, metadata=nothing)
+    svg = re.sub(r"<style.*?</style>", "", file.getvalue(), flags=re.DOTALL)  # it would hold for the whole page
+
+    def for_page(tag: re.Match[str]) -> str:
+        text = re.sub(r'( id="|url\(#|href="#)', rf"\1{name}-", tag.group())
+        for colour, in_page in colours.items():
+            text = text.replace(colour, in_page)
+        return re.sub(r"(\d\.\d\d)\d+", r"\1", text)
+
+    # Inside tags only: what stands between them are names from outside.
+    svg = re.sub(r"<[^>]*>", for_page, svg[svg.index("<svg") :])
+    return svg.replace("<svg ", f'<svg role="img" aria-label="{html.escape(alt)}" ', 1)

@@ -531,11 +531,8 @@ def test_a_finished_bank_is_taken_over_with_its_curves(base: BaseModel, tmp_path
     times = {path: path.stat().st_mtime_ns for path in (tmp_path / "bank").iterdir()}
     again = tune_soft_prompts(base, TASKS[:2], CONFIG, tmp_path / "bank", recorder=second)
     assert again.digest == bank.digest
-    for name in (
-        "finished_tasks",
-        "train_tokens_per_s",
-        "memory_halvings",
-    ):  # of the work itself, which is not done again
+    of_the_work_itself = ("finished_tasks", "train_tokens_per_s", "memory_halvings")  # which is not done again
+    for name in of_the_work_itself:
         del first.curves[name]
     assert (second.curves, second.notes) == (first.curves, [])
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "bank").iterdir()} == times

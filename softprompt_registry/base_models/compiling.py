@@ -12,8 +12,8 @@ FUSIBLE = ("Norm", "MLP")
 batch and gains little, as its time goes into matrix products."""
 
 
-def compile_parts(base_model: BaseModel) -> int:
-    """Compile the norms and MLPs of a base model in place, for all batch sizes and lengths; returns how many there are.
+def compile_parts(base_model: BaseModel) -> None:
+    """Compile the norms and MLPs of a base model in place, for all batch sizes and lengths.
 
     They are compiled when they first run, which takes about half a minute. Calling it again changes nothing.
 
@@ -31,4 +31,3 @@ def compile_parts(base_model: BaseModel) -> int:
     for part in outermost:
         if part._compiled_call_impl is None:
             part.compile(dynamic=True)
-    return len(outermost)

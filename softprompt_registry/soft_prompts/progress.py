@@ -28,29 +28,6 @@ class DodOrigin:
 
 
 @dataclass
-class Progress:
-    """A task while it is being tuned."""
-
-    task: Task
-    train: list[EncodedPair]
-    validation: list[EncodedPair]
-    test: list[EncodedPair]
-    test_outputs: list[str]
-    truncated: int
-    prompt: torch.nn.Parameter
-    initial: torch.Tensor
-    optimizer: torch.optim.Optimizer
-    order: random.Random
-    best: torch.Tensor
-    best_loss: float = math.inf
-    best_epoch: int = 0
-    failure: str | None = None
-    """Why the task cannot be tuned; None while all is well."""
-    train_losses: list[float] = field(default_factory=list)
-    validation_losses: list[float] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
 class EncodedTask:
     """A task's pairs as token ids."""
 
@@ -62,7 +39,22 @@ class EncodedTask:
     truncated: int
     """Inputs that had to be cut."""
     failure: str | None
-    """Why it cannot be tuned."""
+    """Why the task cannot be tuned; None while all is well."""
+
+
+@dataclass
+class Progress(EncodedTask):
+    """A task while it is being tuned."""
+
+    prompt: torch.nn.Parameter
+    initial: torch.Tensor
+    optimizer: torch.optim.Optimizer
+    order: random.Random
+    best: torch.Tensor
+    best_loss: float = math.inf
+    best_epoch: int = 0
+    train_losses: list[float] = field(default_factory=list)
+    validation_losses: list[float] = field(default_factory=list)
 
 
 def prepare(base_model: BaseModel, task: Task, config: TuningConfig) -> Progress:
@@ -110,18 +102,12 @@ def begin(base_model: BaseModel, encoded: EncodedTask, config: TuningConfig) -> 
     precision = torch.promote_types(torch.float32, base_model.dtype)
     prompt = torch.nn.Parameter(initial.to(base_model.device, precision, copy=True))
     return Progress(
-        task=encoded.task,
-        train=encoded.train,
-        validation=encoded.validation,
-        test=encoded.test,
-        test_outputs=encoded.test_outputs,
-        truncated=encoded.truncated,
+        **vars(encoded),
         prompt=prompt,
         initial=initial,
         optimizer=torch.optim.AdamW([prompt], lr=config.learning_rate, weight_decay=0.0),
         order=random.Random(f"{config.seed}/{encoded.task.name}"),
         best=initial.clone(),
-        failure=encoded.failure,
     )
 
 
