@@ -10,11 +10,14 @@ if TYPE_CHECKING:
 
     from softprompt_registry.base_models.frozen import BaseModel, JoinedBatch
 
+ENDED_SHARE = 1 / 8
+"""Of the rows of a batch; when so many have ended they are taken out, which copies the keys and values of the others."""
+
 
 class RowDecoder:
     """Rows that are continued together, with their keys and values kept from step to step.
 
-    `logits`: (B, V) float32, for the next token of each row that is left.
+    `logits`: (B, V) float32, or float64 of a model in float64, for the next token of each row that is left.
     """
 
     logits: torch.Tensor
@@ -22,6 +25,7 @@ class RowDecoder:
     def __init__(self, base_model: BaseModel, joined: JoinedBatch) -> None:
         """Reads the rows, which are padded on the left, up to where they are to be continued."""
         self._model = base_model.model
+        self._eos_id = base_model.eos_id
         self._mask = joined.attention_mask
         self._positions = joined.position_ids[:, -1:]
         self._run(inputs_embeds=joined.inputs_embeds, position_ids=joined.position_ids, past_key_values=joined.cache)
@@ -43,32 +47,40 @@ class RowDecoder:
         ids = torch.tensor(tokens, device=self._mask.device)[:, None]
         self._run(input_ids=ids, position_ids=self._positions, past_key_values=self._cache)
 
+    def greedy(self, max_new_tokens: int) -> list[list[int]]:
+        """The most likely continuation of each row, up to the end token (left out) or the length cap.
+
+        Returns:
+            A list of token ids for each row that was left at the call. Afterwards the decoder is used up.
+        """
+        found: list[list[int]] = [[] for _ in self._mask]
+        batch = list(range(len(found)))  # which row stands at each place of the batch
+        ended = [False] * len(found)
+        for step in range(max_new_tokens):
+            tokens: list[int] = self.logits.argmax(dim=1).tolist()
+            for row, token in zip(batch, tokens, strict=True):
+                ended[row] = ended[row] or token == self._eos_id
+                if not ended[row]:
+                    found[row].append(token)
+            going_on = [place for place, row in enumerate(batch) if not ended[row]]
+            if not going_on or step == max_new_tokens - 1:
+                break
+            if len(batch) - len(going_on) >= ENDED_SHARE * len(batch):
+                self.keep(going_on)
+                batch, tokens = [batch[place] for place in going_on], [tokens[place] for place in going_on]
+            self.feed(tokens)
+        return found
+
     def _run(self, **inputs: Any) -> None:
         import torch
 
         with torch.no_grad():
             output = self._model(attention_mask=self._mask, use_cache=True, logits_to_keep=1, **inputs)
         self._cache: Any = output.past_key_values
-        self.logits = output.logits[:, -1].float()  # (B, V)
+        logits = output.logits[:, -1]  # (B, V)
+        self.logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 def greedy(base_model: BaseModel, joined: JoinedBatch, max_new_tokens: int) -> list[list[int]]:
     """The most likely continuation of each row, up to the end token (left out) or the length cap."""
-    rows: list[list[int]] = [[] for _ in joined.attention_mask]
-    left = list(range(len(rows)))
-    decoder = RowDecoder(base_model, joined)
-    for _ in range(max_new_tokens):
-        tokens = decoder.logits.argmax(dim=1).tolist()
-        going_on = [place for place, token in enumerate(tokens) if token != base_model.eos_id]
-        if not going_on:
-            break
-        if len(going_on) < len(left):
-            decoder.keep(going_on)
-            left = [left[place] for place in going_on]
-        tokens = [tokens[place] for place in going_on]
-        for row, token in zip(left, tokens, strict=True):
-            rows[row].append(token)
-        if len(rows[left[0]]) == max_new_tokens:
-            break
-        decoder.feed(tokens)
-    return rows
+    return RowDecoder(base_model, joined).greedy(max_new_tokens)

@@ -1,0 +1,69 @@
+"""The decoder layers of a base model, found by their place and not by the names that each architecture gives them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from softprompt_registry.errors import ConfigError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from softprompt_registry.base_models.frozen import BaseModel
+
+
+def decoder_layers(base_model: BaseModel) -> list[nn.Module]:
+    """The L decoder layers, in the order in which they run.
+
+    They are the one `nn.ModuleList` that stands in no other one (as the experts of a layer do) and has as many members as the
+    config has layers.
+
+    Raises:
+        ConfigError: there is no such list, or more than one, or the model keeps other things for later tokens than all keys
+            and values, so that its rows cannot go on from a shared beginning.
+    """
+    import torch
+
+    expected = int(base_model.model.config.get_text_config(decoder=True).num_hidden_layers)
+    lists = _outermost_lists(base_model.model.base_model)
+    fitting = [name for name, modules in lists.items() if len(modules) == expected]
+    doing = f"finding the decoder layers of base model {base_model.ref}"
+    if len(fitting) != 1:
+        found = {name: len(modules) for name, modules in lists.items()}
+        raise ConfigError(
+            f"{doing}: its lists of modules have {found} members; expected exactly one list with the {expected} of its "
+            "config. Use a base model with one stack of decoder layers."
+        )
+    with torch.no_grad():
+        prefixes = base_model.prefixes(base_model.input_embeddings[None, :1])
+    if prefixes is None:
+        raise ConfigError(
+            f"{doing}: between tokens it keeps other things than all keys and values (a sliding window or a recurrent state, "
+            "for instance), expected those alone: hidden states are patched into rows that share their beginning. Use a "
+            "base model whose layers all attend to the whole text."
+        )
+    return list(lists[fitting[0]])
+
+
+def _outermost_lists(module: nn.Module, path: str = "") -> dict[str, nn.ModuleList]:
+    from torch import nn
+
+    lists: dict[str, nn.ModuleList] = {}
+    for name, child in module.named_children():
+        if isinstance(child, nn.ModuleList):
+            lists[f"{path}{name}"] = child
+        else:
+            lists |= _outermost_lists(child, f"{path}{name}.")
+    return lists
+
+
+def hidden_of(output: Any) -> torch.Tensor:
+    """(B, T, D): the hidden states in what a layer returned, which for some models is a tuple."""
+    hidden: torch.Tensor = output[0] if isinstance(output, tuple) else output
+    return hidden
+
+
+def with_hidden(output: Any, hidden: torch.Tensor) -> Any:
+    """What a layer returned, with other hidden states (B, T, D)."""
+    return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
