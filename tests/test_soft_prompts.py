@@ -142,7 +142,7 @@ def test_no_file_carries_a_path(tmp_path: Path) -> None:
 # Payloads -------------------------------------------------------------------------------------------------------------
 
 
-def test_a_payload_carries_numbers_base_model_and_task_and_nothing_else(tmp_path: Path) -> None:
+def test_a_payload_carries_numbers_base_model_and_what_a_verifier_needs(tmp_path: Path) -> None:
     soft_prompt = make()
     payload = soft_prompt.to_bytes()
     (tmp_path / "payload").write_bytes(payload)
@@ -153,12 +153,21 @@ def test_a_payload_carries_numbers_base_model_and_task_and_nothing_else(tmp_path
             "base_fingerprint": tiny_ref().fingerprint,
             "base_model": "tiny",
             "task": "moods",
+            "kind": "classification",
+            "template": "Sentence: {x} Label:",
         }
         assert list(file.keys()) == ["embeddings"]
     received = soft_prompt_from_bytes(payload, tiny_ref())
     assert torch.equal(received.embeddings, soft_prompt.embeddings)
-    assert (received.id, received.record.task, received.record.kind) == (soft_prompt.id, "moods", "unknown")
+    assert (received.id, received.record.task, received.record.kind) == (soft_prompt.id, "moods", "classification")
+    assert received.record.template == soft_prompt.record.template
     assert received.initial_embeddings is None and received.record.ground_truth == ""
+
+
+@pytest.mark.parametrize("template", ["no place for the input", "{x} and {x}", "{x}" + "a" * 500])
+def test_a_template_that_cannot_be_used_is_left_out(template: str) -> None:
+    received = soft_prompt_from_bytes(make(kind="poem", template=template).to_bytes(), tiny_ref())
+    assert (received.record.kind, received.record.template) == ("unknown", "")
 
 
 def test_the_saved_file_is_a_payload_too(tmp_path: Path) -> None:

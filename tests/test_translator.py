@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from tiny_llm import HIDDEN_SIZE, save_tiny_model, tiny_base_model
 
 from softprompt_registry.base_models.frozen import BaseModel
 from softprompt_registry.dod.task import Pair, Task
-from softprompt_registry.errors import ArtifactError, BaseModelMismatch, BusyError, DataError
+from softprompt_registry.errors import ArtifactError, BaseModelMismatch, BusyError, ConfigError, DataError
 from softprompt_registry.recording import NullRecorder
 from softprompt_registry.soft_prompts.bank import SoftPromptBank
 from softprompt_registry.soft_prompts.soft_prompt import SoftPrompt, SoftPromptRecord
@@ -204,6 +205,62 @@ def test_noise_dropout_and_order_follow_the_seed(tmp_path: Path) -> None:
     key = next(iter(kinds[0]))
     for number, one in enumerate(kinds):
         assert not any(torch.equal(one[key], other[key]) for other in kinds[:number])
+
+
+# Parts of the training tasks ------------------------------------------------------------------------------------------
+
+ONE_EPOCH = replace(CONFIG, epochs=1, lora_rank=1, target_modules=("q_proj",))
+
+
+def test_a_smaller_share_of_the_tasks_lies_within_a_larger_one(tmp_path: Path) -> None:
+    base = tiny_base_model()
+    names = [f"task {number}" for number in range(10)]
+    tasks = {name: replace(TASKS["moods"], name=name) for name in names}
+    bank = SoftPromptBank.save([soft_prompt(base, name, seed) for seed, name in enumerate(names)], tmp_path / "bank")
+    settings = replace(ONE_EPOCH, validation_share=0.2)
+    trained_on, held_out = {}, {}
+    for share in (0.01, 0.25, 0.5, 1.0):
+        config = replace(settings, train_share=share)
+        record = train_translator(base, bank, tasks, config, tmp_path / f"share {share}").record
+        held_out[share] = set(record.training["validation_tasks"])
+        trained_on[share] = set(record.train_tasks) - held_out[share]
+        assert list(record.train_tasks) == [name for name in names if name in trained_on[share] | held_out[share]]
+    # Two of ten are held out; of the other eight at least one is trained on.
+    assert [len(found) for found in trained_on.values()] == [1, 2, 4, 8]
+    assert trained_on[0.01] < trained_on[0.25] < trained_on[0.5] < trained_on[1.0]
+    assert len({frozenset(found) for found in held_out.values()}) == 1
+    config = replace(settings, train_share=0.5, seed=1)
+    other = train_translator(base, bank, tasks, config, tmp_path / "other seed").record
+    assert set(other.train_tasks) - set(other.training["validation_tasks"]) != trained_on[0.5]
+
+
+def test_only_the_first_hard_prompts_are_learned(tmp_path: Path) -> None:
+    """Training on the first of three hard prompts is training on a task that has no other."""
+    base = tiny_base_model()
+    bank = make_bank(base, tmp_path / "bank")
+    prompts = ("Say it.", "Say it again and again.", "Do not.")
+    made = {}
+    for name, kept, limit in (("all", 3, None), ("first", 3, 1), ("only", 1, None), ("two", 3, 2)):
+        tasks = {"moods": Task("moods", "generation", (Pair("x", "y"),), hard_prompts=prompts[:kept])}
+        config = replace(SHORT, max_hard_prompts=limit)
+        train_translator(base, bank, tasks, config, tmp_path / name)
+        made[name] = adapter(tmp_path / name)
+    key = next(name for name in made["all"] if "lora_B" in name)
+    assert torch.equal(made["first"][key], made["only"][key])
+    assert not torch.equal(made["first"][key], made["all"][key])
+    assert not torch.equal(made["two"][key], made["first"][key])
+
+
+def test_trainings_from_before_these_settings_are_gone_on_with() -> None:
+    assert "train_share" not in CONFIG.identity and "max_hard_prompts" not in CONFIG.identity
+    assert replace(CONFIG, train_share=0.5).identity == CONFIG.identity | {"train_share": 0.5}
+    assert replace(CONFIG, max_hard_prompts=1).identity == CONFIG.identity | {"max_hard_prompts": 1}
+
+
+@pytest.mark.parametrize("changes", [{"train_share": 0.0}, {"train_share": 1.1}, {"max_hard_prompts": 0}])
+def test_a_part_that_is_none_is_refused(changes: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=f"{next(iter(changes))} is .*, expected"):
+        replace(CONFIG, **changes)
 
 
 # Interrupted, started again, started twice ----------------------------------------------------------------------------

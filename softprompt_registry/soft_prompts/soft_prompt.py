@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from softprompt_registry.base_models.frozen import SEQUENCE_LAYOUT
 from softprompt_registry.base_models.reference import BaseModelRef
+from softprompt_registry.dod.task import TASK_KINDS
 from softprompt_registry.errors import ArtifactError
 from softprompt_registry.fingerprints import digest_of_texts
 from softprompt_registry.storage import (
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     import torch
 
 FORMAT_VERSION = 1
+MAX_TEMPLATE_CHARACTERS = 500
+"""Of a payload's template; a longer one is left out."""
 TENSORS_FILE = "soft_prompt.safetensors"
 RECORD_FILE = "soft_prompt.json"
 
@@ -117,10 +120,12 @@ class SoftPrompt:
         return cls(tensors["embeddings"], tensors.get("initial_embeddings"), record)
 
     def to_bytes(self) -> bytes:
-        """The safetensors payload that a served model takes (as base64): tuned numbers, base fingerprint, task name."""
+        """The safetensors payload that a served model takes (as base64): tuned numbers, base fingerprint, and the task's
+        name, kind and template, which a verifier needs."""
         from safetensors.torch import save
 
-        return save({"embeddings": self.embeddings.contiguous()}, metadata=self._header())
+        known = {"kind": self.record.kind, "template": self.record.template}
+        return save({"embeddings": self.embeddings.contiguous()}, metadata=self._header() | known)
 
     def _tensors(self) -> dict[str, torch.Tensor]:
         tensors = {"embeddings": self.embeddings.contiguous()}
@@ -215,7 +220,16 @@ def soft_prompt_from_bytes(payload: bytes, base: BaseModelRef) -> SoftPrompt:
         embeddings = embeddings.float()
     check_embeddings(embeddings, base, what)
     task = str(header.get("task", "unnamed"))[:200] or "unnamed"
-    return SoftPrompt(embeddings, None, SoftPromptRecord(task=task, kind="unknown", base_model=base, template=""))
+    kind = str(header.get("kind"))
+    template = str(header.get("template", ""))
+    record = SoftPromptRecord(
+        task=task,
+        kind=kind if kind in TASK_KINDS else "unknown",
+        base_model=base,
+        # Of no use without the place of the input, and from elsewhere: nothing to fail about.
+        template=template if template.count("{x}") == 1 and len(template) <= MAX_TEMPLATE_CHARACTERS else "",
+    )
+    return SoftPrompt(embeddings, None, record)
 
 
 def _bytes_of(tensor: torch.Tensor) -> bytes:

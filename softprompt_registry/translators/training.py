@@ -65,6 +65,11 @@ class TranslatorConfig:
     """Name the labels in a new order each epoch: their order is arbitrary, and a translator that learns it overfits."""
     noise: float = 0.0
     """Standard deviation of Gaussian noise on soft prompts, relative to that of all their values. Against overfitting."""
+    train_share: float = 1.0
+    """Train on this share of the training tasks only, drawn by the seed (paper, section 5.1.1: 12, 25 and 50 %). A smaller
+    share lies within a larger one, and the tasks held out for validation are the same at every share."""
+    max_hard_prompts: int | None = None
+    """Of a task with more hard prompts than this, only the first ones are learned. None takes all."""
     validation_share: float = 0.1
     """Share of the training tasks whose loss is measured each epoch and never trained on (paper: 10 % of all)."""
     keep_best: bool = False
@@ -81,6 +86,7 @@ class TranslatorConfig:
             "batch_size",
             "micro_batch_size",
             "max_target_tokens",
+            "max_hard_prompts",
             "checkpoint_every_epochs",
         )
         for name in counts:
@@ -93,15 +99,24 @@ class TranslatorConfig:
             raise ConfigError(
                 f"reading the translator settings: validation_share {self.validation_share} is not in [0, 1)."
             )
+        if not 0 < self.train_share <= 1:
+            raise ConfigError(
+                f"reading the translator settings: train_share is {self.train_share}, expected above 0 and at most 1."
+            )
 
     @property
     def identity(self) -> dict[str, Any]:
-        """The settings that make another translator of the same inputs. How a step is divided does not."""
-        return {name: value for name, value in asdict(self).items() if name != "micro_batch_size"}
+        """The settings that make another translator of the same inputs. How a step is divided does not.
+
+        Settings that came later count where they are set: what was begun before them is taken over.
+        """
+        later = {"train_share": 1.0, "max_hard_prompts": None}
+        settings = {name: value for name, value in asdict(self).items() if name != "micro_batch_size"}
+        return {name: value for name, value in settings.items() if name not in later or value != later[name]}
 
 
 @dataclass
-class _State:
+class TrainingState:
     """What a checkpoint holds."""
 
     epoch: int
@@ -164,7 +179,10 @@ def train_translator(
             f"training a translator: the tasks {missing[:5]} have no ground-truth hard prompt to learn from. "
             "Add hard_prompts to the DoD, or leave the tasks out."
         )
-    held_out = _validation_names(names, config)
+    held_out = validation_names(names, config.validation_share, config.seed)
+    chosen = _share_of([name for name in names if name not in held_out], config)
+    names = [name for name in names if name in held_out or name in chosen]
+    tasks = {name: _with_first_hard_prompts(tasks[name], config.max_hard_prompts) for name in names}
     soft_prompts = {name: bank.member(name) for name in names}
     learned = [[name, list(tasks[name].labels), list(tasks[name].hard_prompts)] for name in names]
     ref = base_model.ref
@@ -179,7 +197,7 @@ def train_translator(
         lora_dropout=config.lora_dropout,
         target_modules=list(config.target_modules),
     )
-    with _held_by_main(out, work, processes) as finished:
+    with held_by_main(out, work, processes) as finished:
         if finished:
             return _take_over(out, base_model, made_from, recorder)
         try:
@@ -202,17 +220,17 @@ def train_translator(
             train_tasks=tuple(names),
             training=asdict(config),
         )
-        checkpoint = _Checkpoint(work, made_from)
+        checkpoint = Checkpoint(work, made_from)
         translator = Translator(base_model, record, adapter_name)
         try:
-            state = checkpoint.load(parameters, optimizer) or _State(0, [], [])
+            state = checkpoint.load(parameters, optimizer) or TrainingState(0, [], [])
             if processes.totals(state.epoch != processes.main_says(state.epoch))[0]:
                 raise ArtifactError(
                     f"training a translator: the processes do not see the same checkpoint in {str(work)!r}; expected a "
                     "folder that the machines of all processes share. Choose such an output."
                 )
             for epoch, (train, validation) in enumerate(zip(state.train_losses, state.validation_losses, strict=True)):
-                _record_epoch(recorder, epoch, train, validation)
+                record_epoch(recorder, epoch, train, validation)
             with recorder.progress("train translator", config.epochs) as bar:
                 bar.advance(state.epoch)
                 for epoch in range(state.epoch, config.epochs):
@@ -224,7 +242,7 @@ def train_translator(
                             f"training a translator: in epoch {epoch + 1} the train loss became {train} and the validation "
                             f"loss {validation}; expected finite numbers. Lower the learning rate."
                         )
-                    _record_epoch(recorder, epoch, train, validation)
+                    record_epoch(recorder, epoch, train, validation)
                     state.train_losses.append(train)
                     state.validation_losses.append(validation)
                     state.epoch = epoch + 1
@@ -268,7 +286,7 @@ def train_translator(
 
 
 @contextlib.contextmanager
-def _held_by_main(out: Path, work: Path, processes: Processes) -> Iterator[bool]:
+def held_by_main(out: Path, work: Path, processes: Processes) -> Iterator[bool]:
     """The main process holds `work` for the block; gives True to all, and holds nothing, if `out` is finished."""
     with contextlib.ExitStack() as held:
         finished = False
@@ -284,7 +302,7 @@ def _take_over(out: Path, base_model: BaseModel, made_from: str, recorder: Recor
     finished = read_record(out).training
     require_same_origin("a translator", out, finished.get("made_from"), made_from)
     for epoch, losses in enumerate(zip(finished["train_losses"], finished["validation_losses"], strict=True)):
-        _record_epoch(recorder, epoch, *losses)
+        record_epoch(recorder, epoch, *losses)
     return Translator.load(out, base_model)
 
 
@@ -298,10 +316,22 @@ def target_text(task: Task, draw: random.Random | None) -> str:
     return task.hard_prompts[0] if draw is None else draw.choice(task.hard_prompts)
 
 
-def _validation_names(names: Sequence[str], config: TranslatorConfig) -> set[str]:
+def validation_names(names: Sequence[str], share: float, seed: int) -> set[str]:
+    """The tasks that are held out: a share of them, drawn by the seed."""
     # With few tasks a large share rounds up to all of them; one is left to train on.
-    count = min(round(len(names) * config.validation_share), len(names) - 1)
-    return set(random.Random(f"{config.seed}/validation").sample(sorted(names), count)) if count else set()
+    count = min(round(len(names) * share), len(names) - 1)
+    return set(random.Random(f"{seed}/validation").sample(sorted(names), count)) if count else set()
+
+
+def _share_of(names: Sequence[str], config: TranslatorConfig) -> set[str]:
+    """The first `train_share` of one drawn order, so that shares lie within each other; never none."""
+    order = sorted(names)
+    random.Random(f"{config.seed}/share").shuffle(order)
+    return set(order[: max(1, round(len(order) * config.train_share))])
+
+
+def _with_first_hard_prompts(task: Task, limit: int | None) -> Task:
+    return task if limit is None else replace(task, hard_prompts=task.hard_prompts[:limit])
 
 
 def _epoch(
@@ -390,20 +420,25 @@ def _summed_loss(base: BaseModel, soft: torch.Tensor, ids: Sequence[Sequence[int
     return -scores.log_likelihood.sum()
 
 
-def _record_epoch(recorder: Recorder, epoch: int, train: float, validation: float) -> None:
+def record_epoch(recorder: Recorder, epoch: int, train: float, validation: float) -> None:
+    """Losses of an epoch, which counts from 0 here and from 1 in the curves."""
     recorder.metric("train_loss", train, step=epoch + 1)
     recorder.metric("validation_loss", validation, step=epoch + 1)
 
 
-class _Checkpoint:
-    """Adapter, optimizer moments and losses of the last whole epoch, as safetensors and JSON (no pickle)."""
+class Checkpoint:
+    """What is trained, optimizer moments and losses of the last whole epoch, as safetensors and JSON (no pickle)."""
 
     def __init__(self, folder: Path, key: str) -> None:
+        """
+        Args:
+            key: of the training; a checkpoint of another one is not gone on with.
+        """
         self.folder = folder
         self.key = key
 
     def save(
-        self, parameters: Mapping[str, torch.nn.Parameter], optimizer: torch.optim.Optimizer, state: _State
+        self, parameters: Mapping[str, torch.nn.Parameter], optimizer: torch.optim.Optimizer, state: TrainingState
     ) -> None:
         from safetensors.torch import save_file
 
@@ -421,7 +456,9 @@ class _Checkpoint:
         for path in previous:
             path.unlink()
 
-    def load(self, parameters: Mapping[str, torch.nn.Parameter], optimizer: torch.optim.Optimizer) -> _State | None:
+    def load(
+        self, parameters: Mapping[str, torch.nn.Parameter], optimizer: torch.optim.Optimizer
+    ) -> TrainingState | None:
         """Put the last checkpoint of the same training in place; None if there is none."""
         stored = {}
         if (self.folder / "state.json").is_file():
@@ -435,7 +472,7 @@ class _Checkpoint:
             moments: dict[str, Any] = {m: tensors[f"{m}/{name}"] for m in ("exp_avg", "exp_avg_sq", "step")}
             device = parameter.device
             optimizer.state[parameter] = {m: value if m == "step" else value.to(device) for m, value in moments.items()}
-        return _State(**stored)
+        return TrainingState(**stored)
 
     def save_best(self, parameters: Mapping[str, torch.nn.Parameter]) -> None:
         from safetensors.torch import save_file

@@ -163,7 +163,7 @@ class Translator:
 
         Args:
             soft_prompts: B prompts of this base model, all with the same K.
-            prefill: the beginning of every text (paper, appendix A.10), kept in the result.
+            prefill: the beginning of every text (paper, appendix A.12), kept in the result.
             max_new_tokens: cap on the continuation.
             temperature: 0 is greedy.
             seed: of the sampling.
