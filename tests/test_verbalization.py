@@ -34,7 +34,8 @@ def tiny() -> BaseModel:
 
 
 def soft_prompt(task: str, embeddings: torch.Tensor) -> SoftPrompt:
-    return SoftPrompt(embeddings, None, SoftPromptRecord(task, "classification", tiny().ref, "{x}"))
+    """Of a generation task, whose texts are given as they are written, commas and all."""
+    return SoftPrompt(embeddings, None, SoftPromptRecord(task, "generation", tiny().ref, "{x}"))
 
 
 def random_prompt(task: str, seed: int, num_virtual_tokens: int = 4) -> SoftPrompt:
@@ -102,8 +103,9 @@ def test_a_verbalization_keeps_what_is_needed_to_make_it_again() -> None:
     )
     assert (second.text, second.candidates) == ("", ())
     record = json.loads(json.dumps(first.to_json()))
-    assert record["candidates"][0] == {"text": "y", "proposer": "table", "score": -0.5}
-    assert record["faithfulness"] is None and "no verifier" in record["reason"]
+    assert record["candidates"][0] == {"text": "y", "proposer": "table", "score": -0.5, "verified_score": None}
+    assert record["faithfulness"] is None and "not verified" in record["reason"]
+    assert Verbalization.from_json(record) == first
 
 
 @pytest.mark.parametrize("values", [{"num_candidates": 0}, {"max_new_tokens": 0}, {"temperature": 0.0}])

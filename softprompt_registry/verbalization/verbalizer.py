@@ -1,19 +1,23 @@
-"""From soft prompt to verbalization: proposers write candidates, the best one is kept.
+"""From soft prompt to verbalization: proposers write candidates, the verifier tries them, the best one is kept or none.
 
-The verifier, which scores candidates by what they make the base model do, is not part of this version. Until it is, the
-ranking is the proposer's own likelihood and `faithfulness` is None, with the reason beside it.
+Without anything to try candidates on, the ranking is the proposer's own likelihood and `faithfulness` is None, with the
+reason beside it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Protocol
 
 from softprompt_registry.errors import ConfigError
 from softprompt_registry.soft_prompts.soft_prompt import SoftPrompt
+from softprompt_registry.storage import complete_record
+from softprompt_registry.verbalization.abstention import AbstentionRule, decide
+from softprompt_registry.verbalization.verification import Verification
 
-NOT_VERIFIED = "not verified: this version has no verifier, candidates are ranked by the translator's own likelihood"
+RANKED_BY_OWN_SCORE = "candidates are ranked by the proposer's own score"
+NOT_VERIFIED = f"not verified: {RANKED_BY_OWN_SCORE}"
 
 
 @dataclass(frozen=True)
@@ -24,6 +28,8 @@ class Candidate:
     proposer: str
     score: float | None = None
     """The proposer's own score, higher is better: mean log-likelihood per token for a translator; None without one."""
+    verified_score: float | None = None
+    """The verifier's score, higher is better (see `Verification`); None where it was not asked."""
 
 
 @dataclass(frozen=True)
@@ -41,11 +47,33 @@ class Verbalization:
     max_new_tokens: int = 0
     translator_id: str | None = None
     faithfulness: float | None = None
+    """Share of the soft prompt's gain over no prompt that the text keeps; None where it was not verified, or where the soft
+    prompt gains nothing."""
+    faithfulness_interval: tuple[float, float] | None = None
+    """95 % bootstrap interval over the pairs or probe inputs."""
+    evidence: str | None = None
+    """What the text was tried on: `pairs` or `probe inputs`."""
     abstained: bool = False
+    """Whether the text must not be taken for what the soft prompt does; it is kept for a look at it."""
     reason: str | None = NOT_VERIFIED
+    """Why it was not verified or why it abstained."""
 
     def to_json(self) -> dict[str, Any]:
-        return {**asdict(self), "candidates": [asdict(candidate) for candidate in self.candidates]}
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, record: dict[str, Any]) -> Verbalization:
+        """What `to_json` gave.
+
+        Raises:
+            ArtifactError: an entry is missing.
+        """
+        with complete_record("a verbalization"):
+            values = {item.name: record[item.name] for item in fields(cls)}
+            values["candidates"] = tuple(Candidate(**candidate) for candidate in record["candidates"])
+            interval = record["faithfulness_interval"]
+            values["faithfulness_interval"] = None if interval is None else (interval[0], interval[1])
+            return cls(**values)
 
 
 @dataclass(frozen=True)
@@ -112,9 +140,48 @@ def verbalize(
     return results
 
 
+def verified(
+    verbalization: Verbalization, verification: Verification, rule: AbstentionRule, *, keep_text: bool = False
+) -> Verbalization:
+    """A verbalization with its candidates in the verifier's order, the best as its text unless the rule abstains.
+
+    Args:
+        verification: of this soft prompt, with every candidate among its texts.
+        keep_text: leave the text as it is and only judge it.
+    """
+    by_text = {item.text: item for item in verification.candidates}
+    order = {item.text: place for place, item in enumerate(verification.candidates)}
+    candidates = [
+        replace(candidate, verified_score=by_text[candidate.text].score) for candidate in verbalization.candidates
+    ]
+    if not keep_text:
+        candidates.sort(key=lambda candidate: order[candidate.text])
+    text = verbalization.text if keep_text or not candidates else candidates[0].text
+    chosen = by_text.get(text)
+    decision = decide(replace(verification, candidates=() if chosen is None else (chosen,)), rule)
+    interval = None
+    if chosen is not None and chosen.low is not None and chosen.high is not None:
+        interval = (chosen.low, chosen.high)
+    return replace(
+        verbalization,
+        text=text,
+        candidates=tuple(candidates),
+        faithfulness=None if chosen is None else chosen.faithfulness,
+        faithfulness_interval=interval,
+        evidence=verification.evidence,
+        abstained=decision.abstained,
+        reason=decision.reason,
+    )
+
+
+def distinct(candidates: Sequence[Candidate]) -> list[Candidate]:
+    """Without doubles, of which the first stays."""
+    by_text: dict[str, Candidate] = {}
+    for candidate in candidates:
+        by_text.setdefault(candidate.text, candidate)
+    return list(by_text.values())
+
+
 def rank(candidates: Sequence[Candidate]) -> list[Candidate]:
     """Highest score first, doubles dropped; the sort is stable."""
-    distinct: dict[str, Candidate] = {}
-    for candidate in candidates:
-        distinct.setdefault(candidate.text, candidate)
-    return sorted(distinct.values(), key=lambda c: float("-inf") if c.score is None else c.score, reverse=True)
+    return sorted(distinct(candidates), key=lambda c: float("-inf") if c.score is None else c.score, reverse=True)

@@ -1,0 +1,156 @@
+"""What a soft prompt makes the base model answer, put as an instruction: a baseline that reads no soft prompt from within."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Mapping, Sequence
+
+from softprompt_registry.base_models.frozen import BaseModel
+from softprompt_registry.base_models.reference import require_same_base
+from softprompt_registry.dod.task import Pair, PairSplit, Task, text_key
+from softprompt_registry.errors import ConfigError, DataError
+from softprompt_registry.soft_prompts.encoding import encode_pair
+from softprompt_registry.soft_prompts.performance import Trial, generate_answers
+from softprompt_registry.soft_prompts.soft_prompt import SoftPrompt
+from softprompt_registry.soft_prompts.token_budget import tokens_that_fit
+from softprompt_registry.verbalization.verbalizer import Candidate, VerbalizationConfig
+
+MAX_OUTPUTS = 8
+"""Different answers that a text names."""
+_WORDS_OF_A_SHORT_ANSWER = 4
+_PROMPTS_PER_PASS = 32
+
+
+class BehaviourProposer:
+    """One candidate: the greedy answers of the soft-prompted base model to a few inputs.
+
+    The answers are the model's own; the outputs that a task has for these inputs are not looked at. A soft prompt that
+    answers nothing at all gets no candidate. The settings' prefill and length cap play no part.
+
+    Raises:
+        ConfigError: a number below 1.
+        DataError: there are no inputs for a soft prompt, or its record has no template.
+        BaseModelMismatch: a soft prompt of another base model.
+    """
+
+    name = "behaviour"
+
+    def __init__(
+        self,
+        base_model: BaseModel,
+        inputs: Mapping[str, Sequence[str]] | Sequence[str],
+        *,
+        max_answer_tokens: int = 16,
+        max_input_tokens: int = 256,
+        tokens_per_forward: int | None = None,
+    ) -> None:
+        """
+        Args:
+            inputs: for each task (`held_out_inputs` takes them from a task), or the same for all soft prompts.
+            max_answer_tokens: length cap of an answer.
+            max_input_tokens: of the template with an input; longer inputs are cut.
+            tokens_per_forward: padded tokens of a forward pass; None takes what fits.
+        """
+        if min(max_answer_tokens, max_input_tokens, tokens_per_forward or 1) < 1:
+            raise ConfigError(
+                f"setting up the proposer {self.name!r}: max_answer_tokens={max_answer_tokens}, max_input_tokens="
+                f"{max_input_tokens}, tokens_per_forward={tokens_per_forward}; expected all above zero."
+            )
+        self.base_model = base_model
+        self.inputs = inputs
+        self.max_answer_tokens = max_answer_tokens
+        self.max_input_tokens = max_input_tokens
+        self.tokens_per_forward = tokens_per_forward
+
+    def propose(self, soft_prompts: Sequence[SoftPrompt], config: VerbalizationConfig) -> list[list[Candidate]]:
+        trials = [self._trial(soft_prompt) for soft_prompt in soft_prompts]
+        proposals: list[list[Candidate]] = [[] for _ in soft_prompts]
+        for size in sorted({soft_prompt.num_virtual_tokens for soft_prompt in soft_prompts}):
+            rows = [row for row, prompt in enumerate(soft_prompts) if prompt.num_virtual_tokens == size]
+            tokens = self.tokens_per_forward or tokens_that_fit(self.base_model, size)
+            for start in range(0, len(rows), _PROMPTS_PER_PASS):
+                piece = rows[start : start + _PROMPTS_PER_PASS]
+                answers = generate_answers(
+                    self.base_model,
+                    [trials[row] for row in piece],
+                    max_new_tokens=self.max_answer_tokens,
+                    tokens_per_forward=tokens,
+                )
+                for row, texts in zip(piece, answers, strict=True):
+                    text = instruction_to_answer(texts)
+                    proposals[row] = [Candidate(text, self.name)] if text else []
+        return proposals
+
+    def _trial(self, soft_prompt: SoftPrompt) -> Trial:
+        record = soft_prompt.record
+        require_same_base(
+            "watching what a soft prompt answers",
+            f"soft prompt {record.task!r}",
+            record.base_model,
+            "the loaded model",
+            self.base_model.ref,
+        )
+        inputs = self.inputs.get(record.task, ()) if isinstance(self.inputs, Mapping) else self.inputs
+        if not inputs:
+            raise DataError(
+                f"watching what soft prompt {record.task!r} answers: there are no inputs for it; expected at least one. "
+                "Hand some in under the task's name."
+            )
+        if "{x}" not in record.template:
+            raise DataError(
+                f"watching what soft prompt {record.task!r} answers: the template of its record is {record.template!r}; "
+                "expected a text with {x}, the place of the input. Use the saved soft prompt, whose record has it."
+            )
+        room = self.base_model.max_positions - soft_prompt.num_virtual_tokens - self.max_answer_tokens
+        # The pair's output stays empty: the prompt is all that is used of it.
+        pairs = tuple(Pair(text, "") for text in inputs)
+        prompts = [
+            encode_pair(self.base_model, record.template, pair, min(self.max_input_tokens, room))[0].prompt
+            for pair in pairs
+        ]
+        # Of kind `generation`, since answers to a classification task would be cut by the length of its labels.
+        task = Task("probe inputs", "generation", pairs)
+        return Trial(task, soft_prompt.embeddings.to(self.base_model.device), prompts, ())
+
+
+def held_out_inputs(task: Task, limit: int = 16, *, seed: int = 0) -> list[str]:
+    """At most `limit` different inputs that the task's soft prompt was not tuned on: of `test` pairs, then of `validation`.
+
+    Drawn by `seed` without a look at the outputs, so labels may be unevenly met. Empty if the task has no such pairs.
+    """
+    draw = random.Random(f"{seed}/{task.name}/inputs")
+    tuned_on = {pair.input for pair in task.pairs_of("train")}
+    chosen: dict[str, None] = {}
+    splits: tuple[PairSplit, ...] = ("test", "validation")
+    for split in splits:
+        inputs = [text for text in dict.fromkeys(pair.input for pair in task.pairs_of(split)) if text not in tuned_on]
+        draw.shuffle(inputs)
+        chosen |= dict.fromkeys(inputs)
+    return list(chosen)[:limit]
+
+
+def instruction_to_answer(answers: Sequence[str]) -> str:
+    """An instruction to give such answers; empty if none of them says anything.
+
+    Different answers, the most frequent first and of equally frequent ones the first, at most `MAX_OUTPUTS`; those that
+    differ only in case or white space are one, in its first spelling. Few short answers of which some came more than once
+    are taken for a list of all that can be answered, others for examples.
+    """
+    spelling: dict[str, str] = {}
+    counts: Counter[str] = Counter()
+    for answer in answers:
+        line = " ".join(answer.split())
+        if line:
+            spelling.setdefault(text_key(line), line)
+            counts[text_key(line)] += 1
+    different = [spelling[key] for key, _ in counts.most_common()]
+    if not different:
+        return ""
+    if len(different) == 1:
+        return f"Always answer: {different[0]}"
+    repeated = len(different) < counts.total()
+    short = all(len(answer.split()) <= _WORDS_OF_A_SHORT_ANSWER for answer in different)
+    if repeated and short and len(different) <= MAX_OUTPUTS:
+        return f"Answer with one of: {', '.join(different)}."
+    return f"Answer like this: {'; '.join(different[:MAX_OUTPUTS])}"

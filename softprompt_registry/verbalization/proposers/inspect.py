@@ -1,0 +1,110 @@
+"""What the base model itself says of a soft prompt when hidden states of the prompt are patched into it: InSPEcT.
+
+The training-free baseline of the paper (section 4.4). The layer pair decides how well it reads: choose it on training tasks
+(`evaluation/layer_grid.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from softprompt_registry.base_models.frozen import BaseModel
+from softprompt_registry.base_models.reference import require_same_base
+from softprompt_registry.errors import ConfigError
+from softprompt_registry.soft_prompts.soft_prompt import SoftPrompt
+from softprompt_registry.verbalization.patching import (
+    LayerPair,
+    PatchedRow,
+    check_pairs,
+    cut_description,
+    read_examples,
+    read_patched,
+    source_states,
+    target_prompt,
+)
+from softprompt_registry.verbalization.verbalizer import Candidate, VerbalizationConfig
+
+
+class InspectProposer:
+    """One greedy candidate for each layer pair, in the order of the pairs; soft prompts of the same K share batches.
+
+    Of the settings it takes `max_new_tokens`: there is no sampling, and a prefill would stand where the descriptions stand.
+
+    Args:
+        pair: one, or several; or one for each kind of task: label lists and instructions may be read best at different ones.
+        examples_folder: of example descriptions to use in place of our own (see `read_examples`).
+        rows_per_batch: see `read_patched`.
+
+    Raises:
+        ConfigError: there is no pair, none for the kind of a soft prompt, or one has a layer that the base model lacks.
+    """
+
+    name = "inspect"
+
+    def __init__(
+        self,
+        base_model: BaseModel,
+        pair: LayerPair | Sequence[LayerPair] | Mapping[str, LayerPair],
+        *,
+        examples_folder: str | Path | None = None,
+        rows_per_batch: int | None = None,
+    ) -> None:
+        self.base_model = base_model
+        self._by_kind = dict(pair) if isinstance(pair, Mapping) else None
+        self.pairs: list[LayerPair] = (
+            [pair] if isinstance(pair, LayerPair) else list(pair.values() if isinstance(pair, Mapping) else pair)
+        )
+        self.examples_folder = examples_folder
+        self.rows_per_batch = rows_per_batch
+        if not self.pairs:
+            raise ConfigError(
+                "setting up the proposer 'inspect': there is no layer pair; expected at least one. Choose it on training "
+                "tasks with the layer grid."
+            )
+        check_pairs(self.pairs, base_model.ref.num_layers)
+
+    def propose(self, soft_prompts: Sequence[SoftPrompt], config: VerbalizationConfig) -> list[list[Candidate]]:
+        import torch
+
+        groups: dict[tuple[bool, int], list[int]] = {}
+        for number, soft_prompt in enumerate(soft_prompts):
+            require_same_base(
+                "reading a soft prompt through patched layers",
+                f"soft prompt {soft_prompt.record.task!r}",
+                soft_prompt.record.base_model,
+                "the loaded model",
+                self.base_model.ref,
+            )
+            key = (soft_prompt.record.kind == "classification", soft_prompt.num_virtual_tokens)
+            groups.setdefault(key, []).append(number)
+        proposals: list[list[Candidate]] = [[] for _ in soft_prompts]
+        for members in groups.values():
+            kind = soft_prompts[members[0]].record.kind
+            pairs = self._pairs_for(kind)
+            examples = read_examples(kind, self.examples_folder)
+            stacked = torch.stack([soft_prompts[number].embeddings for number in members])  # (G, K, D)
+            found = read_patched(
+                self.base_model,
+                source_states(self.base_model, stacked),
+                [PatchedRow(place, pair) for place in range(len(members)) for pair in pairs],
+                target_prompt(self.base_model, examples),
+                max_new_tokens=config.max_new_tokens,
+                rows_per_batch=self.rows_per_batch,
+            )
+            texts = iter(found)
+            for number in members:
+                for pair in pairs:
+                    text = cut_description(self.base_model.decode(next(texts)))
+                    proposals[number].append(Candidate(text, f"{self.name}:{pair.source},{pair.target}"))
+        return proposals
+
+    def _pairs_for(self, kind: str) -> list[LayerPair]:
+        if self._by_kind is None:
+            return self.pairs
+        if kind not in self._by_kind:
+            raise ConfigError(
+                f"reading a soft prompt through patched layers: there is a layer pair for {list(self._by_kind)}, and none "
+                f"for a task of kind {kind!r}. Choose one on training tasks of that kind."
+            )
+        return [self._by_kind[kind]]
