@@ -133,7 +133,7 @@ def test_a_prefill_in_the_middle_of_a_text_is_what_was_found() -> None:
 def test_the_first_method_is_compared_with_every_other_one() -> None:
     result = evaluate(translator=PERFECT, partial=PARTIAL, silent=SILENT)
     assert list(result.comparisons) == ["partial", "silent"]
-    assert set(result.comparisons["silent"]) == set(COMPARED)
+    assert set(result.comparisons["silent"]) == set(COMPARED) - {"heldout_log_likelihood", "faithfulness"}
     f1 = result.comparisons["partial"]["label_f1"]
     assert f1.difference == pytest.approx((1 / 3 + 0) / 2)
     assert (f1.wins, f1.ties, f1.losses, f1.n) == (1, 1, 0, 2)

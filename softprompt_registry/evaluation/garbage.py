@@ -1,0 +1,136 @@
+"""Does the abstention rule see through soft prompts that say nothing?
+
+Three kinds of garbage stand in for the real soft prompts of the same tasks: vectors drawn at random, noise with the mean and
+spread of a real soft prompt, and a real one with its tokens in another order. The last may still do some of what the real one
+does, so the kinds are counted apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from softprompt_registry.base_models.frozen import BaseModel
+from softprompt_registry.errors import ConfigError
+from softprompt_registry.soft_prompts.soft_prompt import SoftPrompt
+from softprompt_registry.verbalization.verbalizer import Verbalization
+
+if TYPE_CHECKING:
+    import torch
+
+KINDS = ("random vectors", "noise", "shuffled tokens")
+
+
+@dataclass(frozen=True)
+class Garbage:
+    """A soft prompt that nobody tuned, in the place of one that was."""
+
+    kind: str
+    """One of `KINDS`."""
+    soft_prompt: SoftPrompt
+    """Its record is that of the real one: it claims to be for the same task."""
+
+
+def garbage_prompts(
+    base_model: BaseModel, soft_prompts: Sequence[SoftPrompt], count: int, *, seed: int = 0
+) -> list[Garbage]:
+    """`count` soft prompts of garbage, the kinds in turn, for the tasks of the real ones in turn.
+
+    Random vectors are normal, with mean and standard deviation of the base model's token embeddings; noise has those of the
+    real soft prompt, dimension by dimension over its K tokens. A soft prompt of one token cannot be shuffled and gives noise.
+
+    Raises:
+        ConfigError: there is no real soft prompt, or `count` is below 1.
+    """
+    import torch
+
+    if not soft_prompts or count < 1:
+        raise ConfigError(
+            f"making garbage soft prompts: found {len(soft_prompts)} real ones and a count of {count}, expected at least one "
+            "of each. Hand in soft prompts of a bank."
+        )
+    generator = torch.Generator().manual_seed(seed)
+    vocabulary = base_model.model.get_input_embeddings().weight.detach().float()
+    spread, middle = vocabulary.std().item(), vocabulary.mean().item()
+    made = []
+    for number in range(count):
+        real = soft_prompts[number // len(KINDS) % len(soft_prompts)]
+        kind = KINDS[number % len(KINDS)]
+        embeddings = real.embeddings.detach().float().cpu()
+        if kind == "shuffled tokens" and len(embeddings) == 1:
+            kind = "noise"
+        if kind == "random vectors":
+            changed = torch.randn(embeddings.shape, generator=generator) * spread + middle
+        elif kind == "noise":
+            changed = _noise_like(embeddings, generator)
+        else:
+            changed = embeddings[_other_order(len(embeddings), generator)]
+        made.append(Garbage(kind, replace(real, embeddings=changed.to(real.embeddings.dtype))))
+    return made
+
+
+def _noise_like(embeddings: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Normal noise (K, D) with the mean of each dimension over K tokens, and the spread of the whole about these means."""
+    import torch
+
+    means = embeddings.mean(dim=0, keepdim=True)
+    spread = (embeddings - means).std() if len(embeddings) > 1 else embeddings.std()
+    return means + spread * torch.randn(embeddings.shape, generator=generator)
+
+
+def _other_order(length: int, generator: torch.Generator) -> torch.Tensor:
+    import torch
+
+    order = torch.arange(length)
+    while torch.equal(order, torch.arange(length)):
+        order = torch.randperm(length, generator=generator)
+    return order
+
+
+@dataclass(frozen=True)
+class GarbageResult:
+    """How many pieces of garbage were refused, and how many good texts of real soft prompts were given."""
+
+    rows: dict[str, list[Any]]
+    """Columns kind, task, text, abstained, reason, faithfulness: one row per piece of garbage."""
+    metrics: dict[str, float]
+    """garbage_refused_share over all and per kind (`garbage_refused_share_noise`); good_passed_share of the real soft prompts
+    whose text is good, where there is one; real_passed_share of all real ones; how many of each."""
+
+
+def garbage_result(
+    garbage: Sequence[Garbage],
+    verbalized: Sequence[Verbalization],
+    real: Sequence[Verbalization],
+    good: Mapping[str, bool],
+) -> GarbageResult:
+    """Count.
+
+    Args:
+        verbalized: of each piece of garbage, judged by the rule.
+        real: of the real soft prompts, judged by the same rule.
+        good: by task, whether the real soft prompt's text says what the task is.
+    """
+    metrics = {"num_garbage": float(len(garbage)), "garbage_refused_share": _share(verbalized, abstained=True)}
+    for kind in KINDS:
+        of_kind = [text for item, text in zip(garbage, verbalized, strict=True) if item.kind == kind]
+        if of_kind:
+            metrics[f"garbage_refused_share_{kind.replace(' ', '_')}"] = _share(of_kind, abstained=True)
+    good_ones = [text for text in real if good[text.task]]
+    metrics |= {"num_good": float(len(good_ones)), "real_passed_share": _share(real, abstained=False)}
+    if good_ones:
+        metrics["good_passed_share"] = _share(good_ones, abstained=False)
+    rows: dict[str, list[Any]] = {
+        "kind": [item.kind for item in garbage],
+        "task": [text.task for text in verbalized],
+        "text": [text.text for text in verbalized],
+        "abstained": [text.abstained for text in verbalized],
+        "reason": [text.reason for text in verbalized],
+        "faithfulness": [text.faithfulness for text in verbalized],
+    }
+    return GarbageResult(rows, metrics)
+
+
+def _share(texts: Sequence[Verbalization], *, abstained: bool) -> float:
+    return sum(text.abstained == abstained for text in texts) / len(texts)

@@ -1,0 +1,366 @@
+"""The layer grid: what every layer pair of InSPEcT says of each soft prompt, and which pair to use.
+
+Paper: its Table 2 gives InSPEcT the best pair for each test task, found with that task's own labels, a choice that nobody can
+make who does not know them already. Here the pair is chosen on training tasks, as for the paper's Table 4 (appendix A.3), and
+the best of each test task stands beside it under the name oracle.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from statistics import fmean
+from typing import Any, NamedTuple
+
+from softprompt_registry.base_models.frozen import BaseModel
+from softprompt_registry.base_models.reference import BaseModelRef, require_same_base
+from softprompt_registry.dod.task import Task
+from softprompt_registry.errors import ArtifactError, ConfigError, DataError
+from softprompt_registry.evaluation.metrics import TextEncoder, cosine_similarity, label_score
+from softprompt_registry.fingerprints import SHORT, digest_of_json
+from softprompt_registry.recording import NullRecorder, ProgressBar, Recorder
+from softprompt_registry.soft_prompts.soft_prompt import SoftPrompt
+from softprompt_registry.storage import (
+    check_format_version,
+    complete_record,
+    forget,
+    locked,
+    read_json,
+    require_same_origin,
+    write_json,
+)
+from softprompt_registry.verbalization.patching import (
+    MAX_NEW_TOKENS,
+    LayerPair,
+    PatchedRow,
+    all_pairs,
+    cut_description,
+    read_examples,
+    read_patched,
+    source_states,
+    target_prompt,
+)
+
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class LayerGridConfig:
+    """Which pairs are tried, and how the texts are read."""
+
+    step: int = 1
+    """Distance of the layers that are tried; 1 is the full grid of L² pairs, 2 a quarter of them."""
+    max_new_tokens: int = MAX_NEW_TOKENS
+    """Length cap of a text before it is cut to its first description."""
+    examples_folder: str | None = None
+    """Folder with changed copies of the example descriptions; None takes our own."""
+    rows_per_batch: int | None = None
+    """Texts that are read together; None takes as many as fit in memory."""
+
+    def __post_init__(self) -> None:
+        if self.step < 1 or self.max_new_tokens < 1 or (self.rows_per_batch is not None and self.rows_per_batch < 1):
+            raise ConfigError(
+                f"reading the layer grid settings: step={self.step}, max_new_tokens={self.max_new_tokens}, rows_per_batch="
+                f"{self.rows_per_batch}; expected all above zero."
+            )
+
+
+@dataclass(frozen=True)
+class TaskReadings:
+    """What all pairs say of one soft prompt."""
+
+    task: str
+    kind: str
+    split: str
+    """Of the task: "train" chooses the pair, "test" measures it."""
+    truth: str
+    soft_prompt_id: str
+    texts: tuple[str, ...]
+    """One per pair of the grid, cut to the first description."""
+    scores: tuple[float, ...]
+    """Of these texts, see `score_texts`."""
+
+
+class ChosenPair(NamedTuple):
+    """The pair with the highest mean score over training tasks; of equal ones the first."""
+
+    pair: LayerPair
+    score: float
+    num_tasks: int
+
+
+class OracleReading(NamedTuple):
+    """The best text of one test task, chosen with the task's own truth."""
+
+    pair: LayerPair
+    text: str
+    score: float
+
+
+@dataclass(frozen=True)
+class LayerGrid:
+    """All readings of a bank's soft prompts, as an artifact: one JSON file.
+
+    Scores of classification tasks and of others are different things; `kind` keeps to the tasks of one kind, and without it
+    all count alike.
+    """
+
+    base_model: BaseModelRef
+    pairs: tuple[LayerPair, ...]
+    tasks: tuple[TaskReadings, ...]
+    settings: dict[str, Any] = field(default_factory=dict)
+    made_from: str | None = None
+    """Digest of soft prompts, tasks, base model and settings."""
+
+    def best_pair(self, kind: str | None = None) -> ChosenPair:
+        """The pair to use (appendix A.3).
+
+        Raises:
+            DataError: the grid has no training task of that kind.
+        """
+        means = self.mean_scores("train", kind)
+        best = max(means, key=means.__getitem__)
+        return ChosenPair(best, means[best], len(self._chosen("train", kind)))
+
+    def mean_scores(self, split: str, kind: str | None = None) -> dict[LayerPair, float]:
+        """Mean score of every pair over the tasks of a split.
+
+        Raises:
+            DataError: there is none.
+        """
+        readings = self._chosen(split, kind)
+        if not readings:
+            found = sorted({(item.split, item.kind) for item in self.tasks})
+            raise DataError(
+                f"averaging a layer grid: it has no {split} task{f' of kind {kind!r}' if kind else ''}, only tasks of "
+                f"{found}; expected at least one. Read soft prompts of such tasks too."
+            )
+        columns = zip(*(item.scores for item in readings), strict=True)
+        return {pair: fmean(column) for pair, column in zip(self.pairs, columns, strict=True)}
+
+    def oracle(self, kind: str | None = None) -> dict[str, OracleReading]:
+        """For each test task its own best text: an upper bound, not a method."""
+        found = {}
+        for item in self._chosen("test", kind):
+            best = max(range(len(self.pairs)), key=item.scores.__getitem__)
+            found[item.task] = OracleReading(self.pairs[best], item.texts[best], item.scores[best])
+        return found
+
+    def metrics(self, kind: str | None = None) -> dict[str, float]:
+        """The chosen pair with its mean score on training and on test tasks, and the oracle's on test tasks; what needs
+        test tasks is left out where there are none.
+
+        Raises:
+            DataError: the grid has no training task of that kind.
+        """
+        chosen = self.best_pair(kind)
+        oracle = self.oracle(kind)
+        metrics = {
+            "source_layer": float(chosen.pair.source),
+            "target_layer": float(chosen.pair.target),
+            "train_score": chosen.score,
+            "num_train_tasks": float(chosen.num_tasks),
+            "num_test_tasks": float(len(oracle)),
+        }
+        if oracle:
+            metrics["test_score"] = self.mean_scores("test", kind)[chosen.pair]
+            metrics["oracle_test_score"] = fmean(item.score for item in oracle.values())
+        return metrics
+
+    def table(self) -> dict[str, list[Any]]:
+        """Columns for people: a row for each task and pair."""
+        columns: dict[str, list[Any]] = {
+            name: [] for name in ("task", "kind", "split", "source", "target", "text", "score")
+        }
+        for item in self.tasks:
+            for pair, text, score in zip(self.pairs, item.texts, item.scores, strict=True):
+                values = (item.task, item.kind, item.split, pair.source, pair.target, text, round(score, 4))
+                for name, value in zip(columns, values, strict=True):
+                    columns[name].append(value)
+        return columns
+
+    def save(self, path: Path) -> None:
+        """Write the file whole or not at all."""
+        write_json(
+            path,
+            {
+                "format_version": FORMAT_VERSION,
+                "base_model": self.base_model.to_json(),
+                "made_from": self.made_from,
+                "settings": self.settings,
+                "pairs": self.pairs,
+                "tasks": [asdict(item) for item in self.tasks],
+            },
+        )
+
+    @classmethod
+    def load(cls, path: Path) -> LayerGrid:
+        """Read a file written by `save`.
+
+        Raises:
+            ArtifactError: it is missing, damaged or of another format version.
+        """
+        what = f"layer grid {str(path)!r}"
+        record = read_json(path, what)
+        check_format_version(record, FORMAT_VERSION, what)
+        with complete_record(what):
+            pairs = tuple(LayerPair(*pair) for pair in record["pairs"])
+            tasks = tuple(
+                TaskReadings(**{**item, "texts": tuple(item["texts"]), "scores": tuple(item["scores"])})
+                for item in record["tasks"]
+            )
+            grid = cls(
+                BaseModelRef.from_json(record["base_model"]), pairs, tasks, record["settings"], record["made_from"]
+            )
+        for item in tasks:
+            if not len(item.texts) == len(item.scores) == len(pairs):
+                raise ArtifactError(
+                    f"reading {what}: task {item.task!r} has {len(item.texts)} texts and {len(item.scores)} scores for "
+                    f"{len(pairs)} pairs; expected one of each for every pair. Make it again."
+                )
+        return grid
+
+    def _chosen(self, split: str, kind: str | None) -> list[TaskReadings]:
+        return [item for item in self.tasks if item.split == split and kind in (None, item.kind)]
+
+
+def score_texts(texts: Sequence[str], task: Task, encoder: TextEncoder) -> list[float]:
+    """How near each text is to the task's truth: what the pair is chosen by (appendix A.3).
+
+    For classification the mean of F1 and recall of the label set, with labels of several words as phrases; for other tasks
+    the cosine with the first ground-truth hard prompt.
+    """
+    if task.kind == "classification":
+        scores = [label_score(text, task.labels, mode="phrase") for text in texts]
+        return [(score.f1 + score.recall) / 2 for score in scores]
+    return cosine_similarity(texts, [task.ground_truth] * len(texts), encoder)
+
+
+def read_layer_grid(
+    base_model: BaseModel,
+    members: Sequence[tuple[SoftPrompt, Task]],
+    encoder: TextEncoder,
+    out: Path,
+    config: LayerGridConfig | None = None,
+    *,
+    recorder: Recorder | None = None,
+) -> LayerGrid:
+    """Read every soft prompt with every layer pair, score the texts and write the grid to `out`.
+
+    The texts of each soft prompt are on the disk, in `<out>.reading`, as soon as the last of them is read; a second start
+    with the same base model and settings goes on from there, and takes a finished grid as it is. A soft prompt shares no
+    batch with another one, so its texts depend on nothing but itself.
+
+    Args:
+        members: soft prompts with their tasks, of training tasks to choose a pair and of test tasks to measure it.
+        encoder: for tasks that are no classification.
+        out: a JSON file.
+
+    Raises:
+        DataError: there is no soft prompt, one belongs to another task, a task occurs twice or has no ground truth.
+        BaseModelMismatch: a soft prompt belongs to another base model.
+        ConfigError: the base model is no plain stack of decoder layers, or its context is too short (see `read_patched`).
+        ArtifactError: `out` holds a grid made from other soft prompts, tasks, settings or base model.
+        BusyError: another process reads a grid into `out`.
+    """
+    config = config or LayerGridConfig()
+    recorder = recorder or NullRecorder()
+    _check_members(base_model, members)
+    examples = {task.kind: read_examples(task.kind, config.examples_folder) for _, task in members}
+    settings = {"step": config.step, "max_new_tokens": config.max_new_tokens, "examples": examples}
+    origin = [base_model.ref.fingerprint, base_model.ref.dtype]
+    made_from = digest_of_json([*origin, settings, [[prompt.id, task.digest, task.split] for prompt, task in members]])
+    if out.exists():
+        return _take_over(out, made_from)
+    work = out.with_name(f"{out.name}.reading")
+    with locked(work):
+        if out.exists():  # another process finished it just now
+            forget(work)
+            return _take_over(out, made_from)
+        pairs = all_pairs(base_model.ref.num_layers, config.step)
+        tasks = []
+        with recorder.progress("read layer grid", len(members) * len(pairs)) as bar:
+            for soft_prompt, task in members:
+                texts_of = digest_of_json([*origin, {**settings, "examples": examples[task.kind]}])[:SHORT]
+                kept = work / texts_of / f"{soft_prompt.id}.json"
+                bar.advance(0, task.name)
+                texts = _texts(base_model, soft_prompt, pairs, examples[task.kind], config, kept, bar)
+                scores = score_texts(texts, task, encoder)
+                tasks.append(
+                    TaskReadings(
+                        task=task.name,
+                        kind=task.kind,
+                        split=task.split,
+                        truth=task.ground_truth,
+                        soft_prompt_id=soft_prompt.id,
+                        texts=tuple(texts),
+                        scores=tuple(scores),
+                    )
+                )
+        grid = LayerGrid(base_model.ref, tuple(pairs), tuple(tasks), settings, made_from)
+        grid.save(out)
+        forget(work)
+    return grid
+
+
+def _texts(
+    base_model: BaseModel,
+    soft_prompt: SoftPrompt,
+    pairs: Sequence[LayerPair],
+    examples: Sequence[str],
+    config: LayerGridConfig,
+    kept: Path,
+    bar: ProgressBar,
+) -> list[str]:
+    """What every pair says of one soft prompt, from the disk where an earlier start has left it."""
+    what = f"the readings of soft prompt {soft_prompt.record.task!r}"
+    if kept.exists():
+        record = read_json(kept, what)
+        check_format_version(record, FORMAT_VERSION, what)
+        bar.advance(len(pairs), "taken from an earlier start")
+        return list(record["texts"])
+    found = read_patched(
+        base_model,
+        source_states(base_model, soft_prompt.embeddings[None]),
+        [PatchedRow(0, pair) for pair in pairs],
+        target_prompt(base_model, examples),
+        max_new_tokens=config.max_new_tokens,
+        rows_per_batch=config.rows_per_batch,
+        on_rows=lambda rows: bar.advance(rows, soft_prompt.record.task),
+    )
+    texts = [cut_description(base_model.decode(ids)) for ids in found]
+    write_json(kept, {"format_version": FORMAT_VERSION, "texts": texts})
+    return texts
+
+
+def _take_over(out: Path, made_from: str) -> LayerGrid:
+    grid = LayerGrid.load(out)
+    require_same_origin("a layer grid", out, grid.made_from, made_from)
+    return grid
+
+
+def _check_members(base_model: BaseModel, members: Sequence[tuple[SoftPrompt, Task]]) -> None:
+    names = [task.name for _, task in members]
+    doubled = sorted({name for name in names if names.count(name) > 1})
+    if not members or doubled:
+        found = f"the tasks {doubled[:5]} occur twice" if doubled else "there is no soft prompt"
+        raise DataError(
+            f"reading a layer grid: {found}; expected soft prompts of distinct tasks. Correct the choice of them."
+        )
+    for soft_prompt, task in members:
+        if soft_prompt.record.task != task.name or not task.ground_truth:
+            found = f"soft prompt {soft_prompt.record.task!r} stands beside it"
+            if soft_prompt.record.task == task.name:
+                found = "it has no ground truth"
+            raise DataError(
+                f"reading a layer grid for task {task.name!r}: {found}; expected the task's own soft prompt, and labels or a "
+                "hard prompt to compare with. Choose other tasks, or correct this one."
+            )
+        require_same_base(
+            "reading a layer grid",
+            f"soft prompt {soft_prompt.record.task!r}",
+            soft_prompt.record.base_model,
+            "the loaded model",
+            base_model.ref,
+        )

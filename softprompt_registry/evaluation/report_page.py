@@ -1,0 +1,180 @@
+"""The page of an evaluation's report, which people read in a browser."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import unicodedata
+from collections.abc import Iterator
+from pathlib import Path
+from statistics import fmean
+from typing import Literal, NamedTuple
+
+from softprompt_registry.dod.audit_findings import plural
+from softprompt_registry.evaluation.analysis import label_pieces, missed_labels
+from softprompt_registry.evaluation.report_data import MethodReport, ReportData
+from softprompt_registry.evaluation.report_figures import METRIC_NAMES, metric_name, report_figures
+from softprompt_registry.evaluation.statistics import PairedComparison
+from softprompt_registry.figures import PALETTE, inline_svg
+
+FEW_TASKS = 20
+"""Below this the page warns that a bootstrap over tasks has little to draw from."""
+
+MIN_TASKS = 6
+"""On fewer tasks nothing is called the best: winning on all five is chance once in sixteen times (two-sided sign test)."""
+
+Tone = Literal["fine", "warning", "note"]
+
+_DIRECTIONS = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
+_PAGES = Path(__file__).parent / "pages"
+_COLOURS = {colour: f"var(--series-{number})" for number, colour in enumerate(PALETTE)} | {"#000000": "currentColor"}
+
+
+class Verdict(NamedTuple):
+    """Which method is best, and what speaks for and against believing it."""
+
+    tone: Tone
+    headline: str
+    points: tuple[tuple[Tone, str], ...]
+
+
+def verdict(data: ReportData) -> Verdict:
+    """The page's first lines. A method is called the best only if the paired intervals against all others lie above zero,
+    and on at least `MIN_TASKS` tasks."""
+    best = data.best
+    interval = best.intervals.get(data.ranked_by)
+    score = f"{metric_name(data.ranked_by)} {number(best.metrics[data.ranked_by])}"
+    if interval:
+        score += f" ({number(interval.low)} to {number(interval.high)})"
+    rivals = sorted(
+        (method for method in data.methods if method is not best), key=lambda method: -method.metrics[data.ranked_by]
+    )
+    leads = {item.other: item.metrics[data.ranked_by] for item in data.comparisons if item.method == best.name}
+    points = tuple(_lead(rival.name, leads.get(rival.name)) for rival in rivals) + tuple(_grounds(data, best))
+    if not rivals:
+        return Verdict("note", f"{best.name} reaches {score}; there is no other method to compare it with.", points)
+    is_clear = all(rival.name in leads and leads[rival.name].low > 0 for rival in rivals)
+    if is_clear and len(data.tasks) >= MIN_TASKS:
+        return Verdict("fine", f"{best.name} is the best method: {score}.", points)
+    return Verdict("warning", f"No method is clearly the best; {best.name} scores highest: {score}.", points)
+
+
+def _lead(rival: str, lead: PairedComparison | None) -> tuple[Tone, str]:
+    if lead is None:
+        return "warning", f"Not compared with {rival}, task by task."
+    size = f"{signed(lead.difference)} ({signed(lead.low)} to {signed(lead.high)})"
+    counts = f"better in {lead.wins}, equal in {lead.ties} and worse in {lead.losses} of {plural(lead.n, 'task')}"
+    if lead.low > 0:
+        return "fine", f"Ahead of {rival} by {size}: {counts}."
+    return "warning", f"The lead over {rival} may be chance: {size}, {counts}."
+
+
+def _grounds(data: ReportData, best: MethodReport) -> Iterator[tuple[Tone, str]]:
+    """What the best method's numbers rest on."""
+    total = len(data.tasks)
+    texts = [task.texts[best.name] for task in data.tasks]
+    ranks, chance = best.intervals.get("mpr_midrank"), data.chance("mpr_midrank")
+    if ranks and chance is not None and total > 1:
+        size = f"percentile rank {number(ranks.mean)} ({number(ranks.low)} to {number(ranks.high)}), chance {number(chance)}"
+        if ranks.low > chance:
+            yield "fine", f"Its texts tell the tasks apart: {size}."
+        else:
+            yield "warning", f"Its texts may not tell the tasks apart better than chance: {size}."
+    if total < FEW_TASKS:
+        yield "warning", f"Only {plural(total, 'task')}: the intervals say little about other tasks."
+    known = [text.faithfulness.value for text in texts if text.faithfulness and text.faithfulness.value is not None]
+    if known:
+        yield "note", f"Mean faithfulness {number(fmean(known))} over the {len(known)} of {total} texts that have one."
+    else:
+        yield "note", "Its faithfulness is not known: whether its texts act like the soft prompts is open."
+    answered = [text.scores[data.ranked_by] for text in texts if not text.abstained]
+    if len(answered) < total:
+        quality = f"; the others have {metric_name(data.ranked_by)} {number(fmean(answered))}" if answered else ""
+        yield "note", f"It abstains on {total - len(answered)} of {total} tasks, which count all the same{quality}."
+    if empty := sum(not text.text for text in texts):
+        yield "warning", f"{empty} of its {total} texts {'is' if empty == 1 else 'are'} empty, which scores lowest."
+
+
+def report_page(data: ReportData) -> str:
+    """One HTML page that needs nothing beside it: figures, style and script are inside, and nothing is fetched.
+
+    Filter and sort need JavaScript; everything else is there without it. No text of a model or a task is believed: all
+    are escaped, and the page allows no script but its own.
+    """
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+    from markupsafe import Markup
+
+    environment = Environment(
+        loader=FileSystemLoader(_PAGES),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(number=number, signed=signed, shown=shown_text, metric=metric_name)
+    environment.globals.update(pieces=label_pieces, missed=missed_labels, plural=plural, percent=percent)
+    script = (_PAGES / "report.js").read_text(encoding="utf-8")
+    plots = [
+        (plot.title, Markup(inline_svg(plot.figure, plot.name, shown_text(plot.alt), _COLOURS)), plot.caption)
+        for plot in report_figures(data)
+    ]
+    columns = [name for name in METRIC_NAMES if all(name in method.metrics for method in data.methods)]
+    keys = _sort_keys(data)
+    return environment.get_template("report.html.j2").render(
+        data=data,
+        verdict=verdict(data),
+        plots=plots,
+        columns=columns,
+        winners={metric: max(method.metrics[metric] for method in data.methods) for metric in columns},
+        all_metrics=[metric for metric in data.methods[0].metrics if not metric.endswith("_chance")],
+        series=[f"var(--series-{place % len(PALETTE)})" for place in range(len(data.methods))],
+        colours=PALETTE,
+        sort_titles=list(keys),
+        sort_values=list(zip(*keys.values(), strict=True)),
+        places={task.name: place for place, task in enumerate(data.tasks, start=1)},
+        script=Markup(script),
+        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+    )
+
+
+def _sort_keys(data: ReportData) -> dict[str, list[float | None]]:
+    """By title, a value for each task."""
+    keys: dict[str, list[float | None]] = {
+        f"{metric_name(data.ranked_by)} of {method.name}": [
+            task.texts[method.name].scores[data.ranked_by] for task in data.tasks
+        ]
+        for method in data.methods
+    }
+    if data.correlations:
+        keys["accuracy of the soft prompt"] = [task.accuracy for task in data.tasks]
+    for method in data.curves:
+        found = [task.texts[method].faithfulness for task in data.tasks]
+        keys[f"faithfulness of {method}"] = [value.value if value else None for value in found]
+    return keys
+
+
+def shown_text(text: str) -> str:
+    """The text with a mark in place of what no page can show: control characters, half characters, changes of direction."""
+    hidden = ("Cc", "Cs")
+    return "".join(
+        "\N{REPLACEMENT CHARACTER}"
+        if letter in _DIRECTIONS or (unicodedata.category(letter) in hidden and letter not in "\n\t")
+        else letter
+        for letter in text
+    )
+
+
+def number(value: float) -> str:
+    """Two decimals, with a real minus sign."""
+    return signed(value).removeprefix("+")
+
+
+def signed(value: float) -> str:
+    """Two decimals with a sign; zero has none."""
+    text = f"{value:+.2f}"
+    return "0.00" if text in ("+0.00", "-0.00") else text.replace("-", "\N{MINUS SIGN}")
+
+
+def percent(share: float) -> float:
+    """A share as a place on a bar that goes from 0 to 1; what lies beyond stands at its end."""
+    return round(100 * min(1.0, max(0.0, share)), 1)
