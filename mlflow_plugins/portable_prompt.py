@@ -10,7 +10,7 @@ import importlib.metadata
 import math
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -54,14 +54,20 @@ from softprompt_registry.translators.translator import (
     TranslatorRecord,
     read_record,
 )
+from softprompt_registry.verbalization.abstention import AbstentionRule
+from softprompt_registry.verbalization.evidence import TriedOn
 from softprompt_registry.verbalization.proposers.translator import TranslatorProposer
-from softprompt_registry.verbalization.verbalizer import VerbalizationConfig, verbalize
+from softprompt_registry.verbalization.verbalizer import Verbalization, VerbalizationConfig
+from softprompt_registry.verbalization.verifier import Verifier, VerifierConfig
+from softprompt_registry.verbalization.verifying import verbalize_verified
 
 if TYPE_CHECKING:
     import pandas as pd
 
 FLAVOR_NAME = "softprompt_portable_prompt"
 DEFAULT_MODEL_CONFIG: dict[str, Any] = ServingConfig().to_model_config()
+
+NOT_ASKED = "not asked: this row abstained, so there is no hard prompt to ask with"
 
 
 # --- The flavor ---
@@ -87,7 +93,10 @@ def default_signature() -> ModelSignature:
     """
     defaults = RequestParams()
     types = {int: "long", float: "double", str: "string", bool: "boolean"}
-    candidate = [Property("text", "string"), Property("proposer", "string"), Property("score", "double", False)]
+    candidate = [
+        *(Property(name, "string") for name in ("text", "proposer")),
+        *(Property(name, "double", False) for name in ("score", "verified_score")),
+    ]
     answer = [Property("input", "string"), Property("answer", "string", False), Property("error", "string", False)]
     usage = [
         *(Property(name, "long") for name in ("requests", "prompt_tokens", "completion_tokens")),
@@ -105,6 +114,8 @@ def default_signature() -> ModelSignature:
             [
                 ColSpec("string", "hard_prompt", required=False),
                 ColSpec("double", "faithfulness", required=False),
+                ColSpec(Array(DataType.double), "faithfulness_interval", required=False),
+                ColSpec("string", "evidence", required=False),
                 ColSpec("boolean", "abstained", required=False),
                 ColSpec("string", "reason", required=False),
                 ColSpec(Array(Object(candidate)), "candidates"),
@@ -227,6 +238,9 @@ class _ServedTranslator:
         self._translator = Translator.load(folder, base_model)
         # One row at a time: a text then depends on its own row alone, whoever shares the request.
         self._proposer = TranslatorProposer(self._translator, rows_per_batch=1)
+        # On the same base model, which is itself again when the translator has read.
+        self._verifier = Verifier(base_model, VerifierConfig(max_pairs=config.max_task_pairs))
+        self._rule = AbstentionRule(config.min_faithfulness)
         # The server answers in threads, while reading switches the adapter on in the one shared model.
         self._lock = threading.Lock()
 
@@ -245,9 +259,12 @@ class _ServedTranslator:
             if request.answer:
                 self._target.require()
             with self._trace(records, request) as results:
-                results += [self._verbalize_or_error(record, request) for record in records]
+                unexpected: list[RequestRefused] = []
+                results += [self._verbalize_or_error(record, request, unexpected) for record in records]
                 errors = [str(result["error"]) for result in results if result["error"] is not None]
                 if len(errors) == len(results):
+                    if unexpected:
+                        raise unexpected[0]
                     many = "" if len(errors) == 1 else f"none of the {len(errors)} rows can be used; the first: "
                     raise RequestRefused(many + errors[0])
                 if request.answer:
@@ -271,12 +288,18 @@ class _ServedTranslator:
             digests = [digest_of_json(str(record.get("soft_prompt")))[:SHORT] for record in records]
             span.set_inputs({"soft_prompt_digests": digests, "params": asdict(request)})
             yield results
-            span.set_outputs([{key: result[key] for key in ("hard_prompt", "usage", "error")} for result in results])
+            shown = ("hard_prompt", "faithfulness", "abstained", "usage", "error")
+            span.set_outputs([{key: result[key] for key in shown} for result in results])
 
-    def _verbalize_or_error(self, record: Mapping[Any, Any], request: RequestParams) -> dict[str, Any]:
+    def _verbalize_or_error(
+        self, record: Mapping[Any, Any], request: RequestParams, unexpected: list[RequestRefused]
+    ) -> dict[str, Any]:
+        """A row's result; faults of our own are added to `unexpected`, so that they spoil no other row either."""
         result: dict[str, Any] = {
             "hard_prompt": None,
             "faithfulness": None,
+            "faithfulness_interval": None,
+            "evidence": None,
             "abstained": None,
             "reason": None,
             "candidates": [],
@@ -288,11 +311,14 @@ class _ServedTranslator:
         }
         try:
             row = read_row(record, request, self._config)
-            made = self._verbalize(self._load(row), request)
+            made = self._verbalize(self._load(row), row, request)
         except SoftPromptError as error:
             result["error"] = shortened(str(error))
+        except Exception:
+            unexpected.append(internal_error())
+            result["error"] = unexpected[-1].sentence
         else:
-            result |= made
+            result |= _shown(made)
         return result
 
     def _load(self, row: Row) -> SoftPrompt:
@@ -313,7 +339,7 @@ class _ServedTranslator:
             )
         return loaded
 
-    def _verbalize(self, loaded: SoftPrompt, request: RequestParams) -> dict[str, Any]:
+    def _verbalize(self, loaded: SoftPrompt, row: Row, request: RequestParams) -> Verbalization:
         base = self._translator.base_model
         config = VerbalizationConfig(
             num_candidates=request.num_candidates,
@@ -322,6 +348,9 @@ class _ServedTranslator:
             temperature=request.temperature,
             seed=request.seed,
         )
+        tried_on = TriedOn(row.task_pairs or (), row.inputs or ()) if request.verify else TriedOn()
+        # Errors quote the task's name, which came from the client.
+        loaded = replace(loaded, record=replace(loaded.record, task="soft_prompt"))
         with self._lock:
             length = loaded.num_virtual_tokens + len(base.bos) + len(base.tokenize(request.prefill))
             if length + request.max_new_tokens > base.max_positions:
@@ -330,16 +359,16 @@ class _ServedTranslator:
                     f"{max(base.max_positions - length, 0)} new tokens of base model {base.ref}, but max_new_tokens is "
                     f"{request.max_new_tokens}. Lower it."
                 )
-            made = verbalize([loaded], self._proposer, config, translator_id=self._translator.id)[0]
-        return {
-            "hard_prompt": made.text,
-            "faithfulness": made.faithfulness,
-            "abstained": made.abstained,
-            "reason": made.reason,
-            "candidates": [
-                {"text": one.text, "proposer": one.proposer, "score": _finite(one.score)} for one in made.candidates
-            ],
-        }
+            (tried,) = verbalize_verified(
+                [loaded],
+                [self._proposer],
+                config,
+                self._verifier,
+                [tried_on],
+                self._rule,
+                translator_id=self._translator.id,
+            )
+        return tried.verbalization
 
     def _answer(self, records: Sequence[Mapping[Any, Any]], results: Sequence[dict[str, Any]]) -> None:
         """Write `answers` and `usage` into the good rows; all their questions share one deadline."""
@@ -349,9 +378,15 @@ class _ServedTranslator:
             for record, result in zip(records, results, strict=True)
             if result["error"] is None
         ]
-        questions = [(str(result["hard_prompt"]), text) for result, inputs in good for text in inputs]
-        replies = iter(self._target.ask(questions))
         for result, inputs in good:
+            if result["abstained"]:
+                result["answers"] = [{"input": text, "answer": None, "error": NOT_ASKED} for text in inputs]
+        asked = [(result, inputs) for result, inputs in good if not result["abstained"]]
+        questions = [(str(result["hard_prompt"]), text) for result, inputs in asked for text in inputs]
+        if not questions:
+            return
+        replies = iter(self._target.ask(questions))
+        for result, inputs in asked:
             own = [next(replies) for _ in inputs]
             result["answers"] = [
                 {"input": text, "answer": reply.text, "error": None}
@@ -362,6 +397,28 @@ class _ServedTranslator:
             result["usage"] = asdict(usage_of(own, self._target.config.prices if self._target.config else None))
 
 
-def _finite(score: float | None) -> float | None:
+def _shown(made: Verbalization) -> dict[str, Any]:
+    """The columns that a verbalization fills. An abstention is no answer: its texts stand among the candidates only."""
+    interval = made.faithfulness_interval
+    return {
+        "hard_prompt": None if made.abstained else made.text,
+        "faithfulness": _finite(made.faithfulness),
+        "faithfulness_interval": None if interval is None else [_finite(end) for end in interval],
+        "evidence": made.evidence,
+        "abstained": made.abstained,
+        "reason": made.reason,
+        "candidates": [
+            {
+                "text": one.text,
+                "proposer": one.proposer,
+                "score": _finite(one.score),
+                "verified_score": _finite(one.verified_score),
+            }
+            for one in made.candidates
+        ],
+    }
+
+
+def _finite(number: float | None) -> float | None:
     """NaN and infinity are not JSON."""
-    return score if score is not None and math.isfinite(score) else None
+    return number if number is not None and math.isfinite(number) else None

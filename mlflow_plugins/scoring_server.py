@@ -75,7 +75,8 @@ def read_body(body: bytes, content_type: str | None, config: ServingConfig) -> t
             f"{doing}: its Content-Type is {shortened(repr(media_type), 40)}, expected 'application/json'. Send that "
             "header, and the rows as JSON."
         )
-    limit = config.max_rows * (config.max_payload_bytes * 3 // 2 + config.max_inputs * config.max_input_characters)
+    texts = config.max_inputs + 2 * config.max_task_pairs
+    limit = config.max_rows * (config.max_payload_bytes * 3 // 2 + texts * config.max_input_characters)
     if len(body) > limit:
         raise RequestRefused(f"{doing}: it has {len(body)} bytes, expected at most {limit}. Send fewer rows.")
     try:

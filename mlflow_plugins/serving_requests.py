@@ -20,7 +20,9 @@ from typing import Any, Literal, get_args, get_type_hints
 from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import INTERNAL_ERROR, INVALID_PARAMETER_VALUE
 
+from softprompt_registry.dod.task import Pair
 from softprompt_registry.errors import ArtifactError, ConfigError, DataError
+from softprompt_registry.verbalization.verifying import DEFAULT_MIN_FAITHFULNESS
 
 _log = logging.getLogger(__name__)
 
@@ -88,7 +90,12 @@ class ServingConfig:
     max_inputs: int = 64
     """Inputs of one row."""
     max_input_characters: int = 20_000
-    """Of one input."""
+    """Of one input, and of one input or output in task_pairs."""
+    max_task_pairs: int = 64
+    """Of one row; all of them are used."""
+    min_faithfulness: float = DEFAULT_MIN_FAITHFULNESS
+    """A row abstains below it. A text that keeps half of the soft prompt's gain is nearer to it than to no prompt; that is no
+    measured number. Set the one that `softprompt evaluate` chose on training tasks (rule.json of its run)."""
     trace: bool = False
     """Record an MLflow trace per request: digests, texts made and tokens used, never payloads or inputs. Off, because
     without `MLFLOW_TRACKING_URI` MLflow starts a database in the server's current folder."""
@@ -130,7 +137,7 @@ class ServingConfig:
                     f"reading the serving settings: {name} is {shortened(repr(value), 100)}, expected "
                     f"{_readable(expected)}. Correct it in model_config or SERVING_MODEL_CONFIG."
                 )
-            if isinstance(value, int) and not isinstance(value, bool) and value < 1:
+            if expected is int and value < 1:
                 raise ConfigError(f"reading the serving settings: {name} is {value}, expected 1 or more. Raise it.")
         for part in ("{hard_prompt}", "{input}"):
             if part not in self.prompt_template:
@@ -244,6 +251,7 @@ class Row:
     soft_prompt: bytes | str
     """A safetensors payload, or a registry reference."""
     inputs: tuple[str, ...] | None
+    task_pairs: tuple[Pair, ...] | None
 
 
 def check_rows(rows: Sequence[Mapping[Any, Any]], config: ServingConfig) -> None:
@@ -272,8 +280,7 @@ def read_row(row: Mapping[Any, Any], params: RequestParams, config: ServingConfi
     inputs = _read_inputs(row.get("inputs"), config)
     if params.answer and inputs is None:
         raise DataError("reading inputs: answer is true, but this row has none; expected a list of strings. Add it.")
-    _check_task_pairs(row.get("task_pairs"))
-    return Row(soft_prompt, inputs)
+    return Row(soft_prompt, inputs, _read_task_pairs(row.get("task_pairs"), config))
 
 
 def _read_soft_prompt(value: object, config: ServingConfig) -> bytes | str:
@@ -326,28 +333,37 @@ def _read_inputs(value: Any, config: ServingConfig) -> tuple[str, ...] | None:
         raise DataError(f'{doing}: found {found}, expected a list of strings such as ["first", "second"]. Correct it.')
     if not 1 <= len(value) <= config.max_inputs:
         raise DataError(f"{doing}: found {len(value)} inputs, expected 1 to {config.max_inputs} per row.")
-    longest = max(len(text) for text in value)
+    _check_texts(value, doing, config)
+    return tuple(value)
+
+
+def _read_task_pairs(value: object, config: ServingConfig) -> tuple[Pair, ...] | None:
+    doing = "reading task_pairs"
+    if _is_missing(value):
+        return None
+    expected = 'expected a JSON list such as [{"input": "a text", "output": "a label"}]. Correct it, or leave it out.'
+    if not isinstance(value, str):
+        raise DataError(f"{doing}: found {kind_of(value)}, {expected}")
+    try:
+        pairs = json.loads(value)
+    except (ValueError, RecursionError):
+        raise DataError(f"{doing}: its {len(value)} characters are not JSON, {expected}") from None
+    if not isinstance(pairs, list) or not all(_is_pair(pair) for pair in pairs):
+        raise DataError(f"{doing}: found JSON of another form, {expected}")
+    if not 1 <= len(pairs) <= config.max_task_pairs:
+        raise DataError(f"{doing}: found {len(pairs)} pairs, expected 1 to {config.max_task_pairs} per row.")
+    _check_texts([pair[key] for pair in pairs for key in ("input", "output")], doing, config)
+    return tuple(Pair(pair["input"], pair["output"]) for pair in pairs)
+
+
+def _check_texts(texts: Sequence[str], doing: str, config: ServingConfig) -> None:
+    longest = max(len(text) for text in texts)
     if longest > config.max_input_characters:
         raise DataError(
             f"{doing}: the longest has {longest} characters, expected at most {config.max_input_characters}. Shorten it."
         )
-    return tuple(value)
-
-
-def _check_task_pairs(value: object) -> None:
-    """Pairs are for the verifier, which this version does not have; that they are well-formed is checked all the same,
-    so that a request does not start to fail when it comes."""
-    if _is_missing(value):
-        return
-    expected = 'expected a JSON list such as [{"input": "a text", "output": "a label"}]. Correct it, or leave it out.'
-    if not isinstance(value, str):
-        raise DataError(f"reading task_pairs: found {kind_of(value)}, {expected}")
-    try:
-        pairs = json.loads(value)
-    except (ValueError, RecursionError):
-        raise DataError(f"reading task_pairs: its {len(value)} characters are not JSON, {expected}") from None
-    if not isinstance(pairs, list) or not all(_is_pair(pair) for pair in pairs):
-        raise DataError(f"reading task_pairs: found JSON of another form, {expected}")
+    if not all(map(_is_unicode, texts)):
+        raise DataError(f"{doing}: a text has half of a surrogate pair in it, expected valid Unicode. Correct it.")
 
 
 def _is_pair(pair: object) -> bool:

@@ -22,12 +22,12 @@ from softprompt_registry.registry.registration import RegisteredVersion
 from softprompt_registry.soft_prompts.bank import SoftPromptBank
 from softprompt_registry.soft_prompts.tuning import TuningConfig
 from softprompt_registry.stages.evaluating import evaluate
+from softprompt_registry.stages.proposing import EvaluationConfig
 from softprompt_registry.stages.registering import register
 from softprompt_registry.stages.training import train
 from softprompt_registry.stages.tuning import tune
 from softprompt_registry.storage import write_text
 from softprompt_registry.translators.training import TranslatorConfig
-from softprompt_registry.verbalization.verbalizer import VerbalizationConfig
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class PipelineConfig:
     """Reference of the base model; None takes $SOFTPROMPT_BASE_MODEL, else the packaged one."""
     tuning: TuningConfig = field(default_factory=TuningConfig)
     translator: TranslatorConfig = field(default_factory=TranslatorConfig)
-    verbalization: VerbalizationConfig = field(default_factory=VerbalizationConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     policy: Policy = field(default_factory=Policy)
     """What promotion asks for."""
 
@@ -78,7 +78,7 @@ def run_pipeline(config: PipelineConfig, dod_path: Path, folder: Path) -> Pipeli
         with _timed("train translator", seconds):
             translator = train(base_model, bank.model_uri, dod_path, config.translator, folder / "translator")
         with _timed("verbalize and evaluate", seconds):
-            evaluated = evaluate(base_model, translator.model_uri, bank.model_uri, dod_path, config.verbalization)
+            evaluated = evaluate(base_model, translator.model_uri, bank.model_uri, dod_path, config.evaluation)
         with _timed("register and promote", seconds):
             registered = register(translator.model_uri, config.model_name)
             decision, refusal = _try_promote(registered, config.policy)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
+    from softprompt_registry.evaluation.statistics import PairedComparison
     from softprompt_registry.evaluation.verbalizations import Evaluation
 
 
@@ -36,7 +37,7 @@ def print_table(title: str, columns: Mapping[str, Sequence[Any]]) -> None:
 
 
 def print_evaluation(evaluation: Evaluation) -> None:
-    """Truth beside the first method's text, then the methods' means with chance levels and intervals."""
+    """Truth beside the first method's text, the methods' means, and the differences between methods with intervals."""
     first = next(iter(evaluation.methods))
     rows = evaluation.methods[first].rows
     print_table(
@@ -58,17 +59,39 @@ def print_evaluation(evaluation: Evaluation) -> None:
         "cosine": "cosine",
         "MPR (chance .50)": "mpr_midrank",
         "top-1": "top1",
+        "log-likelihood": "heldout_log_likelihood",
+        "faithfulness": "faithfulness",
+        "abstained": "abstained_share",
     }
+    means = [item.metrics for item in evaluation.methods.values()]
     print_table(
         f"Means over {len(rows)} tasks",
         {
             "method": list(evaluation.methods),
-            **{k: [item.metrics.get(v) for item in evaluation.methods.values()] for k, v in names.items()},
+            **{name: [of.get(key) for of in means] for name, key in names.items() if any(key in of for of in means)},
         },
     )
     for other, by_metric in evaluation.comparisons.items():
-        parts = [
-            f"{name} {c.difference:+.2f} [{c.low:+.2f}, {c.high:+.2f}] {c.wins}/{c.ties}/{c.losses}"
-            for name, c in by_metric.items()
-        ]
-        click.echo(f"{first} minus {other} (95 % interval, wins/ties/losses): " + "; ".join(parts))
+        _print_difference(f"{first} minus {other}", by_metric)
+    for name, by_metric in evaluation.verifier_effects.items():
+        _print_difference(f"{name} with the verifier minus without", by_metric)
+        if "heldout_log_likelihood" in by_metric:
+            click.echo(f"  {verifier_verdict(by_metric['heldout_log_likelihood'])}")
+
+
+def verifier_verdict(effect: PairedComparison) -> str:
+    """Whether the verifier's choice does better on held-out pairs that it did not choose on, in a sentence."""
+    measured = f"{effect.difference:+.3f} nats per token, 95 % interval {effect.low:+.3f} to {effect.high:+.3f}"
+    if effect.low > 0:
+        return f"The verifier's choice makes held-out pairs likelier than the first text does: {measured}."
+    if effect.high < 0:
+        return f"The verifier's choice makes held-out pairs less likely than the first text does: {measured}."
+    return f"The verifier's choice is not shown to make held-out pairs likelier than the first text does: {measured}."
+
+
+def _print_difference(title: str, by_metric: Mapping[str, PairedComparison]) -> None:
+    parts = [
+        f"{name} {c.difference:+.2f} [{c.low:+.2f}, {c.high:+.2f}] {c.wins}/{c.ties}/{c.losses}"
+        for name, c in by_metric.items()
+    ]
+    click.echo(f"{title} (95 % interval, wins/ties/losses): " + "; ".join(parts))

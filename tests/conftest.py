@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import shutil
@@ -43,17 +44,34 @@ def mlflow_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, _empty_mlflow_
 
     Database, artifacts and the current folder all lie below `tmp_path`.
     """
+    with _store_in(tmp_path, monkeypatch, _empty_mlflow_database) as uri:
+        yield uri
+
+
+@pytest.fixture(scope="module")
+def shared_folder(
+    tmp_path_factory: pytest.TempPathFactory, _empty_mlflow_database: Path, _tiny_folder: Path
+) -> Iterator[Path]:
+    """The same for all tests of a module, with the tiny base model; yields the current folder. Not beside `mlflow_store`."""
+    folder = tmp_path_factory.mktemp("shared")
+    with pytest.MonkeyPatch.context() as patch, _store_in(folder, patch, _empty_mlflow_database):
+        patch.setenv("SOFTPROMPT_BASE_MODEL", str(_tiny_folder))
+        yield folder
+
+
+@contextlib.contextmanager
+def _store_in(folder: Path, patch: pytest.MonkeyPatch, empty_database: Path) -> Iterator[str]:
     import mlflow
 
-    database = tmp_path / "mlflow.db"
-    shutil.copyfile(_empty_mlflow_database, database)
+    database = folder / "mlflow.db"
+    shutil.copyfile(empty_database, database)
     uri = f"sqlite:///{database}"
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
-    monkeypatch.delenv("MLFLOW_RUN_ID", raising=False)
+    patch.chdir(folder)
+    patch.setenv("MLFLOW_TRACKING_URI", uri)
+    patch.delenv("MLFLOW_RUN_ID", raising=False)
     _end_runs()
     mlflow.set_tracking_uri(uri)
-    experiment_id = mlflow.create_experiment("test", artifact_location=(tmp_path / "artifacts").as_uri())
+    experiment_id = mlflow.create_experiment("test", artifact_location=(folder / "artifacts").as_uri())
     mlflow.set_experiment(experiment_id=experiment_id)
     yield uri
     _end_runs()

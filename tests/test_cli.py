@@ -74,7 +74,9 @@ def test_the_chain_by_commands(
     assert "evaluat" in refused.stderr
 
     found = run_json("evaluate", "--dod", dod, "--bank", bank, "--translator", trained["model_uri"])
-    assert set(found["metrics"]) == {"translator", "nearest_tokens", "most_frequent_target"}
+    assert {"translator", "behaviour", "nearest_tokens", "most_frequent_target", "all+verifier"} <= set(
+        found["metrics"]
+    )
     assert found["metrics"]["translator"].keys() == found["metrics"]["nearest_tokens"].keys()
 
     registered = run_json("register", trained["model_uri"], "--name", "chain")

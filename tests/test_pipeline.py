@@ -16,7 +16,7 @@ from softprompt_registry.registry import conventions
 
 QUICK = [
     *("-s", "tuning.max_train_pairs=4", "-s", "tuning.max_test_pairs=2", "-s", "tuning.epochs=2"),
-    *("-s", "translator.epochs=3", "-s", "policy.minimum={}"),
+    *("-s", "translator.epochs=3", "-s", "policy.minimum={}", "-s", "evaluation.abstention.num_tasks=5"),
 ]
 
 
@@ -57,7 +57,9 @@ def test_everything_is_visible_in_mlflow(demo_result: Any, tmp_path: Path) -> No
     evaluate = stages["evaluate"]
     assert "verbalizations.json" in {item.path for item in client.list_artifacts(evaluate.info.run_id)}
     methods = client.search_runs([parent.info.experiment_id], f"tags.`mlflow.parentRunId` = '{evaluate.info.run_id}'")
-    assert {run.data.params["method"] for run in methods} == {"translator", "nearest_tokens", "most_frequent_target"}
+    assert {run.data.params["method"] for run in methods} == {
+        *("translator", "translator+verifier", "nearest_tokens", "most_frequent_target", "all+verifier")
+    }
     assert len({tuple(sorted(run.data.metrics)) for run in methods}) == 1
 
     base = mlflow.get_logged_model(tune.inputs.model_inputs[0].model_id)

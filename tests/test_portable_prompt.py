@@ -85,7 +85,12 @@ def test_a_good_row_gets_the_translators_own_text(portable: PortableModel, model
 
     assert result["hard_prompt"] == portable.text(**SHORT_TEXT) != ""
     assert result["candidates"] == [
-        {"text": result["hard_prompt"], "proposer": "translator:greedy", "score": result["candidates"][0]["score"]}
+        {
+            "text": result["hard_prompt"],
+            "proposer": "translator:greedy",
+            "score": result["candidates"][0]["score"],
+            "verified_score": None,
+        }
     ]
     assert result["candidates"][0]["score"] < 0
     assert (result["faithfulness"], result["abstained"], result["reason"]) == (None, False, NOT_VERIFIED)
@@ -120,8 +125,9 @@ def test_candidates_are_ranked_and_depend_on_the_seed_alone(portable: PortableMo
     assert len(scores) == 4 and scores == sorted(scores, reverse=True)
     assert alone["hard_prompt"] == alone["candidates"][0]["text"]
     assert other["candidates"] != alone["candidates"]
-    second = portable.text(1, **SHORT_TEXT, temperature=0.7, seed=4)
-    assert second in [candidate["text"] for candidate in alone["candidates"]]
+    third = portable.text(1, **SHORT_TEXT, temperature=0.7, seed=5)
+    assert "," not in third, "the proposer leaves it as it is"
+    assert third in [candidate["text"] for candidate in alone["candidates"]]
 
 
 def test_the_prefill_begins_every_text(portable: PortableModel, model: PyFuncModel) -> None:
@@ -177,13 +183,29 @@ def bad_rows(portable: PortableModel) -> dict[str, tuple[dict[str, Any], list[st
         "long input": ({"soft_prompt": soft, "inputs": ["x" * 20_001]}, ["20001 characters", "at most 20000"]),
         "pairs": ({"soft_prompt": soft, "task_pairs": "[{"}, ["reading task_pairs: its 2 characters are not JSON"]),
         "pair form": ({"soft_prompt": soft, "task_pairs": '[["a", "b"]]'}, ["JSON of another form"]),
+        "no pairs": ({"soft_prompt": soft, "task_pairs": "[]"}, ["found 0 pairs, expected 1 to 64"]),
+        "many pairs": ({"soft_prompt": soft, "task_pairs": pairs(65)}, ["found 65 pairs, expected 1 to 64"]),
+        "long pair": (
+            {"soft_prompt": soft, "task_pairs": pairs(1, "x" * 20_001)},
+            ["20001 characters", "at most 20000"],
+        ),
+        "pair too long": (
+            {"soft_prompt": soft, "task_pairs": pairs(4, "x" * 600)},
+            ["soft prompt 'soft_prompt' with pair 0", "its text and answer have", "602 tokens"],
+        ),
+        "surrogate": ({"soft_prompt": soft, "task_pairs": pairs(4, "\ud800")}, ["half of a surrogate pair"]),
+        "surrogate input": ({"soft_prompt": soft, "inputs": ["\ud800"] * 4}, ["half of a surrogate pair"]),
     }
+
+
+def pairs(count: int, output: str = "b") -> str:
+    return json.dumps([{"input": f"a {number}", "output": output} for number in range(count)])
 
 
 BAD_ROWS = (
     "wrong width, wrong rank, too many tokens, NaN, float64, other tensor, no fingerprint, other base, not base64, "
     "not ASCII, not safetensors, cut off, giant, empty, null, a list, other data URI, registry, inputs, input types, "
-    "no inputs, long input, pairs, pair form"
+    "no inputs, long input, pairs, pair form, no pairs, many pairs, long pair, pair too long, surrogate, surrogate input"
 ).split(", ")
 
 
@@ -341,9 +363,11 @@ def test_all_forms_of_a_body_become_rows(body: dict[str, Any], rows: list[dict[s
 
 
 def test_a_giant_body_is_refused_before_it_is_parsed() -> None:
-    config = ServingConfig(max_rows=1, max_payload_bytes=1000, max_inputs=1, max_input_characters=1000)
-    with pytest.raises(RequestRefused, match="it has 2501 bytes, expected at most 2500"):
-        read_body(b"{" * 2501, "application/json", config)
+    config = ServingConfig(
+        max_rows=1, max_payload_bytes=1000, max_inputs=1, max_task_pairs=1, max_input_characters=1000
+    )
+    with pytest.raises(RequestRefused, match="it has 4501 bytes, expected at most 4500"):
+        read_body(b"{" * 4501, "application/json", config)
 
 
 # --- Registry references ---
@@ -552,6 +576,7 @@ def test_another_base_model_fails_the_start_with_both_names(
     [
         ({"max_rows": "16"}, "max_rows is '16', expected int"),
         ({"max_rows": 0}, "max_rows is 0, expected 1 or more"),
+        ({"min_faithfulness": None}, "min_faithfulness is None, expected float"),
         ({"dtype": "int8"}, "dtype is 'int8', expected 'float32' or 'bfloat16' or null"),
         ({"prompt_template": "{input}"}, "has no '{hard_prompt}'"),
         ({"maxrows": 1}, r"\['maxrows'\] are unknown; known are \['base_model'"),

@@ -9,7 +9,7 @@ from typing import Any
 
 import mlflow
 import pytest
-from logged_models import FINGERPRINT, OTHER_FINGERPRINT, log_chain, log_evaluation
+from logged_models import DOD_DIGEST, FINGERPRINT, OTHER_FINGERPRINT, log_chain, log_evaluation
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
@@ -152,6 +152,45 @@ def test_an_evaluation_after_the_registration_counts(store: MlflowClient) -> Non
     model_id = register_translator(label_f1=0.25)
     log_evaluation(model_id, label_f1=0.75)
     assert promote("translator", policy=Policy(minimum={"label_f1": 0.5})).rules[0].found == 0.75
+
+
+def log_evaluation_on(store: MlflowClient, model_id: str, name: str, digest: str, **metrics: float) -> None:
+    """As the stage and MLflow's evaluators do it: each value says which dataset it was measured on."""
+    with mlflow.start_run() as run:
+        for metric, value in metrics.items():
+            store.log_metric(
+                run.info.run_id,
+                f"evaluation.{metric}",
+                value,
+                model_id=model_id,
+                dataset_name=name,
+                dataset_digest=digest[:36],
+            )
+
+
+def test_an_evaluation_on_other_data_does_not_stand_in_for_one_on_the_models_own_dod(store: MlflowClient) -> None:
+    """The newest value counted once, whatever it was measured on: three easy rows were enough for a promotion."""
+    model_id = register_translator()
+    log_evaluation_on(store, model_id, "sample", DOD_DIGEST, label_f1=0.25, label_recall=0.5)
+    log_evaluation_on(store, model_id, "three easy rows", "e5" * 32, label_f1=1.0, rouge_l=1.0)
+    with pytest.raises(PromotionRefused) as caught:
+        promote("translator", policy=Policy(minimum={"label_f1": 0.4, "rouge_l": 0.5}))
+    assert "minimum label_f1: failed, required 0.4, found 0.25" in str(caught.value)
+    assert "minimum rouge_l: failed, required 0.5, found none" in str(caught.value)
+    decision = promote("translator", policy=Policy(minimum={"label_f1": 0.25, "label_recall": 0.5}))
+    assert [rule.found for rule in decision.rules] == [0.25, 0.5]
+    log_evaluation_on(store, model_id, "sample", DOD_DIGEST, label_f1=0.75)
+    assert promote("translator", policy=Policy(minimum={"label_f1": 0.4})).rules[0].found == 0.75
+
+
+def test_without_an_evaluation_on_its_own_dod_values_of_different_datasets_are_not_mixed(store: MlflowClient) -> None:
+    model_id = register_translator()
+    log_evaluation_on(store, model_id, "first", "f1" * 32, label_f1=0.75, rouge_l=0.75)
+    log_evaluation_on(store, model_id, "second", "2d" * 32, label_f1=0.5)
+    decision = promote("translator", policy=Policy(minimum={"label_f1": 0.5}))
+    assert decision.rules[0].found == 0.5
+    with pytest.raises(PromotionRefused, match="minimum rouge_l: failed, required 0.5, found none"):
+        promote("translator", policy=Policy(minimum={"rouge_l": 0.5}))
 
 
 def test_the_tags_stand_in_for_a_deleted_logged_model(store: MlflowClient) -> None:

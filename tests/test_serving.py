@@ -20,7 +20,14 @@ import pytest
 from portable_models import PortableModel, encoded, make_portable_model
 from tiny_llm import tiny_base_model
 
+from softprompt_registry.dod.task import Pair
 from softprompt_registry.soft_prompts.soft_prompt import SoftPrompt, SoftPromptRecord
+from softprompt_registry.verbalization.abstention import AbstentionRule
+from softprompt_registry.verbalization.evidence import TriedOn
+from softprompt_registry.verbalization.proposers.translator import TranslatorProposer
+from softprompt_registry.verbalization.verbalizer import VerbalizationConfig
+from softprompt_registry.verbalization.verifier import Verifier
+from softprompt_registry.verbalization.verifying import verbalize_verified
 
 START_S = 240
 MARK = "PAYLOAD" * 500
@@ -125,10 +132,46 @@ def test_a_good_reply_is_strict_json_with_every_column(served: Served) -> None:
     row = json.loads(reply, parse_constant=no_constant)["predictions"][0]
     assert status == 200
     assert list(row) == [
-        "hard_prompt", "faithfulness", "abstained", "reason", "candidates", "answers", "usage", "base_fingerprint",
-        "translator", "error",
+        "hard_prompt", "faithfulness", "faithfulness_interval", "evidence", "abstained", "reason", "candidates", "answers",
+        "usage", "base_fingerprint", "translator", "error",
     ]  # fmt: skip
     assert row["faithfulness"] is None and len(row["candidates"]) == 2
+
+
+def test_rows_with_pairs_or_inputs_are_verified(served: Served) -> None:
+    """By the served rule, half of the soft prompt's gain, and with the numbers of the library on the same model."""
+    prompt = served.portable.soft_prompt()
+    inputs = ["a fine day", "rain", "the sea", "no"]
+    pairs = [{"input": text, "output": "xy"[number % 2]} for number, text in enumerate(inputs)]
+    rows: list[dict[str, Any]] = [
+        {**served.good_row(), "task_pairs": json.dumps(pairs)},
+        {**served.good_row(), "inputs": inputs},
+        {**served.good_row(), "task_pairs": json.dumps([{"input": MARK, "output": MARK}] * 4)},
+        served.good_row(),
+    ]
+    status, reply = served.post({"dataframe_records": rows, "params": {**PARAMS, "num_candidates": 3}})
+    *verified, bad, plain = json.loads(reply)["predictions"]
+    assert status == 200
+    native = verbalize_verified(
+        [prompt, prompt],
+        [TranslatorProposer(served.portable.translator, rows_per_batch=1)],
+        VerbalizationConfig(num_candidates=3, **PARAMS),
+        Verifier(served.portable.base_model),
+        [TriedOn(pairs=tuple(Pair(**pair) for pair in pairs)), TriedOn(inputs=tuple(inputs))],
+        AbstentionRule(0.5),
+    )
+    for row, tried, evidence in zip(verified, native, ("pairs", "probe inputs"), strict=True):
+        expected = tried.verbalization
+        assert row["error"] is None and row["evidence"] == evidence
+        assert row["faithfulness"] == pytest.approx(expected.faithfulness, abs=1e-3)
+        assert row["abstained"] is expected.abstained
+        assert row["hard_prompt"] == (None if expected.abstained else expected.text)
+        assert [one["text"] for one in row["candidates"]] == [one.text for one in expected.candidates]
+        assert [one["verified_score"] for one in row["candidates"]] == pytest.approx(
+            [one.verified_score for one in expected.candidates], rel=1e-3
+        )
+    assert "tokens" in bad["error"] and bad["candidates"] == [] and MARK[:20] not in reply
+    assert plain["hard_prompt"] == plain["candidates"][0]["text"] and "not verified" in plain["reason"]
 
 
 def test_a_bad_row_among_good_ones(served: Served) -> None:
@@ -183,6 +226,7 @@ def bad_requests(served: Served) -> dict[str, tuple[object, str]]:
         "registry": (rows({"soft_prompt": f"models:/{MARK}/1"}), "allow_registry_references is false"),
         "no target": (rows({**good, "inputs": [MARK]}, answer=True), "this server has no target LLM"),
         "task pairs": (rows({**good, "task_pairs": MARK}), "are not JSON"),
+        "65 pairs": (rows({**good, "task_pairs": json.dumps([{"input": MARK, "output": "x"}] * 65)}), "found 65 pairs"),
     }
 
 

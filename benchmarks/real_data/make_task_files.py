@@ -6,7 +6,8 @@
 line and one task record per line. `--inspect` holds `{sst2,sst5,trec,subj,agnews}_{train,validation,test}.jsonl.gz` with
 `text` and `label`. Tasks are chosen by a rule fixed before any result was seen: shortest mean input first, at most two of
 a category, outputs of at most 12 words and definitions of at most 80 words on average; 16 of the benchmark's training
-tasks and 8 of its test tasks.
+tasks and 8 of its test tasks. `--train`, `--test` and `--per-category` change these numbers; `--sample` adds the tasks of the
+sample DoD, so that there are label lists to learn from.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ WHAT = {
     "subj": "the sentence",
     "agnews": "the topic of the news text",
 }
-COUNTS = {"train": 16, "test": 8}
+SAMPLE = Path(__file__).parents[2] / "softprompt_registry/sample/dod"
 
 
 def read(path: Path) -> Iterator[dict[str, Any]]:
@@ -54,6 +55,10 @@ def main() -> None:
     parser.add_argument("--super-natural", type=Path, required=True)
     parser.add_argument("--inspect", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--train", type=int, default=16, help="training tasks of Super-NaturalInstructions")
+    parser.add_argument("--test", type=int, default=8, help="test tasks of Super-NaturalInstructions")
+    parser.add_argument("--per-category", type=int, default=2, help="tasks of one category at most")
+    parser.add_argument("--sample", action="store_true", help="the sample DoD's tasks too")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True)
 
@@ -64,12 +69,12 @@ def main() -> None:
     ordered = sorted(pairs, key=lambda name: (words([pair["input"] for pair in pairs[name]]), name))
 
     records = []
-    for split, count in COUNTS.items():
+    for split, count in (("train", arguments.train), ("test", arguments.test)):
         categories: Counter[str] = Counter()
         for name in ordered:
             task = known[name]
             short = words([pair["output"] for pair in pairs[name]]) <= 12 and words([task["definition"]]) <= 80
-            if task["split"] != split or not short or categories[task["categories"][0]] == 2:
+            if task["split"] != split or not short or categories[task["categories"][0]] == arguments.per_category:
                 continue
             if categories.total() == count:
                 break
@@ -96,6 +101,13 @@ def main() -> None:
         records.append(
             {"name": name, "kind": "classification", "split": "test", "labels": labels, "hard_prompts": [prompt]}
         )
+    if arguments.sample:
+        for path in SAMPLE.glob("*.jsonl"):
+            rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+            if path.name == "tasks.jsonl":
+                records += rows
+            else:
+                write(arguments.out / path.name, rows)
     write(arguments.out / "tasks.jsonl", records)
 
 

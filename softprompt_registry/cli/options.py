@@ -25,8 +25,12 @@ ORDER = (
     "paraphrase-dod",
     "tune",
     "train-translator",
+    "train-scale-and-bias",
     "verbalize",
+    "inspect-grid",
     "evaluate",
+    "reproduce",
+    "study",
     "register",
     "promote",
     "list",
@@ -99,12 +103,17 @@ def dod_option(command: CommandT) -> CommandT:
 
 
 def section_of(section: str, config: Path | None, overrides: Sequence[str]) -> dict[str, Any]:
-    """One section of the settings file with the overrides on top; a file of one section needs no heading."""
+    """One section of the settings file with the overrides on top; a file of one section needs no heading.
+
+    Args:
+        section: its name, with those of the sections around it in front: `evaluation.verbalization`.
+    """
     from softprompt_registry.config import apply_overrides, read_yaml
 
     values = read_yaml(config) if config else {}
-    if isinstance(values.get(section), dict):
-        values = values[section]
+    for name in section.split("."):
+        if isinstance(values.get(name), dict):
+            values = values[name]
     return apply_overrides(values, overrides)
 
 

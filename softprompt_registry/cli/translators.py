@@ -1,7 +1,8 @@
-"""Commands that train, use and score translators."""
+"""Commands that train and use translators."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,10 +17,11 @@ from softprompt_registry.cli.options import (
     with_json,
     with_settings,
 )
-from softprompt_registry.printing import print_evaluation, print_json, print_table
+from softprompt_registry.printing import print_json, print_table
 
 if TYPE_CHECKING:
     from softprompt_registry.base_models.loading import DType
+    from softprompt_registry.verbalization.verbalizer import Verbalization
 
 
 @main.command("train-translator")
@@ -73,12 +75,36 @@ def train_translator_command(
 @main.command()
 @click.argument("soft_prompts", nargs=-1, required=True)
 @click.option("--translator", required=True, help="Translator: a folder, models:/… or runs:/….")
+@click.option(
+    "--dod", type=click.Path(path_type=Path), help="Try texts on the test pairs that this DoD has of each task."
+)
+@click.option(
+    "--pairs", type=click.Path(path_type=Path), help="Try texts on these pairs: a .jsonl file with input and output."
+)
+@click.option(
+    "--inputs", type=click.Path(path_type=Path), help="Try texts on these inputs: a file with one on each line."
+)
+@click.option(
+    "--labels",
+    type=click.Choice(["from-data"]),
+    help="Try lists of the labels too, which are the outputs in --dod or --pairs.",
+)
+@click.option(
+    "--min-faithfulness",
+    type=float,
+    help="Hold texts back below it. Default: 0.5; better the one in an evaluation's rule.json.",
+)
 @with_base_model
 @with_settings
 @with_json
 def verbalize(
     soft_prompts: tuple[str, ...],
     translator: str,
+    dod: Path | None,
+    pairs: Path | None,
+    inputs: Path | None,
+    labels: str | None,
+    min_faithfulness: float | None,
     base_model: str | None,
     dtype: DType | None,
     config: Path | None,
@@ -87,77 +113,70 @@ def verbalize(
 ) -> None:
     """Write soft prompts out as text: folders, models:/… or members of a bank (bank#task).
 
+    With --dod, --pairs or --inputs the text is the candidate that makes the base model act most as the soft prompt does, and
+    how much of the soft prompt's gain it keeps stands beside it (faithfulness).
+
     \b
-    Example:
+    Examples:
       softprompt verbalize "bank#instruments" --translator translator -s num_candidates=4
+      softprompt verbalize bank --translator translator --dod tasks.sqlite --labels from-data
     """
     from softprompt_registry.config import build_config
     from softprompt_registry.verbalization.verbalizer import VerbalizationConfig
 
-    settings = build_config(VerbalizationConfig, section_of("verbalization", config, overrides))
+    given = [name for name, file in (("--dod", dod), ("--pairs", pairs), ("--inputs", inputs)) if file is not None]
+    if len(given) > 1:
+        raise click.UsageError(f"Found {' and '.join(given)}; texts are tried on one of them. Leave the others out.")
+    if labels and not (dod or pairs):
+        raise click.UsageError("--labels from-data takes the labels from outputs; give --dod or --pairs with it.")
+    if min_faithfulness is not None and not given:
+        raise click.UsageError("--min-faithfulness needs something to try texts on; give --dod, --pairs or --inputs.")
+    settings = build_config(VerbalizationConfig, section_of("evaluation.verbalization", config, overrides))
     from softprompt_registry.registry.artifacts import find_artifact, find_soft_prompts, translator_base_model
     from softprompt_registry.translators.translator import Translator
+    from softprompt_registry.verbalization.abstention import AbstentionRule
+    from softprompt_registry.verbalization.evidence import collect_evidence
+    from softprompt_registry.verbalization.proposers.label_list import LabelListProposer
     from softprompt_registry.verbalization.proposers.translator import TranslatorProposer
-    from softprompt_registry.verbalization.verbalizer import verbalize as verbalize_soft_prompts
+    from softprompt_registry.verbalization.verbalizer import Proposer
+    from softprompt_registry.verbalization.verifier import Verifier
+    from softprompt_registry.verbalization.verifying import DEFAULT_MIN_FAITHFULNESS, verbalize_verified
 
     read = [soft_prompt for uri in soft_prompts for soft_prompt in find_soft_prompts(uri)]
+    # Before the base model is loaded: what is wrong with files is known at once.
+    evidence = collect_evidence(read, dod=dod, pairs=pairs, inputs=inputs, labels_from_data=labels is not None)
     loaded = open_base_model(base_model, dtype, read_by=translator_base_model(translator))
     reader = Translator.load(find_artifact(translator, "translator").folder, loaded)
-    results = verbalize_soft_prompts(read, TranslatorProposer(reader), settings, translator_id=reader.id)
+    proposers: list[Proposer] = [TranslatorProposer(reader)]
+    if evidence.labelled_tasks:
+        proposers.append(LabelListProposer(reader, evidence.labelled_tasks))
+    rule = AbstentionRule(DEFAULT_MIN_FAITHFULNESS if min_faithfulness is None else min_faithfulness)
+    results = verbalize_verified(
+        read, proposers, settings, Verifier(loaded), evidence.tried_on, rule, translator_id=reader.id
+    )
     if as_json:
         print_json([result.to_json() for result in results])
         return
-    truths = [soft_prompt.record.ground_truth for soft_prompt in read]
-    print_table(
-        "Verbalizations",
-        {"task": [r.task for r in results], "ground truth": truths, "verbalization": [r.text for r in results]},
-    )
-
-
-@main.command()
-@dod_option
-@click.option("--bank", required=True, help="Bank: a folder, models:/… or runs:/….")
-@click.option("--translator", required=True, help="Translator: models:/… so that the scores belong to it, or a folder.")
-@with_base_model
-@with_settings
-@with_json
-def evaluate(
-    dod: Path,
-    bank: str,
-    translator: str,
-    base_model: str | None,
-    dtype: DType | None,
-    config: Path | None,
-    overrides: tuple[str, ...],
-    as_json: bool,
-) -> None:
-    """Score the translator on the DoD's test tasks, beside two trivial baselines.
-
-    \b
-    Example:
-      softprompt evaluate --dod tasks.sqlite --bank bank --translator models:/m-0123
-    """
-    from softprompt_registry.config import build_config
-    from softprompt_registry.verbalization.verbalizer import VerbalizationConfig
-
-    settings = build_config(VerbalizationConfig, section_of("verbalization", config, overrides))
-    from softprompt_registry.registry.artifacts import translator_base_model
-    from softprompt_registry.stages.evaluating import evaluate as evaluate_stage
-
-    loaded = open_base_model(base_model, dtype, read_by=translator_base_model(translator))
-    result = evaluate_stage(loaded, translator, bank, dod, settings)
-    if as_json:
-        print_json(
-            {
-                "run_id": result.run_id,
-                "metrics": {method: item.metrics for method, item in result.evaluation.methods.items()},
-                "comparisons": {
-                    other: {name: item._asdict() for name, item in by.items()}
-                    for other, by in result.evaluation.comparisons.items()
-                },
-                "table": result.evaluation.table(),
-            }
+    texts = [result.verbalization for result in results]
+    columns: dict[str, Sequence[str | None]] = {
+        "task": [text.task for text in texts],
+        "ground truth": [soft_prompt.record.ground_truth for soft_prompt in read],
+        "verbalization": [text.text for text in texts],
+    }
+    if evidence.what is None:
+        print_table("Verbalizations", columns)
+        click.echo(
+            "Not verified: give --dod, --pairs or --inputs to try texts on, and to hold back those that fail.", err=True
         )
         return
-    print_evaluation(result.evaluation)
-    click.echo(f"run {result.run_id}")
+    columns["faithfulness"] = [_with_interval(text) for text in texts]
+    columns["abstained"] = ["yes" if text.abstained else "no" for text in texts]
+    columns["reason"] = [text.reason for text in texts]
+    print_table(f"Verbalizations, tried on {evidence.what}; required faithfulness {rule.min_faithfulness:g}", columns)
+
+
+def _with_interval(text: Verbalization) -> str | None:
+    if text.faithfulness is None:
+        return None
+    low, high = text.faithfulness_interval or (text.faithfulness, text.faithfulness)
+    return f"{text.faithfulness:.2f} ({low:.2f} to {high:.2f})"

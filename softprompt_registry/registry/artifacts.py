@@ -15,8 +15,16 @@ from softprompt_registry.soft_prompts.bank import SoftPromptBank
 from softprompt_registry.soft_prompts.soft_prompt import SoftPrompt
 from softprompt_registry.translators.translator import read_record
 
-MARKERS = {"bank": "bank.json", "soft prompt": "soft_prompt.json", "translator": "translator.json"}
+MARKERS = {
+    "bank": "bank.json",
+    "soft prompt": "soft_prompt.json",
+    "translator": "translator.json",
+    "scale and bias": "scale_and_bias.json",
+}
 """The file whose presence tells what a folder holds."""
+
+_NO_MODELS = ("scale and bias",)
+"""Kinds that are plain artifacts of their run, without a LoggedModel."""
 
 _SCHEMES = ("models:/", "runs:/")
 
@@ -33,7 +41,7 @@ class FoundArtifact:
 
 
 def find_artifact(uri: str, kind: str) -> FoundArtifact:
-    """Find (and download where needed) a `bank`, `soft prompt` or `translator`.
+    """Find (and download where needed) a `bank`, `soft prompt`, `translator` or `scale and bias`.
 
     Raises:
         RegistryError: nothing is there, or what is there is something else.
@@ -41,7 +49,7 @@ def find_artifact(uri: str, kind: str) -> FoundArtifact:
     location, _, member = uri.partition("#")
     model_id = None
     if location.startswith(_SCHEMES):
-        model_id = model_id_of(location)
+        model_id = None if kind in _NO_MODELS else model_id_of(location)
         try:
             root = Path(mlflow.artifacts.download_artifacts(artifact_uri=location))
         except (MlflowException, OSError) as error:

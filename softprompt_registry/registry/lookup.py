@@ -16,6 +16,8 @@ from softprompt_registry.errors import RegistryError
 from softprompt_registry.registry.conventions import (
     EVALUATION_PREFIX,
     METRIC_TAG_PREFIX,
+    PARAM_DOD_DIGEST,
+    dataset_digest,
 )
 
 # A malformed id counts as one that is not there.
@@ -150,15 +152,27 @@ def find_by_uri(client: MlflowClient, uri: str) -> LoggedModel:
 
 
 def evaluation_metrics(model: LoggedModel) -> dict[str, float]:
-    """Metric → newest value of a LoggedModel's `evaluation.*`, without the prefix, sorted by name.
+    """Metric → newest value of a LoggedModel's `evaluation.*` on one dataset, without the prefix, sorted by name.
+
+    The dataset is the DoD that the model was made from; where no value belongs to it, the dataset that was evaluated last. So
+    a later evaluation on other, easier data neither replaces the values that a promotion asks for nor stands among them.
 
     MLflow keeps an infinite value as the largest float, which must not pass a minimum, so it is left out. It keeps a NaN of
     a LoggedModel as 0, which nothing can tell from a real one.
     """
-    newest = {}
-    for metric in sorted(model.metrics or [], key=lambda metric: (metric.timestamp, metric.step)):
-        if metric.key.startswith(EVALUATION_PREFIX) and abs(metric.value) < sys.float_info.max:
-            newest[metric.key.removeprefix(EVALUATION_PREFIX)] = float(metric.value)
+    found = [
+        metric
+        for metric in sorted(model.metrics or [], key=lambda metric: (metric.timestamp, metric.step))
+        if metric.key.startswith(EVALUATION_PREFIX) and abs(metric.value) < sys.float_info.max
+    ]
+    own = dataset_digest(model.params.get(PARAM_DOD_DIGEST, ""))
+    digests = [metric.dataset_digest for metric in found]
+    wanted = own if own in digests else next(reversed(digests), None)
+    newest = {
+        metric.key.removeprefix(EVALUATION_PREFIX): float(metric.value)
+        for metric in found
+        if metric.dataset_digest == wanted
+    }
     return dict(sorted(newest.items()))
 
 

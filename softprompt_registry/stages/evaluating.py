@@ -1,34 +1,43 @@
-"""Scoring a translator beside its baselines as MLflow runs: a parent, and a child for each method."""
+"""Scoring methods of verbalization beside each other as MLflow runs: a parent, and a child for each method."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import mlflow
 from mlflow.entities import LoggedModelInput
 
-from mlflow_plugins.dod_dataset import DodDataset, from_dod
+from mlflow_plugins.dod_dataset import from_dod
 from mlflow_plugins.recording import MlflowRecorder
-from softprompt_registry import figures
 from softprompt_registry.base_models.frozen import BaseModel
 from softprompt_registry.config import flatten
 from softprompt_registry.dod.store import DodStore
 from softprompt_registry.dod.task import Task
 from softprompt_registry.errors import DataError
-from softprompt_registry.evaluation.metrics import SentenceEncoder
-from softprompt_registry.evaluation.verbalizations import COMPARED, Evaluation, evaluate_verbalizations
-from softprompt_registry.registry import conventions
+from softprompt_registry.evaluation.calibration import is_good, rule_from_training_tasks
+from softprompt_registry.evaluation.garbage import Garbage, GarbageResult, garbage_prompts, garbage_result
+from softprompt_registry.evaluation.metrics import SentenceEncoder, TextEncoder
+from softprompt_registry.evaluation.verbalizations import Evaluation, evaluate_verbalizations
+from softprompt_registry.recording import Recorder
 from softprompt_registry.registry.artifacts import find_artifact
 from softprompt_registry.soft_prompts.bank import SoftPromptBank
+from softprompt_registry.soft_prompts.soft_prompt import SoftPrompt
+from softprompt_registry.stages.evaluation_records import Evaluated, record_evaluation
+from softprompt_registry.stages.proposing import NOT_AMONG_ALL, EvaluationConfig, make_proposers
 from softprompt_registry.stages.running import log_inputs, stage_run
 from softprompt_registry.stages.training import require_same_dod
-from softprompt_registry.translators.training import target_text
 from softprompt_registry.translators.translator import Translator
-from softprompt_registry.verbalization.proposers.most_frequent import MostFrequentTargetProposer
-from softprompt_registry.verbalization.proposers.nearest_tokens import NearestTokensProposer
+from softprompt_registry.verbalization.abstention import AbstentionRule
+from softprompt_registry.verbalization.held_out import split_pairs
+from softprompt_registry.verbalization.methods import ALL, WITH_VERIFIER, MethodTexts, apply_methods
 from softprompt_registry.verbalization.proposers.translator import TranslatorProposer
-from softprompt_registry.verbalization.verbalizer import Proposer, Verbalization, VerbalizationConfig, verbalize
+from softprompt_registry.verbalization.verifier import Verifier
+
+BEST = f"{ALL}{WITH_VERIFIER}"
+"""The method whose texts the rule is chosen on: the verifier's choice among all candidates."""
 
 
 @dataclass(frozen=True)
@@ -37,21 +46,69 @@ class EvaluationResult:
 
     run_id: str
     evaluation: Evaluation
+    rule: AbstentionRule
+    """By which texts were held back."""
+    left_out: dict[str, str]
+    """Test tasks that could not be evaluated, with the reason."""
+    garbage: GarbageResult | None = None
+    """None if the settings asked for no garbage."""
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What all parts of one evaluation use."""
+
+    base_model: BaseModel
+    translator: Translator
+    store: DodStore
+    bank: SoftPromptBank
+    verifier: Verifier
+    encoder: TextEncoder
+    config: EvaluationConfig
+    recorder: Recorder
+
+    def usable(self, names: Sequence[str]) -> tuple[dict[str, Task], dict[str, str]]:
+        """The tasks that can be verified, and of the others why not."""
+        tasks, left_out = {}, {}
+        for name in names:
+            task = self.store.task(name)
+            try:
+                split_pairs(task, self.config.verifier.seed)
+            except DataError as error:
+                left_out[name] = str(error)
+            else:
+                tasks[name] = task
+        return tasks, left_out
+
+    def methods(self, tasks: Mapping[str, Task], rule: AbstentionRule) -> MethodTexts:
+        return apply_methods(
+            [self.bank.member(name) for name in tasks],
+            tasks,
+            make_proposers(self.base_model, self.translator, self.store, tasks, self.config),
+            self.config.verbalization,
+            self.verifier,
+            rule,
+            without_verifier=NOT_AMONG_ALL,
+            recorder=self.recorder,
+        )
+
+    def is_good(self, text: str, task: Task) -> bool:
+        limits = self.config.abstention
+        return is_good(text, task, self.encoder, label_f1=limits.good_label_f1, cosine=limits.good_cosine)
 
 
 def evaluate(
-    base_model: BaseModel,
-    translator_uri: str,
-    bank_uri: str,
-    dod_path: Path,
-    config: VerbalizationConfig,
-    *,
-    seed: int = 0,
+    base_model: BaseModel, translator_uri: str, bank_uri: str, dod_path: Path, config: EvaluationConfig
 ) -> EvaluationResult:
-    """Verbalize the bank's test tasks with the translator and two trivial baselines, and score all on the same prompts.
+    """Verbalize the bank's test tasks with every method, without and with the verifier, and score all on the same prompts.
 
-    The parent run holds table, figure and comparisons; each method has a child run with the same metric names, so that
-    MLflow's comparison view lays them side by side. The translator's scores also go to its LoggedModel.
+    The parent run holds the report, table, figure, comparisons and every candidate with its scores, from which `reproduce`
+    makes all numbers again; each method has a child run with the same metric names, so that MLflow's comparison view lays
+    them side by side. The translator's scores also go to its LoggedModel. A test task with too few held-out pairs is left
+    out, and named.
+
+    Raises:
+        DataError: the translator has seen a test task, or no test task can be evaluated.
     """
     found = find_artifact(translator_uri, "translator")
     found_bank = find_artifact(bank_uri, "bank")
@@ -63,31 +120,67 @@ def evaluate(
         if found_bank.model_id:
             mlflow.log_input(model=LoggedModelInput(model_id=found_bank.model_id))
         recorder = MlflowRecorder()
-        recorder.params("verbalization", flatten(config))
+        recorder.params("evaluation", flatten(config))
         translator = Translator.load(found.folder, base_model)
-        tasks = _test_tasks(store, bank, translator)
-        soft_prompts = [bank.member(name) for name in tasks]
-        targets = [target_text(store.task(name), None) for name in translator.record.train_tasks]
-        proposers: list[Proposer] = [
-            TranslatorProposer(translator),
-            NearestTokensProposer(base_model),
-            MostFrequentTargetProposer(targets),
-        ]
-        texts: dict[str, list[Verbalization]] = {}
-        with recorder.progress("verbalize", len(proposers)) as bar:
-            for proposer in proposers:
-                translator_id = translator.id if proposer.name == "translator" else None
-                texts[proposer.name] = verbalize(soft_prompts, proposer, config, translator_id=translator_id)
-                bar.advance(1, proposer.name)
-        evaluation = evaluate_verbalizations(texts, tasks, SentenceEncoder(), seed=seed)
-        _record_evaluation(evaluation, recorder, dataset, found.model_id)
-        mlflow.log_dict(
-            {method: [item.to_json() for item in items] for method, items in texts.items()}, "candidates.json"
+        verifier = Verifier(base_model, config.verifier)
+        work = _Work(base_model, translator, store, bank, verifier, SentenceEncoder(), config, recorder)
+        tasks, left_out = work.usable(_test_tasks(store, bank, translator))
+        if not tasks:
+            name, reason = next(iter(left_out.items()))
+            raise DataError(
+                f"evaluating a translator on DoD {store.name!r}: none of its {len(left_out)} test tasks in the bank can be "
+                f"evaluated, expected at least one. The first, {name!r}: {reason}"
+            )
+        rule, calibration = _rule(work)
+        made = work.methods(tasks, rule)
+        evaluation = evaluate_verbalizations(
+            made.texts, tasks, work.encoder, reporting=made.reporting, seed=config.seed
         )
-    return EvaluationResult(run_id, evaluation)
+        garbage = _try_garbage(work, tasks, made, rule) if config.garbage_prompts else None
+        evaluated = Evaluated(
+            evaluation, made, tasks, rule, calibration, left_out, garbage, _accuracies(bank, list(tasks))
+        )
+        record_evaluation(evaluated, recorder, dataset, base_model, config, found.model_id)
+    return EvaluationResult(run_id, evaluation, rule, left_out, garbage)
 
 
-def _test_tasks(store: DodStore, bank: SoftPromptBank, translator: Translator) -> dict[str, Task]:
+def _rule(work: _Work) -> tuple[AbstentionRule, dict[str, list[Any]]]:
+    """The settings' abstention rule, or the one that training tasks give: those that the translator held out first."""
+    limits = work.config.abstention
+    if limits.min_faithfulness is not None:
+        return AbstentionRule(limits.min_faithfulness), {}
+    held_out = work.translator.record.training.get("validation_tasks", [])
+    others = [name for name in work.translator.record.train_tasks if name not in held_out]
+    members = set(work.bank.tasks()) & set(work.store.task_names("train"))
+    names = [name for name in (*held_out, *others) if name in members][: limits.num_tasks]
+    tasks, _ = work.usable(names)
+    if not tasks:
+        return AbstentionRule(), {}
+    # Here no rule holds anything back.
+    made = work.methods(tasks, AbstentionRule())
+    return rule_from_training_tasks(made.texts[BEST], tasks, work.is_good, precision=limits.precision)
+
+
+def _try_garbage(work: _Work, tasks: Mapping[str, Task], made: MethodTexts, rule: AbstentionRule) -> GarbageResult:
+    """Read garbage as the real soft prompts were read, by the translator, and see what the rule lets through."""
+    real = [work.bank.member(name) for name in tasks]
+    garbage: list[Garbage] = garbage_prompts(work.base_model, real, work.config.garbage_prompts, seed=work.config.seed)
+    prompts: list[SoftPrompt] = [item.soft_prompt for item in garbage]
+    read = apply_methods(
+        prompts,
+        tasks,
+        [TranslatorProposer(work.translator)],
+        work.config.verbalization,
+        work.verifier,
+        rule,
+        recorder=work.recorder,
+    )
+    best = made.texts[BEST]
+    good = {item.task: work.is_good(item.text, tasks[item.task]) for item in best}
+    return garbage_result(garbage, read.texts[BEST], best, good)
+
+
+def _test_tasks(store: DodStore, bank: SoftPromptBank, translator: Translator) -> list[str]:
     """The bank's tasks of the DoD's test split, none of which the translator may have seen."""
     members = set(bank.tasks())
     names = [name for name in store.task_names("test") if name in members]
@@ -98,28 +191,16 @@ def _test_tasks(store: DodStore, bank: SoftPromptBank, translator: Translator) -
             f"evaluating a translator on DoD {store.name!r}: {found}; expected test tasks that it never saw. "
             "Mark tasks with split 'test' in the DoD and tune them too."
         )
-    return {name: store.task(name) for name in names}
+    return names
 
 
-def _record_evaluation(
-    evaluation: Evaluation, recorder: MlflowRecorder, dataset: DodDataset, model_id: str | None
-) -> None:
-    values = {method: result.metrics for method, result in evaluation.methods.items()}
-    shown = [name for name in COMPARED if name in next(iter(values.values()))]
-    recorder.table("verbalizations.json", evaluation.table())
-    recorder.figure("methods.png", figures.methods_compared("Verbalizations of held-out tasks", values, shown))
-    mlflow.log_dict(
-        {other: {name: item._asdict() for name, item in by.items()} for other, by in evaluation.comparisons.items()},
-        "comparisons.json",
-    )
-    for method, metrics in values.items():
-        with mlflow.start_run(run_name=method, nested=True, tags={conventions.STAGE_TAG: "evaluate-method"}):
-            mlflow.log_params({"method": method})
-            mlflow.log_input(dataset, context="evaluation")
-            mlflow.log_metrics({f"{conventions.EVALUATION_PREFIX}{name}": value for name, value in metrics.items()})
-            if method == "translator" and model_id:
-                mlflow.log_metrics(
-                    {f"{conventions.EVALUATION_PREFIX}{name}": value for name, value in metrics.items()},
-                    model_id=model_id,
-                    dataset=dataset,
-                )
+def _accuracies(bank: SoftPromptBank, names: Sequence[str]) -> dict[str, float]:
+    """Of the soft prompts on test pairs: label accuracy, or exact match for other tasks."""
+    found = {}
+    for name in names:
+        metrics = bank.record(name)["metrics"]
+        for metric in ("label_accuracy", "exact_match"):
+            if metric in metrics:
+                found[name] = float(metrics[metric])
+                break
+    return found

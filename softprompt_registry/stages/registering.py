@@ -60,6 +60,8 @@ def _wrap_as_portable_prompt(translator: Any, model_config: dict[str, Any] | Non
                 run.info.run_id,
                 metric.key,
                 metric.value,
+                timestamp=metric.timestamp,  # the newest value stays the newest
+                step=metric.step,
                 model_id=info.model_id,
                 dataset_name=metric.dataset_name,
                 dataset_digest=metric.dataset_digest,

@@ -50,7 +50,7 @@ def train(
         with logged_model("translator", conventions.TRANSLATOR, params) as model_id:
             recorder = MlflowRecorder(model_id=model_id, dataset=dataset)
             recorder.params("translator", flatten(config))
-            tasks = _training_tasks(store, bank)
+            tasks = training_tasks(store, bank)
             translator = train_translator(base_model, bank, tasks, config, out, recorder=recorder, processes=processes)
             mlflow.log_model_params({"artifact_digest": digest_of_directory(out)}, model_id=model_id)
             losses = {name: translator.record.training[name] for name in ("train_losses", "validation_losses")}
@@ -66,10 +66,10 @@ def take_part_in_training(
     with DodStore.open(dod_path) as store:
         bank = SoftPromptBank(find_artifact(bank_uri, "bank").folder)
         require_same_dod(bank, store)
-        train_translator(base_model, bank, _training_tasks(store, bank), config, out, processes=processes)
+        train_translator(base_model, bank, training_tasks(store, bank), config, out, processes=processes)
 
 
-def _training_tasks(store: DodStore, bank: SoftPromptBank) -> dict[str, Task]:
+def training_tasks(store: DodStore, bank: SoftPromptBank) -> dict[str, Task]:
     members = set(bank.tasks())
     return {task.name: task for task in store.tasks("train") if task.name in members}
 

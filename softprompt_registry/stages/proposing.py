@@ -1,0 +1,171 @@
+"""The methods that an evaluation can name, and the proposers behind them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from softprompt_registry.base_models.frozen import BaseModel
+from softprompt_registry.dod.store import DodStore
+from softprompt_registry.dod.task import Task
+from softprompt_registry.errors import ConfigError
+from softprompt_registry.evaluation.layer_grid import LayerGrid
+from softprompt_registry.registry.artifacts import find_artifact
+from softprompt_registry.translators.scale_and_bias import ScaleAndBias
+from softprompt_registry.translators.training import target_text
+from softprompt_registry.translators.translator import Translator
+from softprompt_registry.verbalization.patching import LayerPair
+from softprompt_registry.verbalization.proposers.behaviour import BehaviourProposer, held_out_inputs
+from softprompt_registry.verbalization.proposers.inspect import InspectProposer
+from softprompt_registry.verbalization.proposers.instruction_induction import (
+    InductionConfig,
+    InstructionInductionProposer,
+)
+from softprompt_registry.verbalization.proposers.label_list import LabelListProposer
+from softprompt_registry.verbalization.proposers.most_frequent import MostFrequentTargetProposer
+from softprompt_registry.verbalization.proposers.nearest_tokens import NearestTokensProposer
+from softprompt_registry.verbalization.proposers.scale_and_bias import ScaleAndBiasProposer
+from softprompt_registry.verbalization.proposers.translator import TranslatorProposer
+from softprompt_registry.verbalization.verbalizer import Proposer, VerbalizationConfig
+from softprompt_registry.verbalization.verifier import VerifierConfig
+
+METHODS = (
+    "translator",
+    "scale_and_bias",
+    "inspect",
+    "behaviour",
+    "instruction_induction",
+    "label_list",
+    "nearest_tokens",
+    "most_frequent_target",
+)
+NOT_AMONG_ALL = ("label_list", "nearest_tokens", "most_frequent_target")
+"""Methods whose texts are left out of `all+verifier`: one that is told the labels, and negative controls."""
+
+
+@dataclass(frozen=True)
+class AbstentionConfig:
+    """How the rule is found by which a text is held back."""
+
+    min_faithfulness: float | None = None
+    """A threshold that is given, in place of one that is chosen on training tasks: that of another evaluation's rule.json."""
+    precision: float = 0.8
+    """At least this share of the texts that are given shall be good, on training tasks."""
+    num_tasks: int = 24
+    """Training tasks that the rule is chosen on, at most; those that the translator held out come first."""
+    good_label_f1: float = 0.5
+    """A label list of at least this F1 is good."""
+    good_cosine: float = 0.5
+    """Another text of at least this cosine with its ground truth is good."""
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """What is compared, and how."""
+
+    methods: tuple[str, ...] = (
+        "translator",
+        "behaviour",
+        "instruction_induction",
+        "nearest_tokens",
+        "most_frequent_target",
+    )
+    """The first one is compared with each other. Of translator, scale_and_bias, inspect, behaviour, instruction_induction,
+    label_list, nearest_tokens, most_frequent_target."""
+    scale_and_bias: str | None = None
+    """A trained scale and bias, a folder or runs:/…/NAME, which the method of that name needs."""
+    layer_grid: str | None = None
+    """File that `inspect-grid` wrote; the method inspect takes the pair that is best on its training tasks."""
+    layer_pair: tuple[int, ...] | None = None
+    """Source and target layer for the method inspect, in place of a grid; -1 is the embedding layer."""
+    prefills: tuple[str, ...] = ()
+    """Beginnings for which translators write candidates of their own (paper, appendix A.12)."""
+    num_beams: int | None = None
+    """Width of the translators' beam search, whose texts become candidates too."""
+    verbalization: VerbalizationConfig = field(default_factory=VerbalizationConfig)
+    verifier: VerifierConfig = field(default_factory=VerifierConfig)
+    abstention: AbstentionConfig = field(default_factory=AbstentionConfig)
+    induction: InductionConfig = field(default_factory=InductionConfig)
+    garbage_prompts: int = 0
+    """So many soft prompts of garbage are read too, to see how many of them the rule refuses; 100 give shares to a few %."""
+    categories: str | None = None
+    """JSON file with a category by task name, for the breakdown. None takes a task's kind and the collection it is from."""
+    seed: int = 0
+    """Of the bootstraps over tasks, of the inputs that behaviour is watched on, and of the garbage."""
+
+    def __post_init__(self) -> None:
+        unknown = [name for name in self.methods if name not in METHODS]
+        if unknown or not self.methods or len(set(self.methods)) < len(self.methods):
+            raise ConfigError(
+                f"reading the evaluation settings: methods is {list(self.methods)}, expected some of {list(METHODS)}, each "
+                "once."
+            )
+        if self.garbage_prompts < 0:
+            raise ConfigError(
+                f"reading the evaluation settings: garbage_prompts is {self.garbage_prompts}, expected 0 or more."
+            )
+        if self.layer_pair is not None and len(self.layer_pair) != 2:
+            raise ConfigError(
+                f"reading the evaluation settings: layer_pair is {list(self.layer_pair)}, expected a source and a target "
+                "layer."
+            )
+        for needed, by in (("scale_and_bias", self.scale_and_bias), ("inspect", self.layer_grid or self.layer_pair)):
+            if needed in self.methods and not by:
+                setting = "layer_grid or layer_pair" if needed == "inspect" else needed
+                raise ConfigError(
+                    f"reading the evaluation settings: the method {needed} needs the setting {setting}. Give it, or leave "
+                    "the method out."
+                )
+
+
+def make_proposers(
+    base_model: BaseModel, translator: Translator, store: DodStore, tasks: Mapping[str, Task], config: EvaluationConfig
+) -> list[Proposer]:
+    """One proposer per method, in order.
+
+    Args:
+        tasks: those to be verbalized, by name.
+    """
+    made: list[Proposer] = []
+    for method in config.methods:
+        if method == "translator":
+            made.append(TranslatorProposer(translator, prefills=config.prefills, num_beams=config.num_beams))
+        elif method == "scale_and_bias":
+            reader = ScaleAndBias.load(find_artifact(str(config.scale_and_bias), "scale and bias").folder, base_model)
+            made.append(ScaleAndBiasProposer(reader, prefills=config.prefills, num_beams=config.num_beams))
+        elif method == "inspect":
+            made.append(InspectProposer(base_model, _layer_pairs(config, tasks)))
+        elif method == "behaviour":
+            inputs = {name: held_out_inputs(task, seed=config.seed) for name, task in tasks.items()}
+            made.append(BehaviourProposer(base_model, inputs))
+        elif method == "instruction_induction":
+            made.append(InstructionInductionProposer(base_model, tasks, config.induction))
+        elif method == "label_list":
+            made.append(LabelListProposer(translator, tasks))
+        elif method == "nearest_tokens":
+            made.append(NearestTokensProposer(base_model))
+        else:
+            made.append(MostFrequentTargetProposer(_targets(store, translator.record.train_tasks)))
+    return made
+
+
+def _targets(store: DodStore, names: Sequence[str]) -> list[str]:
+    unknown = sorted(set(names) - set(store.task_names()))
+    if unknown:
+        raise ConfigError(
+            f"counting training targets for the method most_frequent_target: {len(unknown)} of the translator's {len(names)} "
+            f"training tasks are not in DoD {store.name!r} (for instance {unknown[0]!r}), expected all; it was trained on "
+            "another DoD. Leave the method out."
+        )
+    return [target_text(store.task(name), None) for name in names]
+
+
+def _layer_pairs(config: EvaluationConfig, tasks: Mapping[str, Task]) -> LayerPair | dict[str, LayerPair]:
+    """The given pair, or for each kind of task the grid's best on training tasks of that kind; on all where it has none."""
+    if config.layer_pair is not None:
+        return LayerPair(*config.layer_pair)
+    grid = LayerGrid.load(Path(str(config.layer_grid)))
+    seen = {item.kind for item in grid.tasks if item.split == "train"}
+    kinds = sorted({task.kind for task in tasks.values()})
+    return {kind: grid.best_pair(kind if kind in seen else None).pair for kind in kinds}
