@@ -78,7 +78,10 @@ def run_pipeline(config: PipelineConfig, dod_path: Path, folder: Path) -> Pipeli
         with _timed("train translator", seconds):
             translator = train(base_model, bank.model_uri, dod_path, config.translator, folder / "translator")
         with _timed("verbalize and evaluate", seconds):
-            evaluated = evaluate(base_model, translator.model_uri, bank.model_uri, dod_path, config.evaluation)
+            work = folder / "evaluation.work"
+            evaluated = evaluate(
+                base_model, translator.model_uri, bank.model_uri, dod_path, config.evaluation, work=work
+            )
         with _timed("register and promote", seconds):
             registered = register(translator.model_uri, config.model_name)
             decision, refusal = _try_promote(registered, config.policy)

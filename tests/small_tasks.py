@@ -18,8 +18,10 @@ CONFIG = TuningConfig(
 )
 
 
-def make_task(name: str, labels: tuple[str, ...] = ("joy", "fear"), train: int = 6, length: int = 1) -> Task:
-    counts: dict[PairSplit, int] = {"train": train, "validation": 2, "test": 3}
+def make_task(
+    name: str, labels: tuple[str, ...] = ("joy", "fear"), train: int = 6, length: int = 1, test: int = 3
+) -> Task:
+    counts: dict[PairSplit, int] = {"train": train, "validation": 2, "test": test}
     pairs = [
         Pair(f"{name} {number} " * length, labels[number % len(labels)], split)
         for split, count in counts.items()

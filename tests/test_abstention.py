@@ -120,7 +120,10 @@ def test_tasks_without_faithfulness_are_never_answered() -> None:
     rule = choose_rule([0.9, None, 0.8, None], [True, True, True, False], 1.0, min_answered=1)
     assert (rule.min_faithfulness, rule.num_answered, rule.num_good, rule.num_tasks) == (0.8, 2, 2, 4)
     rule = choose_rule([None] * 6, [True] * 6, 0.5)
-    assert rule.always_abstain == "always abstains: only 0 of 6 training tasks have a faithfulness, expected at least 5"
+    assert (
+        rule.always_abstain
+        == "always abstains: only 0 of 6 training tasks have a faithfulness of 0 or more, expected at least 5"
+    )
 
 
 def test_a_few_lucky_tasks_choose_no_threshold() -> None:
@@ -134,6 +137,13 @@ def test_a_few_lucky_tasks_choose_no_threshold() -> None:
     assert (rule.num_tasks, rule.num_answered, rule.precision_low) == (6, 0, None)
     assert decide(verification(("joy", 0.99)), rule).abstained
     assert choose_rule(faithfulness, good, 0.5).min_faithfulness == 0.4
+
+
+def test_a_text_that_is_worse_than_no_prompt_never_sets_the_threshold() -> None:
+    faithfulness, good = [0.4, 0.3, 0.2, 0.1, 0.0, -2.0], [True] * 6
+    rule = choose_rule(faithfulness, good, 0.8)
+    assert (rule.min_faithfulness, rule.num_answered, rule.num_tasks) == (0.0, 5, 6)
+    assert choose_rule([-1.0] * 6, good, 0.8).always_abstain is not None
 
 
 def test_a_rule_comes_back_from_json() -> None:

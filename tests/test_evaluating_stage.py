@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +17,7 @@ from click.testing import CliRunner, Result
 from mlflow import MlflowClient
 
 from softprompt_registry.cli import main
+from softprompt_registry.storage import locked
 
 WORDS = {
     "colours": {"red": ["blood", "rose", "cherry"], "blue": ["sky", "sea", "denim"]},
@@ -21,8 +26,11 @@ WORDS = {
     "speeds": {"fast": ["jet", "hare", "light"], "slow": ["snail", "sloth", "glacier"]},
     "heats": {"hot": ["fire", "sun", "oven"], "cold": ["ice", "snow", "pole"]},
     "bare": {"in": ["hall", "room", "cellar"], "out": ["field", "wood", "beach"]},
+    "few": {"up": ["hill", "roof", "cloud"], "down": ["mine", "well", "root"]},
+    "mute": {"one": ["a", "b", "c"], "two": ["d", "e", "f"]},
 }
-TEST_TASKS = ("speeds", "heats", "bare")
+TEST_TASKS = ("speeds", "heats", "bare", "few", "mute")
+SPLITS = {"bare": ("train", "train", "train"), "few": ("train", "train", "test")}
 
 
 def run(*arguments: str, code: int = 0) -> Result:
@@ -33,12 +41,13 @@ def run(*arguments: str, code: int = 0) -> Result:
 
 @pytest.fixture(scope="module")
 def trained(shared_folder: Path) -> list[str]:
-    """Options that name a DoD, a bank and a translator. The task `bare` has no held-out pair."""
+    """Options that name a DoD, a bank and a translator. The task `bare` has no held-out pair, `few` has too few, and
+    nobody has said what `mute` is about."""
     folder = shared_folder / "tasks"
     folder.mkdir()
     records = []
     for name, labels in WORDS.items():
-        splits = ("train", "train", "train") if name == "bare" else ("train", "validation", "test")
+        splits = SPLITS.get(name, ("train", "validation", "test"))
         rows = [
             {"input": f"{word} number {copy}", "output": label, "split": split}
             for label, words in labels.items()
@@ -48,7 +57,8 @@ def trained(shared_folder: Path) -> list[str]:
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         split = "test" if name in TEST_TASKS else "train"
         source = "words: ours" if name != "heats" else "more words, ours"
-        records.append({"name": name, "labels": list(labels), "split": split, "source": source})
+        kind = {"kind": "generation"} if name == "mute" else {"labels": list(labels)}
+        records.append({"name": name, **kind, "split": split, "source": source})
     (folder / "tasks.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     dod, bank, translator = (str(shared_folder / name) for name in ("tasks.sqlite", "bank", "translator"))
     run("build-dod", "files", str(folder), "--out", dod)
@@ -87,11 +97,13 @@ def test_every_method_stands_in_the_run_with_the_same_metrics(found: Any) -> Non
 
 
 def test_a_task_that_cannot_be_verified_is_left_out_and_named(found: Any) -> None:
-    assert list(found["left_out"]) == ["bare"] and "held-out pairs" in found["left_out"]["bare"]
+    why = found["left_out"]
+    assert sorted(why) == ["bare", "few", "mute"] and "found 0 different inputs" in why["bare"]
+    assert "are 3, expected at least 4" in why["few"] and "neither labels nor a hard prompt" in why["mute"]
     assert set(found["table"]["task"]) == {"speeds", "heats"}
-    assert mlflow.get_run(found["run_id"]).data.metrics["evaluation.num_left_out"] == 1
+    assert mlflow.get_run(found["run_id"]).data.metrics["evaluation.num_left_out"] == 3
     table = mlflow.load_table("left_out.json", run_ids=[found["run_id"]])
-    assert list(table["task"]) == ["bare"]
+    assert sorted(table["task"]) == ["bare", "few", "mute"]
 
 
 def test_garbage_is_read_and_counted(found: Any) -> None:
@@ -155,6 +167,25 @@ def test_a_translator_that_saw_the_test_tasks_is_refused(
     (tmp_path / "translator" / "translator.json").write_text(json.dumps(record))
     options = [*trained[:5], str(tmp_path / "translator")]
     assert "trained on ['heats']" in run("evaluate", *options, code=1).stderr
+
+
+def test_an_evaluation_that_was_killed_goes_on_and_says_the_same(
+    found: Any, trained: list[str], tmp_path: Path
+) -> None:
+    work = tmp_path / "work"
+    command = [sys.executable, "-m", "softprompt_registry.cli", "evaluate", *trained, *SETTINGS, "--work", str(work)]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        while process.poll() is None and len(list(work.glob("*.json"))) < 4:
+            time.sleep(0.02)
+        process.send_signal(signal.SIGKILL)
+    assert process.returncode == -signal.SIGKILL
+    kept = {path.name: path.stat().st_mtime_ns for path in work.glob("*.json")}
+    assert len(kept) >= 4
+    with locked(work):
+        assert "another process" in run("evaluate", *trained, *SETTINGS, "--work", str(work), code=1).stderr
+    again = json.loads(run("evaluate", *trained, *SETTINGS, "--work", str(work), "--json").stdout)
+    assert again["metrics"] == found["metrics"] and again["garbage"] == found["garbage"]
+    assert not work.exists()
 
 
 def test_a_number_that_was_changed_is_found(found: Any) -> None:

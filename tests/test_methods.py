@@ -112,3 +112,25 @@ def test_a_task_without_held_out_pairs_is_refused() -> None:
             Verifier(tiny_base_model()),
             AbstentionRule(),
         )
+
+
+def test_the_given_beginning_of_the_chosen_candidate_goes_with_its_text() -> None:
+    """What a proposer was given is not scored, whichever of its candidates the verifier takes."""
+
+    class Begins(Writes):
+        def propose(self, soft_prompts: Sequence[SoftPrompt], config: VerbalizationConfig) -> list[list[Candidate]]:
+            found = super().propose(soft_prompts, config)
+            return [[replace(one, prefill=one.text.split()[0]) for one in candidates] for candidates in found]
+
+    made = apply_methods(
+        PROMPTS,
+        TASKS,
+        [Begins("a", TEXTS)],
+        VerbalizationConfig(),
+        Verifier(tiny_base_model(), VerifierConfig(draws=100)),
+        AbstentionRule(),
+        translator_id="translator_1",
+    )
+    for items in made.texts.values():
+        assert [item.prefill for item in items] == [item.text.split()[0] for item in items]
+        assert {item.translator_id for item in items} == {"translator_1"}

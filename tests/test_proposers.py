@@ -21,8 +21,8 @@ from softprompt_registry.translators.translator import Translator, TranslatorRec
 from softprompt_registry.verbalization.proposers.behaviour import (
     MAX_OUTPUTS,
     BehaviourProposer,
-    held_out_inputs,
     instruction_to_answer,
+    training_inputs,
 )
 from softprompt_registry.verbalization.proposers.instruction_induction import (
     InductionConfig,
@@ -317,18 +317,17 @@ def test_behaviour_of_many_prompts_is_that_of_each_alone(always_x: SoftPrompt) -
 
 
 def test_no_label_is_looked_up() -> None:
-    """Inputs are drawn alike whatever the outputs, and none of them was tuned on."""
+    """Inputs are drawn alike whatever the outputs, and none of them is held out."""
     task = _task("t", ["joy", "fear"] * 10)
     other = replace(task, pairs=tuple(pair._replace(output="fear") for pair in task.pairs))
-    inputs = held_out_inputs(task, 6)
-    assert inputs == held_out_inputs(other, 6) and len(set(inputs)) == 6
-    assert all(text.startswith("test") for text in inputs)
-    more = held_out_inputs(task, 50)
-    assert sorted(more) == sorted({pair.input for pair in task.pairs if pair.split != "train"})
-    assert held_out_inputs(task, 6, seed=1) != inputs
-    assert held_out_inputs(replace(task, pairs=tuple(task.pairs_of("train")))) == []
-    again = (*task.pairs, Pair("test input 0", "joy"))
-    assert "test input 0" not in held_out_inputs(replace(task, pairs=again), 50)
+    inputs = training_inputs(task, 6)
+    assert inputs == training_inputs(other, 6) and len(set(inputs)) == 6
+    more = training_inputs(task, 50)
+    assert sorted(more) == sorted({pair.input for pair in task.pairs if pair.split == "train"})
+    assert training_inputs(task, 6, seed=1) != inputs
+    assert training_inputs(replace(task, pairs=tuple(task.pairs_of("test")))) == []
+    held_out_too = (*task.pairs, Pair(more[0], "joy", "test"))
+    assert more[0] not in training_inputs(replace(task, pairs=held_out_too), 50)
 
 
 def _task(name: str, outputs: Sequence[str]) -> Task:

@@ -245,6 +245,20 @@ def test_the_best_method_is_compared_even_if_it_is_not_the_first() -> None:
     assert verdict(data).headline.startswith("best is the best method")
 
 
+def test_a_method_that_is_told_the_labels_is_shown_and_is_no_rival() -> None:
+    texts = [task.ground_truth for task in TASKS]
+    evaluation = evaluated(TASKS, told=texts, weak=[""] * 8, honest=[task.labels[0] for task in TASKS])
+    data = reported(TASKS, evaluation, told=["told"])
+    assert data.best.name == "honest" and ("honest", "weak") in [(item.method, item.other) for item in data.comparisons]
+    found = verdict(data)
+    assert found.headline.startswith("honest is the best method")
+    assert not any("told" in words for _, words in found.points)
+    assert "told: told what is asked for, and no rivals of the others." in " ".join(report_page(data).split())
+    assert verdict(reported(TASKS, evaluation)).headline.startswith("told is the best method")
+    with pytest.raises(DataError, match="found told of 'other'"):
+        reported(TASKS, evaluation, told=["other"])
+
+
 def test_what_the_verifier_changes_about_a_method_is_among_the_differences() -> None:
     texts = [task.ground_truth for task in TASKS]
     named = {"first": texts, "plain": [""] * 8, "plain+verifier": [task.labels[0] for task in TASKS]}

@@ -14,7 +14,8 @@ import pytest
 from click.testing import CliRunner, Result
 from mlflow import MlflowClient
 from mlflow.entities import Run
-from small_tasks import CONFIG, make_task
+from small_tasks import CONFIG
+from small_tasks import make_task as small_task
 from tiny_llm import tiny_base_model
 
 from softprompt_registry.cli import main
@@ -41,9 +42,14 @@ QUICK = [
 ]
 
 
+def make_task(name: str, labels: tuple[str, ...] = ("joy", "fear")) -> Task:
+    """With enough held-out pairs to rank on one half and to report on the other."""
+    return small_task(name, labels, test=8)
+
+
 def said(name: str, split: str, num_hard_prompts: int) -> Task:
     """A task without labels, with several hard prompts."""
-    counts: dict[PairSplit, int] = {"train": 4, "validation": 2, "test": 2}
+    counts: dict[PairSplit, int] = {"train": 4, "validation": 2, "test": 6}
     pairs = [Pair(f"{name} {side} {n}", f"{name} {n}", side) for side, count in counts.items() for n in range(count)]
     prompts = tuple(f"Say {name} and a number, way {number}." for number in range(num_hard_prompts))
     task = Task(name, "generation", tuple(pairs), hard_prompts=prompts)

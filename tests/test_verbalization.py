@@ -82,14 +82,14 @@ class TableProposer:
 
 
 def test_a_verbalization_keeps_what_is_needed_to_make_it_again() -> None:
-    table = {"a": [Candidate("x", "table", -1.0), Candidate("y", "table", -0.5)], "b": []}
+    table = {"a": [Candidate("x", "table", -1.0), Candidate("Say: y", "table", -0.5, prefill="Say:")], "b": []}
     prompts = [random_prompt("a", 0), random_prompt("b", 1)]
     config = VerbalizationConfig(prefill="Say:", seed=7, temperature=0.5, max_new_tokens=9)
     first, second = verbalize(prompts, TableProposer(table), config, translator_id="translator_abc")
     assert first == Verbalization(
-        text="y",
+        text="Say: y",
         task="a",
-        candidates=(Candidate("y", "table", -0.5), Candidate("x", "table", -1.0)),
+        candidates=(Candidate("Say: y", "table", -0.5, prefill="Say:"), Candidate("x", "table", -1.0)),
         soft_prompt_id=prompts[0].id,
         base_fingerprint=tiny().ref.fingerprint,
         prefill="Say:",
@@ -103,7 +103,9 @@ def test_a_verbalization_keeps_what_is_needed_to_make_it_again() -> None:
     )
     assert (second.text, second.candidates) == ("", ())
     record = json.loads(json.dumps(first.to_json()))
-    assert record["candidates"][0] == {"text": "y", "proposer": "table", "score": -0.5, "verified_score": None}
+    assert record["candidates"][0] == {
+        "text": "Say: y", "proposer": "table", "score": -0.5, "verified_score": None, "prefill": "Say:",
+    }  # fmt: skip
     assert record["faithfulness"] is None and "not verified" in record["reason"]
     assert Verbalization.from_json(record) == first
 

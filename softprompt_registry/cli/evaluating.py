@@ -29,6 +29,13 @@ if TYPE_CHECKING:
 @dod_option
 @click.option("--bank", required=True, help="Bank: a folder, models:/… or runs:/….")
 @click.option("--translator", required=True, help="Translator: models:/… so that the scores belong to it, or a folder.")
+@click.option(
+    "--work",
+    default="evaluation.work",
+    show_default=True,
+    type=click.Path(path_type=Path),
+    help="Folder that keeps what is done; a second start goes on there. It is removed at the end.",
+)
 @with_base_model
 @with_settings
 @with_json
@@ -36,6 +43,7 @@ def evaluate(
     dod: Path,
     bank: str,
     translator: str,
+    work: Path,
     base_model: str | None,
     dtype: DType | None,
     config: Path | None,
@@ -45,7 +53,7 @@ def evaluate(
     """Score methods of verbalization on the DoD's test tasks, each without and with the verifier.
 
     The run gets a report to read (report.html). Texts that do not make the base model act like their soft prompt are held
-    back by a rule that is chosen on training tasks.
+    back by a rule that is chosen on training tasks. Stopped or killed, it goes on where it was.
 
     \b
     Example:
@@ -59,7 +67,7 @@ def evaluate(
     from softprompt_registry.stages.evaluating import evaluate as evaluate_stage
 
     loaded = open_base_model(base_model, dtype, read_by=translator_base_model(translator))
-    result = evaluate_stage(loaded, translator, bank, dod, settings)
+    result = evaluate_stage(loaded, translator, bank, dod, settings, work=work)
     found = result.evaluation
     if as_json:
         print_json(
@@ -79,13 +87,15 @@ def evaluate(
     for name, reason in result.left_out.items():
         click.echo(f"left out: {name} ({reason})")
     held_back = f"texts below faithfulness {result.rule.min_faithfulness:.2f} are held back"
+    if result.rule.precision is None:
+        held_back += ", which was not chosen on training tasks"
     click.echo(f"rule: {result.rule.always_abstain or held_back}")
     if result.garbage is not None:
         shares = result.garbage.metrics
         good = f"{shares['good_passed_share']:.0%} of {shares['num_good']:.0f}" if shares["num_good"] else "none of 0"
         click.echo(
-            f"garbage: {shares['garbage_refused_share']:.0%} of {shares['num_garbage']:.0f} refused; given are {good} good "
-            f"texts of real soft prompts, {shares['real_passed_share']:.0%} of all"
+            f"garbage: {shares['garbage_refused_share']:.0%} of {shares['num_garbage']:.0f} refused; of the translator's "
+            f"texts of real soft prompts {good} good ones are given, {shares['real_passed_share']:.0%} of all"
         )
     click.echo(f"run {result.run_id}, with report.html")
 
@@ -157,13 +167,17 @@ def inspect_grid(
 
     loaded = open_base_model(base_model, dtype, read_by=bank_base_model(bank))
     result = read_grid(loaded, bank, dod, settings, out, train_tasks=train_tasks, test_tasks=test_tasks)
-    metrics = result.grid.metrics()
+    metrics = {kind: result.grid.metrics(kind) for kind in result.grid.kinds}
     oracle = result.grid.oracle()
     if as_json:
         found = {task: item._asdict() for task, item in oracle.items()}
         print_json({"run_id": result.run_id, "grid": str(out), "metrics": metrics, "oracle": found})
         return
-    print_table("InSPEcT's layer pair, chosen on training tasks", {name: [value] for name, value in metrics.items()})
+    for kind, found_for in metrics.items():
+        print_table(
+            f"InSPEcT's layer pair for {kind}, chosen on training tasks",
+            {name: [value] for name, value in found_for.items()},
+        )
     if oracle:
         print_table(
             "Oracle: the best pair of each test task by its own labels, an upper bound",

@@ -13,7 +13,11 @@ from softprompt_registry.verbalization.verbalizer import Verbalization
 
 
 def is_good(text: str, task: Task, encoder: TextEncoder, *, label_f1: float, cosine: float) -> bool:
-    """Whether a text says what the task is: a label list by its F1, another text by its cosine with the ground truth."""
+    """Whether a text says what the task is: a label list by its F1, another text by its cosine with the ground truth.
+
+    Args:
+        text: without a given beginning.
+    """
     truth = truth_of(task)
     labels = label_score_of(text, truth)
     return cosines_of([text], [truth], encoder)[0] >= cosine if labels is None else labels.f1 >= label_f1
@@ -22,7 +26,7 @@ def is_good(text: str, task: Task, encoder: TextEncoder, *, label_f1: float, cos
 def rule_from_training_tasks(
     verbalizations: Sequence[Verbalization],
     tasks: Mapping[str, Task],
-    is_good: Callable[[str, Task], bool],
+    is_good: Callable[[Verbalization, Task], bool],
     *,
     precision: float,
 ) -> tuple[AbstentionRule, dict[str, list[Any]]]:
@@ -30,9 +34,9 @@ def rule_from_training_tasks(
 
     Args:
         verbalizations: verified ones of training tasks, the verifier's choice each.
-        is_good: says of a text and its task whether the text is good.
+        is_good: says of a verbalization and its task whether the text is good.
     """
-    good = [is_good(item.text, tasks[item.task]) for item in verbalizations]
+    good = [is_good(item, tasks[item.task]) for item in verbalizations]
     faithfulness = [item.faithfulness for item in verbalizations]
     table: dict[str, list[Any]] = {
         "task": [item.task for item in verbalizations],

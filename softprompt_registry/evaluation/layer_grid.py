@@ -168,6 +168,11 @@ class LayerGrid:
             metrics["oracle_test_score"] = fmean(item.score for item in oracle.values())
         return metrics
 
+    @property
+    def kinds(self) -> list[str]:
+        """Of the training tasks: a pair is chosen for each."""
+        return sorted({item.kind for item in self.tasks if item.split == "train"})
+
     def table(self) -> dict[str, list[Any]]:
         """Columns for people: a row for each task and pair."""
         columns: dict[str, list[Any]] = {

@@ -113,11 +113,18 @@ class ReportData:
     """By method: `ranked_by` with the soft prompt's accuracy; empty if no accuracy is known."""
     curves: dict[str, AbstentionCurve]
     """By method: `ranked_by` against coverage by `decided_on`; empty if no faithfulness is known."""
+    told: tuple[str, ...] = ()
+    """Methods that are told what is asked for, such as the labels: they are shown, but are no rivals of the others."""
 
     @property
     def best(self) -> MethodReport:
         """The method with the highest mean of `ranked_by`; of equal ones the first."""
-        return max(self.methods, key=lambda method: method.metrics[self.ranked_by])
+        return max(self.rivals or self.methods, key=lambda method: method.metrics[self.ranked_by])
+
+    @property
+    def rivals(self) -> tuple[MethodReport, ...]:
+        """The methods that are not told what is asked for."""
+        return tuple(method for method in self.methods if method.name not in self.told)
 
     @property
     def category_names(self) -> dict[str, int]:
@@ -144,6 +151,7 @@ def report_data(
     abstained: Mapping[Key, str] | None = None,
     prefills: Mapping[Key, str] | None = None,
     confusions: Mapping[str, Sequence[Confusion]] | None = None,
+    told: Collection[str] = (),
     seed: int = 0,
 ) -> ReportData:
     """An evaluation with all that is known beside it, ready to be shown.
@@ -163,6 +171,7 @@ def report_data(
         abstained: by method and task, why a text is held back, beside those that the evaluation says are.
         prefills: by method and task: the given beginnings of texts, which are not scored.
         confusions: by method, as `analysis.confusions` gives them.
+        told: methods that are told what is asked for.
         seed: of the bootstraps that the evaluation has not made.
 
     Raises:
@@ -177,6 +186,7 @@ def report_data(
         _check_known(what, mapping or {}, keys, "text (method, task)")
     _check_known("accuracy", accuracy or {}, set(names), "task")
     _check_known("confusions", confusions or {}, evaluation.methods, "method")
+    _check_known("told", dict.fromkeys(told), evaluation.methods, "method")
     metric = _ranked_by(evaluation, ranked_by)
     nearest = {(method, item.task): item.nearest for method, found in (confusions or {}).items() for item in found}
 
@@ -225,9 +235,10 @@ def report_data(
         base_model=base_model,
         settings=dict(settings or {}),
         ranked_by=metric,
+        told=tuple(told),
         methods=methods,
         tasks=reports,
-        comparisons=_comparisons(evaluation, metric, seed),
+        comparisons=_comparisons(evaluation, metric, told, seed),
         categories={name: by_category(result.rows, categories) for name, result in evaluation.methods.items()},
         correlations=_correlations(reports, list(evaluation.methods), metric, seed),
         curves=_curves(reports, list(evaluation.methods), metric),
@@ -273,12 +284,13 @@ def _ranked_by(evaluation: Evaluation, wanted: str | None) -> str:
     return chosen
 
 
-def _comparisons(evaluation: Evaluation, metric: str, seed: int) -> tuple[MethodComparison, ...]:
-    """The evaluation's own, of its first method with the others; if another is best, also that one with the others; and what
-    the verifier changes about each method."""
+def _comparisons(evaluation: Evaluation, metric: str, told: Collection[str], seed: int) -> tuple[MethodComparison, ...]:
+    """The evaluation's own, of its first method with the others; if another is best that is not told what is asked for, also
+    that one with the others; and what the verifier changes about each method."""
     methods = evaluation.methods
     first = next(iter(methods))
-    best = max(methods, key=lambda name: methods[name].metrics[metric])
+    rivals = [name for name in methods if name not in told] or list(methods)
+    best = max(rivals, key=lambda name: methods[name].metrics[metric])
     found = [MethodComparison(first, other, dict(by)) for other, by in evaluation.comparisons.items()]
     if best != first:
         others = [name for name in methods if name != best]

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from softprompt_registry import figures
+from softprompt_registry.evaluation.verbalizations import UNBOUNDED
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -24,7 +25,6 @@ METRIC_NAMES = {
     "heldout_log_likelihood": "Held-out log-likelihood",
 }
 """What people call the metrics of the page, in its order."""
-_UNBOUNDED = ("faithfulness", "heldout_log_likelihood")
 MOST_CATEGORIES = 20
 """More categories than this make no figure; the table has them all."""
 
@@ -62,7 +62,7 @@ def report_figures(data: ReportData) -> list[ReportFigure]:
 
 
 def _methods(data: ReportData) -> ReportFigure:
-    bounded = [name for name in METRIC_NAMES if name not in _UNBOUNDED]
+    bounded = [name for name in METRIC_NAMES if name not in UNBOUNDED]
     metrics = [name for name in bounded if any(name in method.intervals for method in data.methods)]
     chances = {metric_name(metric): chance for metric in metrics if (chance := data.chance(metric)) is not None}
     return _intervals(data, "methods", "Methods compared", metrics, chances)

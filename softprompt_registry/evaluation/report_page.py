@@ -47,7 +47,7 @@ def verdict(data: ReportData) -> Verdict:
     if interval:
         score += f" ({number(interval.low)} to {number(interval.high)})"
     rivals = sorted(
-        (method for method in data.methods if method is not best), key=lambda method: -method.metrics[data.ranked_by]
+        (method for method in data.rivals if method is not best), key=lambda method: -method.metrics[data.ranked_by]
     )
     leads = {item.other: item.metrics[data.ranked_by] for item in data.comparisons if item.method == best.name}
     points = tuple(_lead(rival.name, leads.get(rival.name)) for rival in rivals) + tuple(_grounds(data, best))
@@ -125,7 +125,7 @@ def report_page(data: ReportData) -> str:
         verdict=verdict(data),
         plots=plots,
         columns=columns,
-        winners={metric: max(method.metrics[metric] for method in data.methods) for metric in columns},
+        winners={metric: max(method.metrics[metric] for method in data.rivals or data.methods) for metric in columns},
         all_metrics=[metric for metric in data.methods[0].metrics if not metric.endswith("_chance")],
         series=[f"var(--series-{place % len(PALETTE)})" for place in range(len(data.methods))],
         colours=PALETTE,

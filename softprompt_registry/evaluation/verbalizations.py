@@ -24,6 +24,8 @@ from softprompt_registry.verbalization.verification import Verification
 
 COMPARED = ("label_recall", "label_f1", "rouge_l", "cosine", "mpr_midrank", "heldout_log_likelihood", "faithfulness")
 """Metrics whose difference between two methods is tested."""
+UNBOUNDED = ("heldout_log_likelihood", "faithfulness")
+"""Those of them that do not lie between 0 and 1."""
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,20 +21,25 @@ from softprompt_registry.errors import DataError
 from softprompt_registry.evaluation.calibration import is_good, rule_from_training_tasks
 from softprompt_registry.evaluation.garbage import Garbage, GarbageResult, garbage_prompts, garbage_result
 from softprompt_registry.evaluation.metrics import SentenceEncoder, TextEncoder
+from softprompt_registry.evaluation.text_scores import scored_text
 from softprompt_registry.evaluation.verbalizations import Evaluation, evaluate_verbalizations
+from softprompt_registry.fingerprints import digest_of_json
 from softprompt_registry.recording import Recorder
 from softprompt_registry.registry.artifacts import find_artifact
 from softprompt_registry.soft_prompts.bank import SoftPromptBank
 from softprompt_registry.soft_prompts.soft_prompt import SoftPrompt
 from softprompt_registry.stages.evaluation_records import Evaluated, record_evaluation
-from softprompt_registry.stages.proposing import NOT_AMONG_ALL, EvaluationConfig, make_proposers
+from softprompt_registry.stages.proposing import NOT_AMONG_ALL, EvaluationConfig, make_proposers, settings_digest
 from softprompt_registry.stages.running import log_inputs, stage_run
 from softprompt_registry.stages.training import require_same_dod
+from softprompt_registry.storage import forget, locked
 from softprompt_registry.translators.translator import Translator
 from softprompt_registry.verbalization.abstention import AbstentionRule
-from softprompt_registry.verbalization.held_out import split_pairs
+from softprompt_registry.verbalization.held_out import MIN_ITEMS, split_pairs
+from softprompt_registry.verbalization.kept_parts import KeptParts, KeptProposer, KeptVerifier
 from softprompt_registry.verbalization.methods import ALL, WITH_VERIFIER, MethodTexts, apply_methods
 from softprompt_registry.verbalization.proposers.translator import TranslatorProposer
+from softprompt_registry.verbalization.verbalizer import Proposer, Verbalization
 from softprompt_registry.verbalization.verifier import Verifier
 
 BEST = f"{ALL}{WITH_VERIFIER}"
@@ -63,42 +69,70 @@ class _Work:
     store: DodStore
     bank: SoftPromptBank
     verifier: Verifier
+    kept: KeptParts
     encoder: TextEncoder
     config: EvaluationConfig
     recorder: Recorder
 
     def usable(self, names: Sequence[str]) -> tuple[dict[str, Task], dict[str, str]]:
-        """The tasks that can be verified, and of the others why not."""
+        """The tasks that can be verified and scored, and of the others why not."""
         tasks, left_out = {}, {}
         for name in names:
             task = self.store.task(name)
-            try:
-                split_pairs(task, self.config.verifier.seed)
-            except DataError as error:
-                left_out[name] = str(error)
-            else:
+            reason = self._why_not(task)
+            if reason is None:
                 tasks[name] = task
+            else:
+                left_out[name] = reason
         return tasks, left_out
+
+    def _why_not(self, task: Task) -> str | None:
+        if not task.ground_truth:
+            return "it has neither labels nor a hard prompt that texts could be compared with. Give it one in `hard_prompts`."
+        try:
+            halves = split_pairs(task, self.config.verifier.seed)
+            for pairs in halves:
+                self.verifier.check_pairs(self.bank.member(task.name), pairs)
+        except DataError as error:
+            return str(error)
+        found = min(map(len, halves))
+        if found < MIN_ITEMS:
+            return (
+                f"half of its held-out pairs are {found}, expected at least {MIN_ITEMS}: fewer say nothing for sure. Give it "
+                f"at least {2 * MIN_ITEMS} test and validation pairs with different inputs."
+            )
+        return None
 
     def methods(self, tasks: Mapping[str, Task], rule: AbstentionRule) -> MethodTexts:
         return apply_methods(
             [self.bank.member(name) for name in tasks],
             tasks,
-            make_proposers(self.base_model, self.translator, self.store, tasks, self.config),
+            [KeptProposer(proposer, self.kept) for proposer in self._proposers(tasks)],
             self.config.verbalization,
             self.verifier,
             rule,
             without_verifier=NOT_AMONG_ALL,
+            translator_id=self.translator.id,
             recorder=self.recorder,
         )
 
-    def is_good(self, text: str, task: Task) -> bool:
+    def _proposers(self, tasks: Mapping[str, Task]) -> list[Proposer]:
+        return make_proposers(self.base_model, self.translator, self.store, tasks, self.config)
+
+    def is_good(self, item: Verbalization, task: Task) -> bool:
         limits = self.config.abstention
+        text = scored_text(item.text, item.prefill)
         return is_good(text, task, self.encoder, label_f1=limits.good_label_f1, cosine=limits.good_cosine)
 
 
 def evaluate(
-    base_model: BaseModel, translator_uri: str, bank_uri: str, dod_path: Path, config: EvaluationConfig
+    base_model: BaseModel,
+    translator_uri: str,
+    bank_uri: str,
+    dod_path: Path,
+    config: EvaluationConfig,
+    *,
+    work: Path | None = None,
 ) -> EvaluationResult:
     """Verbalize the bank's test tasks with every method, without and with the verifier, and score all on the same prompts.
 
@@ -107,13 +141,22 @@ def evaluate(
     them side by side. The translator's scores also go to its LoggedModel. A test task with too few held-out pairs is left
     out, and named.
 
+    Args:
+        work: folder that keeps what is done, so that a second start with the same settings goes on there; it is removed
+            at the end. None keeps nothing.
+
     Raises:
+        BusyError: another process works in `work`.
         DataError: the translator has seen a test task, or no test task can be evaluated.
     """
     found = find_artifact(translator_uri, "translator")
     found_bank = find_artifact(bank_uri, "bank")
     bank = SoftPromptBank(found_bank.folder)
-    with DodStore.open(dod_path) as store, stage_run("evaluate", base_model) as run_id:
+    with ExitStack() as stack:
+        if work is not None:
+            stack.enter_context(locked(work))
+        store = stack.enter_context(DodStore.open(dod_path))
+        run_id = stack.enter_context(stage_run("evaluate", base_model))
         require_same_dod(bank, store)
         dataset = from_dod(str(dod_path))
         log_inputs(base_model.ref, dataset, context="evaluation", upstream=found.model_id)
@@ -122,25 +165,35 @@ def evaluate(
         recorder = MlflowRecorder()
         recorder.params("evaluation", flatten(config))
         translator = Translator.load(found.folder, base_model)
-        verifier = Verifier(base_model, config.verifier)
-        work = _Work(base_model, translator, store, bank, verifier, SentenceEncoder(), config, recorder)
-        tasks, left_out = work.usable(_test_tasks(store, bank, translator))
+        origin = [
+            base_model.ref.fingerprint,
+            base_model.ref.dtype,
+            translator.id,
+            store.digest,
+            settings_digest(config),
+        ]
+        kept = KeptParts(work, digest_of_json(origin))
+        verifier = KeptVerifier(base_model, config.verifier, kept)
+        doing = _Work(base_model, translator, store, bank, verifier, kept, SentenceEncoder(), config, recorder)
+        tasks, left_out = doing.usable(_test_tasks(store, bank, translator))
         if not tasks:
             name, reason = next(iter(left_out.items()))
             raise DataError(
                 f"evaluating a translator on DoD {store.name!r}: none of its {len(left_out)} test tasks in the bank can be "
                 f"evaluated, expected at least one. The first, {name!r}: {reason}"
             )
-        rule, calibration = _rule(work)
-        made = work.methods(tasks, rule)
+        rule, calibration = _rule(doing)
+        made = doing.methods(tasks, rule)
         evaluation = evaluate_verbalizations(
-            made.texts, tasks, work.encoder, reporting=made.reporting, seed=config.seed
+            made.texts, tasks, doing.encoder, reporting=made.reporting, seed=config.seed
         )
-        garbage = _try_garbage(work, tasks, made, rule) if config.garbage_prompts else None
+        garbage = _try_garbage(doing, tasks, made, rule) if config.garbage_prompts else None
         evaluated = Evaluated(
             evaluation, made, tasks, rule, calibration, left_out, garbage, _accuracies(bank, list(tasks))
         )
         record_evaluation(evaluated, recorder, dataset, base_model, config, found.model_id)
+    if work is not None:
+        forget(work)
     return EvaluationResult(run_id, evaluation, rule, left_out, garbage)
 
 
@@ -162,22 +215,48 @@ def _rule(work: _Work) -> tuple[AbstentionRule, dict[str, list[Any]]]:
 
 
 def _try_garbage(work: _Work, tasks: Mapping[str, Task], made: MethodTexts, rule: AbstentionRule) -> GarbageResult:
-    """Read garbage as the real soft prompts were read, by the translator, and see what the rule lets through."""
+    """Read garbage by the translator, and see what the rule lets through of it and of its texts of the real soft prompts."""
     real = [work.bank.member(name) for name in tasks]
     garbage: list[Garbage] = garbage_prompts(work.base_model, real, work.config.garbage_prompts, seed=work.config.seed)
-    prompts: list[SoftPrompt] = [item.soft_prompt for item in garbage]
-    read = apply_methods(
-        prompts,
-        tasks,
-        [TranslatorProposer(work.translator)],
-        work.config.verbalization,
-        work.verifier,
-        rule,
-        recorder=work.recorder,
-    )
-    best = made.texts[BEST]
-    good = {item.task: work.is_good(item.text, tasks[item.task]) for item in best}
-    return garbage_result(garbage, read.texts[BEST], best, good)
+    read = _without_gain(work, tasks, garbage)
+    left = [number for number in range(len(garbage)) if number not in read]
+    prompts: list[SoftPrompt] = [garbage[number].soft_prompt for number in left]
+    if prompts:
+        reader = TranslatorProposer(work.translator, prefills=work.config.prefills, num_beams=work.config.num_beams)
+        written = apply_methods(
+            prompts,
+            tasks,
+            [KeptProposer(reader, work.kept)],
+            work.config.verbalization,
+            work.verifier,
+            rule,
+            recorder=work.recorder,
+        )
+        read |= zip(left, _chosen(written.texts), strict=True)
+    of_translator = _chosen(made.texts)
+    good = {item.task: work.is_good(item, tasks[item.task]) for item in of_translator}
+    return garbage_result(garbage, [read[number] for number in range(len(garbage))], of_translator, good)
+
+
+def _without_gain(work: _Work, tasks: Mapping[str, Task], garbage: Sequence[Garbage]) -> dict[int, Verbalization]:
+    """By number, the garbage that is refused whatever is written of it, since it is not surely better than no prompt."""
+    refused = {}
+    with work.recorder.progress("see what garbage gains", len(garbage)) as bar:
+        for number, prompt in enumerate(item.soft_prompt for item in garbage):
+            pairs = split_pairs(tasks[prompt.record.task], work.config.verifier.seed).ranking
+            found = work.verifier.verify(prompt, [], pairs=pairs)
+            if found.reason is not None:
+                fingerprint = prompt.record.base_model.fingerprint
+                nothing = Verbalization("", prompt.record.task, (), prompt.id, fingerprint)
+                refused[number] = replace(nothing, abstained=True, evidence=found.evidence, reason=found.reason)
+            bar.advance(1, prompt.record.task)
+    return refused
+
+
+def _chosen(texts: Mapping[str, list[Verbalization]]) -> list[Verbalization]:
+    """The translator's texts, chosen by the verifier where there is a choice."""
+    name = TranslatorProposer.name
+    return texts.get(f"{name}{WITH_VERIFIER}") or texts[name]
 
 
 def _test_tasks(store: DodStore, bank: SoftPromptBank, translator: Translator) -> list[str]:

@@ -20,12 +20,13 @@ from softprompt_registry.errors import ConfigError
 from softprompt_registry.evaluation.garbage import GarbageResult
 from softprompt_registry.evaluation.report_data import Faithfulness, report_data, report_json
 from softprompt_registry.evaluation.report_page import report_page
-from softprompt_registry.evaluation.verbalizations import COMPARED, Evaluation
+from softprompt_registry.evaluation.verbalizations import COMPARED, UNBOUNDED, Evaluation
 from softprompt_registry.recording import Recorder
 from softprompt_registry.registry import conventions
 from softprompt_registry.stages.proposing import EvaluationConfig
 from softprompt_registry.verbalization.abstention import AbstentionRule
-from softprompt_registry.verbalization.methods import MethodTexts
+from softprompt_registry.verbalization.methods import WITH_VERIFIER, MethodTexts
+from softprompt_registry.verbalization.proposers.label_list import LabelListProposer
 
 CANDIDATES, REPORTING, TASKS = "candidates.json", "verification_reporting.json", "tasks.json"
 """From these three files all metrics of the methods can be computed again."""
@@ -102,7 +103,7 @@ def _record_sources(found: Evaluated) -> None:
 
 def _record_methods(evaluation: Evaluation, recorder: Recorder, dataset: DodDataset, model_id: str | None) -> None:
     values = {method: result.metrics for method, result in evaluation.methods.items()}
-    shown = [name for name in COMPARED if name in next(iter(values.values()))]
+    shown = [name for name in COMPARED if name in next(iter(values.values())) and name not in UNBOUNDED]
     recorder.table("verbalizations.json", evaluation.table())
     recorder.figure("methods.png", figures.methods_compared("Verbalizations of held-out tasks", values, shown))
     for name, comparisons in (
@@ -138,8 +139,8 @@ def _record_report(found: Evaluated, base_model: BaseModel, config: EvaluationCo
         faithfulness={
             (method, item.task): Faithfulness(item.faithfulness, *(item.faithfulness_interval or ()))
             for method, item in texts
-            if item.faithfulness is not None
         },
+        told=[name for name in found.made.texts if name.removesuffix(WITH_VERIFIER) == LabelListProposer.name],
         prefills={(method, item.task): item.prefill for method, item in texts if item.prefill},
         seed=config.seed,
     )

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from softprompt_registry.base_models.frozen import BaseModel
+from softprompt_registry.base_models.reference import require_same_base
 from softprompt_registry.dod.store import DodStore
 from softprompt_registry.dod.task import Task
-from softprompt_registry.errors import ConfigError
+from softprompt_registry.errors import ConfigError, DataError
 from softprompt_registry.evaluation.layer_grid import LayerGrid
+from softprompt_registry.fingerprints import digest_of_directory, digest_of_file, digest_of_json
 from softprompt_registry.registry.artifacts import find_artifact
 from softprompt_registry.translators.scale_and_bias import ScaleAndBias
 from softprompt_registry.translators.training import target_text
 from softprompt_registry.translators.translator import Translator
 from softprompt_registry.verbalization.patching import LayerPair
-from softprompt_registry.verbalization.proposers.behaviour import BehaviourProposer, held_out_inputs
+from softprompt_registry.verbalization.proposers.behaviour import BehaviourProposer, training_inputs
 from softprompt_registry.verbalization.proposers.inspect import InspectProposer
 from softprompt_registry.verbalization.proposers.instruction_induction import (
     InductionConfig,
@@ -119,6 +121,23 @@ class EvaluationConfig:
                 )
 
 
+def settings_digest(config: EvaluationConfig) -> str:
+    """Digest of the settings and of the content of the files that they name.
+
+    Raises:
+        RegistryError: there is no such scale and bias.
+        FileNotFoundError: there is no such file.
+    """
+    values = asdict(config)
+    for name in ("layer_grid", "categories"):
+        if values[name] is not None:
+            values[name] = digest_of_file(Path(values[name]))
+    if values["scale_and_bias"] is not None:
+        found = find_artifact(values["scale_and_bias"], "scale and bias")
+        values["scale_and_bias"] = digest_of_directory(found.folder)
+    return digest_of_json(values)
+
+
 def make_proposers(
     base_model: BaseModel, translator: Translator, store: DodStore, tasks: Mapping[str, Task], config: EvaluationConfig
 ) -> list[Proposer]:
@@ -133,11 +152,12 @@ def make_proposers(
             made.append(TranslatorProposer(translator, prefills=config.prefills, num_beams=config.num_beams))
         elif method == "scale_and_bias":
             reader = ScaleAndBias.load(find_artifact(str(config.scale_and_bias), "scale and bias").folder, base_model)
+            _require_unseen("the scale and bias", reader.record.train_tasks, tasks)
             made.append(ScaleAndBiasProposer(reader, prefills=config.prefills, num_beams=config.num_beams))
         elif method == "inspect":
-            made.append(InspectProposer(base_model, _layer_pairs(config, tasks)))
+            made.append(_inspect(base_model, tasks, config))
         elif method == "behaviour":
-            inputs = {name: held_out_inputs(task, seed=config.seed) for name, task in tasks.items()}
+            inputs = {name: training_inputs(task, seed=config.seed) for name, task in tasks.items()}
             made.append(BehaviourProposer(base_model, inputs))
         elif method == "instruction_induction":
             made.append(InstructionInductionProposer(base_model, tasks, config.induction))
@@ -161,11 +181,23 @@ def _targets(store: DodStore, names: Sequence[str]) -> list[str]:
     return [target_text(store.task(name), None) for name in names]
 
 
-def _layer_pairs(config: EvaluationConfig, tasks: Mapping[str, Task]) -> LayerPair | dict[str, LayerPair]:
-    """The given pair, or for each kind of task the grid's best on training tasks of that kind; on all where it has none."""
+def _inspect(base_model: BaseModel, tasks: Mapping[str, Task], config: EvaluationConfig) -> InspectProposer:
+    """With the given pair, or for each kind of task the grid's best on training tasks of that kind, on all if it has none."""
     if config.layer_pair is not None:
-        return LayerPair(*config.layer_pair)
+        return InspectProposer(base_model, LayerPair(*config.layer_pair))
     grid = LayerGrid.load(Path(str(config.layer_grid)))
+    require_same_base("reading soft prompts", "the layer grid", grid.base_model, "the loaded model", base_model.ref)
+    _require_unseen("the layer pair", [item.task for item in grid.tasks if item.split == "train"], tasks)
     seen = {item.kind for item in grid.tasks if item.split == "train"}
-    kinds = sorted({task.kind for task in tasks.values()})
-    return {kind: grid.best_pair(kind if kind in seen else None).pair for kind in kinds}
+    kinds: list[str] = sorted({task.kind for task in tasks.values()})
+    pairs = {kind: grid.best_pair(kind if kind in seen else None).pair for kind in kinds}
+    return InspectProposer(base_model, pairs, examples=grid.settings["examples"])
+
+
+def _require_unseen(what: str, chosen_on: Sequence[str], tasks: Mapping[str, Task]) -> None:
+    seen = sorted(name for name in chosen_on if name in tasks and tasks[name].split == "test")
+    if seen:
+        raise DataError(
+            f"verbalizing test tasks: {what} was chosen on {seen[:5]}; expected test tasks that it never saw. Make it anew "
+            "on training tasks of this DoD."
+        )

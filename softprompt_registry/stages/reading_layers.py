@@ -68,12 +68,13 @@ def read_grid(
         recorder.params("layer_grid", {**flatten(config), "train_tasks": len(train), "test_tasks": len(test)})
         members = [(bank.member(name), store.task(name)) for name in (*train, *test)]
         grid = read_layer_grid(base_model, members, SentenceEncoder(), out, config, recorder=recorder)
-        for name, value in grid.metrics().items():
-            recorder.metric(f"{conventions.EVALUATION_PREFIX}inspect_{name}", value)
-        for split in ("train", "test"):
-            if split == "train" or test:
-                title = f"InSPEcT: mean score of every layer pair, {split} tasks"
-                recorder.figure(f"layer_grid_{split}.png", heatmap(title, grid.mean_scores(split)))
+        for kind in grid.kinds:
+            for name, value in grid.metrics(kind).items():
+                recorder.metric(f"{conventions.EVALUATION_PREFIX}inspect_{kind}_{name}", value)
+            for split in ("train", "test"):
+                if any((item.split, item.kind) == (split, kind) for item in grid.tasks):
+                    title = f"InSPEcT: mean score of every layer pair, {kind}, {split} tasks"
+                    recorder.figure(f"layer_grid_{kind}_{split}.png", heatmap(title, grid.mean_scores(split, kind)))
         oracle = {f"{task} (oracle)": item._asdict() for task, item in grid.oracle().items()}
         mlflow.log_dict(oracle, "oracle.json")
         recorder.artifact(out)

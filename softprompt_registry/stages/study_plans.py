@@ -14,7 +14,7 @@ from softprompt_registry.fingerprints import digest_of_directory, digest_of_json
 from softprompt_registry.registry.artifacts import find_artifact
 from softprompt_registry.soft_prompts.bank import SoftPromptBank
 from softprompt_registry.soft_prompts.tuning import SPEED_SETTINGS, TuningConfig
-from softprompt_registry.stages.proposing import EvaluationConfig
+from softprompt_registry.stages.proposing import EvaluationConfig, settings_digest
 from softprompt_registry.stages.study_settings import StudyConfig
 from softprompt_registry.stages.training import require_same_dod
 from softprompt_registry.translators.training import TranslatorConfig
@@ -108,8 +108,10 @@ class StudyPlan:
         tuning = None
         if point.tuning is not None:
             tuning = {name: value for name, value in asdict(point.tuning).items() if name not in SPEED_SETTINGS}
-        read = [point.evaluated_on.dod_digest, point.evaluated_on.bank_digest, tuning, asdict(point.evaluation)]
-        return digest_of_json([self.study, base_model.fingerprint, base_model.dtype, translator, read])
+        read = [point.evaluated_on.dod_digest, point.evaluated_on.bank_digest, tuning]
+        return digest_of_json(
+            [self.study, base_model.fingerprint, base_model.dtype, translator, read, settings_digest(point.evaluation)]
+        )
 
 
 def plan_study(

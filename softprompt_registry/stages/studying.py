@@ -115,7 +115,8 @@ class _Work:
         if point.tuning is not None:
             names = source.test_tasks
             bank = tune(self.base_model, source.dod, point.tuning, folder / "bank", task_names=names).model_uri
-        found = evaluate(self.base_model, translator, bank, source.dod, point.evaluation)
+        work = folder / "evaluation.work"
+        found = evaluate(self.base_model, translator, bank, source.dod, point.evaluation, work=work)
         rows = rows_of(found.evaluation)
         record = read_record(find_artifact(translator, "translator").folder)
         held_out = record.training.get("validation_tasks", [])

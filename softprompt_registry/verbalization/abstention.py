@@ -95,9 +95,10 @@ def choose_rule(
 ) -> AbstentionRule:
     """The rule that answers the most training tasks with at least `precision` of the answered ones good.
 
-    Its threshold is the lowest faithfulness of a training task at which that holds. Tasks with equal faithfulness are
-    answered together or not at all; tasks without any are never answered. The share was the best of several that were looked
-    at, and on few tasks says little about others: see `AbstentionRule.precision_low`.
+    Its threshold is the lowest faithfulness of a training task at which that holds, and never below 0, where a text is worse
+    than none. Tasks with equal faithfulness are answered together or not at all; tasks without any are never answered. The
+    share was the best of several that were looked at, and on few tasks says little about others: see
+    `AbstentionRule.precision_low`.
 
     Args:
         faithfulness: of the best text of each task, (n,).
@@ -122,7 +123,7 @@ def choose_rule(
     groups = _groups(faithfulness, [float(value) for value in good], doing)
     answered = 0
     for threshold, values in groups:
-        if threshold is None:
+        if threshold is None or threshold < 0:
             break
         answered += len(values)
         hits += round(sum(values))
@@ -136,7 +137,8 @@ def choose_rule(
         low = _wilson_low(hits, answered)
         return AbstentionRule(threshold, None, precision, len(good), answered, hits, low)
     if answered < min_answered:
-        reason = f"only {answered} of {len(good)} training tasks have a faithfulness, expected at least {min_answered}"
+        enough = f"expected at least {min_answered}"
+        reason = f"only {answered} of {len(good)} training tasks have a faithfulness of 0 or more, {enough}"
     else:
         reason = (
             f"no threshold that {min_answered} or more of the {len(good)} training tasks reach makes {precision:.0%} of "

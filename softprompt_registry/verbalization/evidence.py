@@ -11,10 +11,7 @@ from softprompt_registry.dod.store import DodStore
 from softprompt_registry.dod.task import Pair, Task
 from softprompt_registry.errors import ConfigError, DataError
 from softprompt_registry.soft_prompts.soft_prompt import SoftPrompt
-
-MIN_ITEMS = 4
-"""Of pairs or inputs. The 95 % interval over three or fewer reaches from the smallest to the largest of them, so a single one
-would be taken for certain: of n items, the draws that take only the smallest are 1 in n^n, and 1 in 27 is more than 2.5 %."""
+from softprompt_registry.verbalization.held_out import MIN_ITEMS
 
 
 @dataclass(frozen=True)

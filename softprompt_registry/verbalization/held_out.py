@@ -9,6 +9,10 @@ from typing import NamedTuple
 from softprompt_registry.dod.task import Pair, Task, text_key
 from softprompt_registry.errors import DataError
 
+MIN_ITEMS = 4
+"""Of pairs or inputs. The 95 % interval over three or fewer reaches from the smallest to the largest of them, so a single one
+would be taken for certain: of n items, the draws that take only the smallest are 1 in n^n, and 1 in 27 is more than 2.5 %."""
+
 
 class PairHalves(NamedTuple):
     """Held-out pairs in two halves that share no input. In each, test pairs come before validation pairs."""

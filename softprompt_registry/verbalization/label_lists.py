@@ -89,7 +89,10 @@ def label_candidates(
     texts = [with_labels(labels, [prefix], order)[0] for prefix, order in zip(prefixes, orders, strict=True)]
     with reader.soft_tokens([soft_prompt]) as soft:
         scores = _scores(reader, soft, texts, end=True)
-    candidates = [Candidate(text, "label_list", score) for text, score in zip(texts, scores, strict=True)]
+    candidates = [
+        Candidate(text, "label_list", score, prefill=prefix)
+        for text, score, prefix in zip(texts, scores, prefixes, strict=True)
+    ]
     return rank(candidates)
 
 

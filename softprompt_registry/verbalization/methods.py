@@ -54,6 +54,7 @@ def apply_methods(
     rule: AbstentionRule,
     *,
     without_verifier: Sequence[str] = (),
+    translator_id: str | None = None,
     recorder: Recorder | None = None,
 ) -> MethodTexts:
     """Let each proposer write candidates and the verifier choose among them.
@@ -65,6 +66,7 @@ def apply_methods(
 
     Args:
         tasks: by name; each needs held-out pairs with at least two different inputs.
+        translator_id: of the translator that some of the proposers use.
         without_verifier: names of negative controls, whose candidates nobody would want to win.
 
     Raises:
@@ -88,7 +90,7 @@ def apply_methods(
 
     def choose(candidates: Sequence[Sequence[Candidate]], *, first: bool) -> list[Verbalization]:
         return [
-            verified(_unverified(prompt, found, config), verification, rule, keep_text=first)
+            verified(_unverified(prompt, found, config, translator_id), verification, rule, keep_text=first)
             for prompt, found, verification in zip(soft_prompts, candidates, ranking, strict=True)
         ]
 
@@ -121,17 +123,20 @@ def _propose(
     return [_propose(proposer, [prompt], config, failures)[0] for prompt in soft_prompts]
 
 
-def _unverified(prompt: SoftPrompt, candidates: Sequence[Candidate], config: VerbalizationConfig) -> Verbalization:
+def _unverified(
+    prompt: SoftPrompt, candidates: Sequence[Candidate], config: VerbalizationConfig, translator_id: str | None
+) -> Verbalization:
     return Verbalization(
         text=candidates[0].text if candidates else "",
         task=prompt.record.task,
         candidates=tuple(candidates),
         soft_prompt_id=prompt.id,
         base_fingerprint=prompt.record.base_model.fingerprint,
-        prefill=config.prefill,
+        prefill=candidates[0].prefill if candidates else "",
         seed=config.seed,
         temperature=config.temperature,
         max_new_tokens=config.max_new_tokens,
+        translator_id=translator_id,
     )
 
 

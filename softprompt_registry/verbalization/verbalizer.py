@@ -30,6 +30,8 @@ class Candidate:
     """The proposer's own score, higher is better: mean log-likelihood per token for a translator; None without one."""
     verified_score: float | None = None
     """The verifier's score, higher is better (see `Verification`); None where it was not asked."""
+    prefill: str = ""
+    """The beginning that the proposer was given, which is no part of what it found."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,7 @@ class Verbalization:
     soft_prompt_id: str
     base_fingerprint: str
     prefill: str = ""
+    """The given beginning of the text, which is not scored."""
     seed: int = 0
     temperature: float = 0.0
     max_new_tokens: int = 0
@@ -130,7 +133,7 @@ def verbalize(
                 candidates=tuple(ranked),
                 soft_prompt_id=soft_prompt.id,
                 base_fingerprint=soft_prompt.record.base_model.fingerprint,
-                prefill=config.prefill,
+                prefill=ranked[0].prefill if ranked else "",
                 seed=config.seed,
                 temperature=config.temperature,
                 max_new_tokens=config.max_new_tokens,
@@ -157,6 +160,7 @@ def verified(
     if not keep_text:
         candidates.sort(key=lambda candidate: order[candidate.text])
     text = verbalization.text if keep_text or not candidates else candidates[0].text
+    prefill = next((candidate.prefill for candidate in candidates if candidate.text == text), verbalization.prefill)
     chosen = by_text.get(text)
     decision = decide(replace(verification, candidates=() if chosen is None else (chosen,)), rule)
     interval = None
@@ -165,6 +169,7 @@ def verified(
     return replace(
         verbalization,
         text=text,
+        prefill=prefill,
         candidates=tuple(candidates),
         faithfulness=None if chosen is None else chosen.faithfulness,
         faithfulness_interval=interval,

@@ -227,8 +227,24 @@ class Verifier:
             seed=self.config.seed,
         )
 
+    def check_pairs(self, soft_prompt: SoftPrompt, pairs: Sequence[Pair]) -> None:
+        """See that `verify` can use these pairs, whatever the texts are.
+
+        Raises:
+            DataError: a pair that would be used does not fit into the base model's context, or has no text.
+        """
+        record = soft_prompt.record
+        longest = max(soft_prompt.num_virtual_tokens, self._candidate_limit + len(self.base_model.tokenize("\n")))
+        room = self.base_model.max_positions - longest - len(self.base_model.bos)
+        doing = f"verifying texts for soft prompt {record.task!r}"
+        self._pairs(pairs, record.template, room, doing, balanced=record.kind == "classification")
+
+    @property
+    def _candidate_limit(self) -> int:
+        return max(min(self.config.max_candidate_tokens, self.base_model.max_positions // 2), 1)
+
     def _read(self, text: str) -> _Reading:
-        limit = max(min(self.config.max_candidate_tokens, self.base_model.max_positions // 2), 1)
+        limit = self._candidate_limit
         ids = self.base_model.tokenize(text.strip())
         if not ids:
             return _Reading((), False)

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 
 from softprompt_registry.base_models.frozen import BaseModel
 from softprompt_registry.base_models.reference import require_same_base
-from softprompt_registry.dod.task import Pair, PairSplit, Task, text_key
+from softprompt_registry.dod.task import Pair, Task, text_key
 from softprompt_registry.errors import ConfigError, DataError
 from softprompt_registry.soft_prompts.encoding import encode_pair
 from softprompt_registry.soft_prompts.performance import Trial, generate_answers
@@ -47,7 +47,7 @@ class BehaviourProposer:
     ) -> None:
         """
         Args:
-            inputs: for each task (`held_out_inputs` takes them from a task), or the same for all soft prompts.
+            inputs: for each task (`training_inputs` takes them from a task), or the same for all soft prompts.
             max_answer_tokens: length cap of an answer.
             max_input_tokens: of the template with an input; longer inputs are cut.
             tokens_per_forward: padded tokens of a forward pass; None takes what fits.
@@ -114,20 +114,17 @@ class BehaviourProposer:
         return Trial(task, soft_prompt.embeddings.to(self.base_model.device), prompts, ())
 
 
-def held_out_inputs(task: Task, limit: int = 16, *, seed: int = 0) -> list[str]:
-    """At most `limit` different inputs that the task's soft prompt was not tuned on: of `test` pairs, then of `validation`.
+def training_inputs(task: Task, limit: int = 16, *, seed: int = 0) -> list[str]:
+    """At most `limit` different inputs of the task's `train` pairs, in an order drawn by `seed`.
 
-    Drawn by `seed` without a look at the outputs, so labels may be unevenly met. Empty if the task has no such pairs.
+    Not of held-out pairs: a text quotes the answers to these inputs, and would be scored on outputs that it gives away.
+    Drawn without a look at the outputs, so labels may be unevenly met. Empty if the task has no such pairs.
     """
-    draw = random.Random(f"{seed}/{task.name}/inputs")
-    tuned_on = {pair.input for pair in task.pairs_of("train")}
-    chosen: dict[str, None] = {}
-    splits: tuple[PairSplit, ...] = ("test", "validation")
-    for split in splits:
-        inputs = [text for text in dict.fromkeys(pair.input for pair in task.pairs_of(split)) if text not in tuned_on]
-        draw.shuffle(inputs)
-        chosen |= dict.fromkeys(inputs)
-    return list(chosen)[:limit]
+    held_out = {text_key(pair.input) for pair in task.pairs if pair.split != "train"}
+    inputs = [pair.input for pair in task.pairs_of("train") if text_key(pair.input) not in held_out]
+    inputs = list(dict.fromkeys(inputs))
+    random.Random(f"{seed}/{task.name}/inputs").shuffle(inputs)
+    return inputs[:limit]
 
 
 def instruction_to_answer(answers: Sequence[str]) -> str:

@@ -34,6 +34,7 @@ class InspectProposer:
     Args:
         pair: one, or several; or one for each kind of task: label lists and instructions may be read best at different ones.
         examples_folder: of example descriptions to use in place of our own (see `read_examples`).
+        examples: the descriptions themselves, by kind of task, such as a layer grid's; missing kinds are read.
         rows_per_batch: see `read_patched`.
 
     Raises:
@@ -48,6 +49,7 @@ class InspectProposer:
         pair: LayerPair | Sequence[LayerPair] | Mapping[str, LayerPair],
         *,
         examples_folder: str | Path | None = None,
+        examples: Mapping[str, Sequence[str]] | None = None,
         rows_per_batch: int | None = None,
     ) -> None:
         self.base_model = base_model
@@ -56,6 +58,7 @@ class InspectProposer:
             [pair] if isinstance(pair, LayerPair) else list(pair.values() if isinstance(pair, Mapping) else pair)
         )
         self.examples_folder = examples_folder
+        self.examples = examples or {}
         self.rows_per_batch = rows_per_batch
         if not self.pairs:
             raise ConfigError(
@@ -82,7 +85,7 @@ class InspectProposer:
         for members in groups.values():
             kind = soft_prompts[members[0]].record.kind
             pairs = self._pairs_for(kind)
-            examples = read_examples(kind, self.examples_folder)
+            examples = self.examples.get(kind) or read_examples(kind, self.examples_folder)
             stacked = torch.stack([soft_prompts[number].embeddings for number in members])  # (G, K, D)
             found = read_patched(
                 self.base_model,

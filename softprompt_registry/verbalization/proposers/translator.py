@@ -179,7 +179,7 @@ class TranslatorProposer:
         else:
             scores = mean_log_likelihoods(base, soft, base.bos + beginning, rows)
         return [
-            Candidate(self._text(soft_prompt, way.prefill, row, max_new_tokens), way.name, score)
+            Candidate(self._text(soft_prompt, way.prefill, row, max_new_tokens), way.name, score, prefill=way.prefill)
             for soft_prompt, row, score in zip(soft_prompts, rows, scores, strict=True)
         ]
 
@@ -199,7 +199,9 @@ class TranslatorProposer:
             # Sorted before doubles go: of two lists that are one without their repetitions the likelier stays.
             scored = sorted(zip(own, rows, strict=True), key=lambda item: item[0], reverse=True)
             texts = [(self._text(soft_prompt, config.prefill, row, cap), score) for score, row in scored]
-            best_first.append(distinct([Candidate(text, f"{self.name}:beam", score) for text, score in texts]))
+            name = f"{self.name}:beam"
+            found_texts = [Candidate(text, name, score, prefill=config.prefill) for text, score in texts]
+            best_first.append(distinct(found_texts))
         return best_first
 
     def _text(self, soft_prompt: SoftPrompt, prefill: str, row: Sequence[int], max_new_tokens: int) -> str:
