@@ -187,6 +187,24 @@ def quality_by_coverage(title: str, curves: Mapping[str, Sequence[tuple[float, f
     return figure
 
 
+def shares_by_threshold(title: str, curves: Mapping[str, Sequence[tuple[float, float]]], *, x: str) -> Figure:
+    """For each name a line through (threshold, share)."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import PercentFormatter
+
+    figure = Figure(figsize=(_PAGE_WIDTH, 4.2), layout="constrained")
+    axes = figure.subplots()
+    for number, (name, points) in enumerate(curves.items()):
+        thresholds, shares = [threshold for threshold, _ in points], [share for _, share in points]
+        axes.plot(thresholds, shares, color=PALETTE[number % len(PALETTE)], label=_words(name, _LEGEND_LETTERS))
+    axes.set(title=title, xlabel=_words(x), ylabel="share", ylim=(-0.02, 1.02))
+    axes.yaxis.set_major_formatter(PercentFormatter(1))
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    _legend_above(figure)
+    return figure
+
+
 def scatter(title: str, points: Mapping[str, Sequence[tuple[float, float]]], *, x: str, y: str) -> Figure:
     """Points (x, y), with a colour and a marker for each name."""
     from matplotlib.figure import Figure

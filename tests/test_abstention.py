@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ from softprompt_registry.verbalization.abstention import (
     coverage_curve,
     decide,
 )
-from softprompt_registry.verbalization.verification import Gain, Verification, Verified
+from softprompt_registry.verbalization.verification import Gain, OrderTest, Verification, Verified
 
 NO_GAIN = "no faithfulness: the soft prompt is not better than no prompt on 4 pairs"
 
@@ -71,6 +72,16 @@ def verification(*candidates: tuple[str, float | None], reason: str | None = Non
 )
 def test_the_best_text_is_given_only_if_it_keeps_enough_of_the_gain(found: Verification, expected: Decision) -> None:
     assert decide(found, AbstentionRule(0.3)) == expected
+
+
+def test_a_soft_prompt_that_is_as_good_in_another_order_is_given_no_text() -> None:
+    found = verification(("joy", 0.9))
+    beaten = replace(found, order=OrderTest(-1.0, (-1.5,) * 19))
+    assert decide(beaten, AbstentionRule(0.3)) == Decision(False, None)
+    tie = replace(found, order=OrderTest(-1.0, (-1.0, *(-1.5,) * 18)))
+    assert tie.order is not None and tie.order.p_value == 0.1
+    reason = "tokens do as well in other orders (1 of 19 random ones, p = 0.10), as those of noise do"
+    assert decide(tie, AbstentionRule(0.3)) == Decision(True, f"the soft prompt's {reason}")
 
 
 def test_a_rule_that_always_abstains_says_why() -> None:

@@ -111,6 +111,11 @@ def test_garbage_is_read_and_counted(found: Any) -> None:
     assert list(table["kind"]) == ["random vectors", "noise", "shuffled tokens"] * 2
     assert list(table["task"]) == ["heats"] * 3 + ["speeds"] * 3
     assert found["garbage"]["garbage_refused_share"] == pytest.approx(table["abstained"].mean())
+    curve = mlflow.load_table("garbage_curve.json", run_ids=[found["run_id"]])
+    assert list(curve["garbage_refused"]) == sorted(curve["garbage_refused"]) and len(curve) == 21
+    report = mlflow.artifacts.load_dict(f"runs:/{found['run_id']}/report.json")
+    assert [point["garbage_refused"] for point in report["garbage"]] == list(curve["garbage_refused"])
+    assert "Garbage refused, texts given" in mlflow.artifacts.load_text(f"runs:/{found['run_id']}/report.html")
     logged = mlflow.get_run(found["run_id"]).data.metrics
     assert {name.removeprefix("evaluation.") for name in logged} >= set(found["garbage"])
 

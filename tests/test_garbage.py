@@ -11,7 +11,7 @@ from small_prompts import make
 from tiny_llm import tiny_base_model
 
 from softprompt_registry.errors import ConfigError
-from softprompt_registry.evaluation.garbage import KINDS, Garbage, garbage_prompts, garbage_result
+from softprompt_registry.evaluation.garbage import KINDS, Garbage, GarbagePoint, garbage_prompts, garbage_result
 from softprompt_registry.verbalization.verbalizer import Verbalization
 
 REAL = [make("moods", 1), make("sides", 2)]
@@ -95,3 +95,23 @@ def test_without_a_good_text_there_is_no_share_of_them() -> None:
         [Garbage("noise", REAL[0])], [said("moods", abstained=True)], [said("moods", abstained=False)], {"moods": False}
     )
     assert "good_passed_share" not in found.metrics and found.metrics["num_good"] == 0
+
+
+def test_the_curve_says_what_each_threshold_lets_through() -> None:
+    def text(task: str, faithfulness: float | None, words: str = "text") -> Verbalization:
+        return Verbalization(
+            words, task, (), "id", "base", faithfulness=faithfulness, abstained=True, reason="whatever"
+        )
+
+    garbage = [Garbage(kind, REAL[0]) for kind in ("noise", "noise", "shuffled tokens", "shuffled tokens")]
+    read = [text("moods", None), text("moods", 0.5), text("moods", 0.9), text("moods", 0.8, words=" ")]
+    real = [text("moods", 0.5), text("sides", 0.7), text("sizes", 0.2), text("weights", 0.9)]
+    good = {"moods": True, "sides": True, "sizes": False, "weights": True}
+    found = garbage_result(garbage, read, real, good, not_tuned=["weights"])
+    at = {point.threshold: point for point in found.curve}
+    assert list(at) == sorted(at) and min(at) == 0 and max(at) == 1
+    assert at[0] == GarbagePoint(0, 0.5, None, 0.5, 0.5, pytest.approx(2 / 3), 0.75)
+    assert at[0.5] == at[0]._replace(threshold=0.5, real_passed=0.5)
+    assert at[0.6] == GarbagePoint(0.6, 0.75, None, 1, 0.5, pytest.approx(1 / 3), 0.25)
+    assert at[0.95] == GarbagePoint(0.95, 1, None, 1, 1, 0, 0)
+    assert found.curve_table["garbage_refused"] == [point.garbage_refused for point in found.curve]

@@ -119,7 +119,8 @@ def test_the_verifier_chooses_among_the_candidates_of_all_proposers(plain_base: 
         TableProposer("two", [Candidate("zz zz", "two", -0.2), Candidate("qqq", "two", -0.3)]),
     ]
     texts = ["qqq", "zz zz", "joy, fear"]
-    expected = Verifier(plain_base).verify(moods, texts, pairs=TEST_PAIRS)
+    expected = Verifier(plain_base).verify(moods, texts, pairs=TEST_PAIRS, test_order=True)
+    assert expected.order is not None and len(expected.order.order_scores) == 19
     order = [candidate.text for candidate in expected.candidates]
     assert order != texts, "the verifier does not agree with the proposers"
     verify = partial(verbalize_verified, [moods], proposers, VerbalizationConfig(), Verifier(plain_base))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import json
 import math
 from collections.abc import Callable, Sequence
@@ -389,6 +390,66 @@ def test_a_verification_comes_back_from_json_and_holds_all_it_was_made_of(base: 
         Verification.from_json({key: value for key, value in record.items() if key != "gain"})
 
 
+# Other orders of the soft tokens ---------------------------------------------------------------------------------------
+
+
+def test_other_orders_are_scored_on_the_same_pairs(base: BaseModel) -> None:
+    soft_prompt = random_prompt(base, 3)
+    pairs = pairs_of(base, soft_prompt)
+    verifier = Verifier(base, replace(CONFIG, level=0.8))  # four orders suffice, and there are five others
+    found = verifier.verify(soft_prompt, TEXTS, pairs=pairs, test_order=True)
+    possible = []
+    for order in list(itertools.permutations(range(3)))[1:]:
+        other = replace(soft_prompt, embeddings=soft_prompt.embeddings[list(order)])
+        possible.append(verifier.verify(other, [], pairs=pairs).soft_prompt)
+    assert found.order is not None and found.order.score == pytest.approx(found.soft_prompt)
+    scores = sorted(found.order.order_scores)
+    left_out = [score for score in possible if all(abs(score - other) > 1e-9 for other in scores)]
+    assert len(scores) == 4 and len(left_out) == 1
+    assert scores == pytest.approx(sorted(score for score in possible if score not in left_out), rel=1e-9)
+    as_good = sum(score >= found.soft_prompt for score in scores)
+    assert found.order.p_value == (1 + as_good) / 5
+    assert replace(found, order=None) == verifier.verify(soft_prompt, TEXTS, pairs=pairs)
+    assert Verification.from_json(json.loads(json.dumps(found.to_json()))) == found
+    earlier = {name: value for name, value in found.to_json().items() if name != "order"}
+    assert Verification.from_json(earlier).order is None
+
+
+def test_vectors_that_nobody_tuned_pass_as_rarely_as_the_level_says(base: BaseModel) -> None:
+    verifier = Verifier(base, replace(CONFIG, level=0.75, orders=3, draws=1))
+    pairs = [Pair(text, text[::-1]) for text in INPUTS[:3]]
+    generator = torch.Generator().manual_seed(0)
+    passed = 0
+    for _ in range(80):
+        numbers = torch.randn(4, HIDDEN_SIZE, generator=generator)
+        found = verifier.verify(prompt_of(base, numbers), [], pairs=pairs, test_order=True)
+        passed += found.order is not None and found.order.p_value <= 0.25
+    assert 1 <= passed <= 28, "80 tests at 25 %, not all of which gain anything: at most 2 standard deviations above 20"
+
+
+def test_ten_pairs_are_enough_to_try_orders_on(base: BaseModel) -> None:
+    soft_prompt = random_prompt(base)
+    pairs = pairs_of(base, soft_prompt) * 3
+    verifier = Verifier(base, CONFIG)
+    found = verifier.verify(soft_prompt, [], pairs=pairs, test_order=True)
+    few = verifier.verify(soft_prompt, [], pairs=pairs[:10], test_order=True)
+    assert len(found.items) > 10 and found.order is not None and few.order is not None
+    assert found.order.score == pytest.approx(few.soft_prompt) and found.order.score != found.soft_prompt
+    assert found.order.order_scores == pytest.approx(few.order.order_scores)
+
+
+@pytest.mark.parametrize(
+    ("changes", "given", "num_virtual_tokens"),
+    [({}, "pairs", 3), ({"orders": 0}, "pairs", 5), ({}, "inputs", 5), ({"level": 0.995}, "pairs", 5)],
+    ids=["too few orders of three tokens", "switched off", "probe inputs", "too few orders for the level"],
+)
+def test_the_order_is_not_tested(base: BaseModel, changes: dict[str, Any], given: str, num_virtual_tokens: int) -> None:
+    soft_prompt = random_prompt(base, num_virtual_tokens)
+    data: dict[str, Any] = {"inputs": INPUTS} if given == "inputs" else {"pairs": pairs_of(base, soft_prompt)}
+    found = Verifier(base, replace(CONFIG, **changes)).verify(soft_prompt, [], test_order=True, **data)
+    assert found.order is None
+
+
 # Without prefixes, without memory, without room -----------------------------------------------------------------------
 
 
@@ -528,6 +589,7 @@ def test_scores_that_are_no_numbers_are_an_error() -> None:
         ({"max_pairs": 0}, "max_pairs is 0, expected at least 1"),
         ({"draws": 0}, "draws is 0, expected at least 1"),
         ({"level": 1.0}, "level is 1.0, expected a share between 0 and 1"),
+        ({"orders": 18}, "orders is 18, expected 0 or at least 19"),
         ({"tokens_per_forward": 0}, "tokens_per_forward is 0, expected at least 1 or null"),
         ({"max_pair_tokens": 15}, "max_pair_tokens=15 leaves no room for text before 8 tokens of an answer"),
     ],

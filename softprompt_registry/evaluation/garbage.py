@@ -7,9 +7,9 @@ does, so the kinds are counted apart.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from softprompt_registry.base_models.frozen import BaseModel
 from softprompt_registry.errors import ConfigError
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     import torch
 
 KINDS = ("random vectors", "noise", "shuffled tokens")
+THRESHOLDS = tuple(step / 20 for step in range(21))
+"""Of faithfulness, that the curve is drawn for."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +90,21 @@ def _other_order(length: int, generator: torch.Generator) -> torch.Tensor:
     return order
 
 
+class GarbagePoint(NamedTuple):
+    """What a rule with one threshold of faithfulness lets through; shares."""
+
+    threshold: float
+    garbage_refused: float
+    random_vectors_refused: float | None
+    """None where there is none of that kind; so are the others."""
+    noise_refused: float | None
+    shuffled_tokens_refused: float | None
+    good_passed: float | None
+    """Of the real soft prompts whose text is good; None where there is no such text."""
+    real_passed: float
+    """Of all real soft prompts."""
+
+
 @dataclass(frozen=True)
 class GarbageResult:
     """How many pieces of garbage were refused, and how many good texts of real soft prompts were given."""
@@ -97,6 +114,13 @@ class GarbageResult:
     metrics: dict[str, float]
     """garbage_refused_share over all and per kind (`garbage_refused_share_noise`); good_passed_share of the real soft prompts
     whose text is good, where there is one; real_passed_share of all real ones; how many of each."""
+    curve: tuple[GarbagePoint, ...]
+    """The same for thresholds from 0 to 1, whichever the rule has."""
+
+    @property
+    def curve_table(self) -> dict[str, list[Any]]:
+        """The curve's columns."""
+        return {name: [getattr(point, name) for point in self.curve] for name in GarbagePoint._fields}
 
 
 def garbage_result(
@@ -104,6 +128,7 @@ def garbage_result(
     verbalized: Sequence[Verbalization],
     real: Sequence[Verbalization],
     good: Mapping[str, bool],
+    not_tuned: Collection[str] = (),
 ) -> GarbageResult:
     """Count.
 
@@ -111,6 +136,7 @@ def garbage_result(
         verbalized: of each piece of garbage, judged by the rule.
         real: of the real soft prompts, judged by the same rule.
         good: by task, whether the real soft prompt's text says what the task is.
+        not_tuned: tasks whose real soft prompts are refused whatever their text says.
     """
     metrics = {"num_garbage": float(len(garbage)), "garbage_refused_share": _share(verbalized, abstained=True)}
     for kind in KINDS:
@@ -129,7 +155,40 @@ def garbage_result(
         "reason": [text.reason for text in verbalized],
         "faithfulness": [text.faithfulness for text in verbalized],
     }
-    return GarbageResult(rows, metrics)
+    shown = [(item.kind, _faithfulness(text)) for item, text in zip(garbage, verbalized, strict=True)]
+    kept = {text.task: None if text.task in not_tuned else _faithfulness(text) for text in real}
+    curve = tuple(_point(threshold, shown, kept, good) for threshold in THRESHOLDS)
+    return GarbageResult(rows, metrics, curve)
+
+
+def _faithfulness(text: Verbalization) -> float | None:
+    """None if no threshold would give it."""
+    return text.faithfulness if text.text.strip() else None
+
+
+def _point(
+    threshold: float,
+    garbage: Sequence[tuple[str, float | None]],
+    real: Mapping[str, float | None],
+    good: Mapping[str, bool],
+) -> GarbagePoint:
+    def passed(values: Sequence[float | None]) -> float | None:
+        return sum(value is not None and value >= threshold for value in values) / len(values) if values else None
+
+    def refused(kinds: Sequence[str]) -> float | None:
+        share = passed([value for kind, value in garbage if kind in kinds])
+        return None if share is None else 1 - share
+
+    random_vectors, noise, shuffled_tokens = (refused([kind]) for kind in KINDS)
+    return GarbagePoint(
+        threshold,
+        refused(KINDS) or 0.0,
+        random_vectors,
+        noise,
+        shuffled_tokens,
+        passed([value for task, value in real.items() if good[task]]),
+        passed(list(real.values())) or 0.0,
+    )
 
 
 def _share(texts: Sequence[Verbalization], *, abstained: bool) -> float:

@@ -18,6 +18,7 @@ from softprompt_registry.evaluation.analysis import (
     by_category,
     correlation,
 )
+from softprompt_registry.evaluation.garbage import GarbagePoint
 from softprompt_registry.evaluation.statistics import Interval, PairedComparison, bootstrap_mean
 from softprompt_registry.evaluation.text_scores import scored_text
 from softprompt_registry.evaluation.verbalizations import COMPARED, Evaluation, TaskRow, compare
@@ -115,6 +116,8 @@ class ReportData:
     """By method: `ranked_by` against coverage by `decided_on`; empty if no faithfulness is known."""
     told: tuple[str, ...] = ()
     """Methods that are told what is asked for, such as the labels: they are shown, but are no rivals of the others."""
+    garbage: tuple[GarbagePoint, ...] = ()
+    """By growing threshold, what of garbage and of real soft prompts gets through; empty if no garbage was tried."""
 
     @property
     def best(self) -> MethodReport:
@@ -152,6 +155,7 @@ def report_data(
     prefills: Mapping[Key, str] | None = None,
     confusions: Mapping[str, Sequence[Confusion]] | None = None,
     told: Collection[str] = (),
+    garbage: Sequence[GarbagePoint] = (),
     seed: int = 0,
 ) -> ReportData:
     """An evaluation with all that is known beside it, ready to be shown.
@@ -172,6 +176,7 @@ def report_data(
         prefills: by method and task: the given beginnings of texts, which are not scored.
         confusions: by method, as `analysis.confusions` gives them.
         told: methods that are told what is asked for.
+        garbage: the curve of `GarbageResult`.
         seed: of the bootstraps that the evaluation has not made.
 
     Raises:
@@ -242,6 +247,7 @@ def report_data(
         categories={name: by_category(result.rows, categories) for name, result in evaluation.methods.items()},
         correlations=_correlations(reports, list(evaluation.methods), metric, seed),
         curves=_curves(reports, list(evaluation.methods), metric),
+        garbage=tuple(garbage),
     )
 
 

@@ -48,7 +48,8 @@ def metric_name(metric: str) -> str:
 
 
 def report_figures(data: ReportData) -> list[ReportFigure]:
-    """All that the data allow: methods compared, quality by coverage and by soft-prompt accuracy, means by category."""
+    """All that the data allow: methods compared, quality by coverage and by soft-prompt accuracy, garbage, means by
+    category."""
     drawn = [_methods(data)]
     if any("faithfulness" in method.intervals for method in data.methods):
         drawn.append(_faithfulness(data))
@@ -56,6 +57,8 @@ def report_figures(data: ReportData) -> list[ReportFigure]:
         drawn.append(_coverage(data))
     if any(task.accuracy is not None for task in data.tasks):
         drawn.append(_accuracy(data))
+    if data.garbage:
+        drawn.append(_garbage(data))
     if 2 <= len(data.category_names) <= MOST_CATEGORIES:
         drawn.append(_categories(data))
     return drawn
@@ -108,6 +111,25 @@ def _coverage(data: ReportData) -> ReportFigure:
         figures.quality_by_coverage(title, curves, y=f"{quality} of answered tasks"),
         " ".join(lines),
         "A line that falls to the right says that faithfulness knows the good texts; dotted is answering everything.",
+    )
+
+
+def _garbage(data: ReportData) -> ReportFigure:
+    title = "Garbage refused, texts given"
+    shares = {
+        "garbage refused": [(point.threshold, point.garbage_refused) for point in data.garbage],
+        "texts of real soft prompts given": [(point.threshold, point.real_passed) for point in data.garbage],
+    }
+    good = [(point.threshold, point.good_passed) for point in data.garbage if point.good_passed is not None]
+    if good:
+        shares["good ones of these given"] = good
+    lines = [f"{name}: {points[0][1]:.0%} at 0, {points[-1][1]:.0%} at 1." for name, points in shares.items()]
+    return ReportFigure(
+        "garbage",
+        title,
+        figures.shares_by_threshold(title, shares, x="required faithfulness"),
+        " ".join(lines),
+        "Soft prompts that nobody tuned, and the translator's texts of real ones, by the faithfulness that is asked for.",
     )
 
 

@@ -34,7 +34,7 @@ from softprompt_registry.stages.running import log_inputs, stage_run
 from softprompt_registry.stages.training import require_same_dod
 from softprompt_registry.storage import forget, locked
 from softprompt_registry.translators.translator import Translator
-from softprompt_registry.verbalization.abstention import AbstentionRule
+from softprompt_registry.verbalization.abstention import AbstentionRule, why_not_tuned
 from softprompt_registry.verbalization.held_out import MIN_ITEMS, split_pairs
 from softprompt_registry.verbalization.kept_parts import KeptParts, KeptProposer, KeptVerifier
 from softprompt_registry.verbalization.methods import ALL, WITH_VERIFIER, MethodTexts, apply_methods
@@ -218,7 +218,7 @@ def _try_garbage(work: _Work, tasks: Mapping[str, Task], made: MethodTexts, rule
     """Read garbage by the translator, and see what the rule lets through of it and of its texts of the real soft prompts."""
     real = [work.bank.member(name) for name in tasks]
     garbage: list[Garbage] = garbage_prompts(work.base_model, real, work.config.garbage_prompts, seed=work.config.seed)
-    read = _without_gain(work, tasks, garbage)
+    read = _refused_unread(work, tasks, garbage)
     left = [number for number in range(len(garbage)) if number not in read]
     prompts: list[SoftPrompt] = [garbage[number].soft_prompt for number in left]
     if prompts:
@@ -235,20 +235,22 @@ def _try_garbage(work: _Work, tasks: Mapping[str, Task], made: MethodTexts, rule
         read |= zip(left, _chosen(written.texts), strict=True)
     of_translator = _chosen(made.texts)
     good = {item.task: work.is_good(item, tasks[item.task]) for item in of_translator}
-    return garbage_result(garbage, [read[number] for number in range(len(garbage))], of_translator, good)
+    not_tuned = {item.task for item in made.ranking if why_not_tuned(item) is not None}
+    return garbage_result(garbage, [read[number] for number in range(len(garbage))], of_translator, good, not_tuned)
 
 
-def _without_gain(work: _Work, tasks: Mapping[str, Task], garbage: Sequence[Garbage]) -> dict[int, Verbalization]:
-    """By number, the garbage that is refused whatever is written of it, since it is not surely better than no prompt."""
+def _refused_unread(work: _Work, tasks: Mapping[str, Task], garbage: Sequence[Garbage]) -> dict[int, Verbalization]:
+    """By number, the garbage that is refused whatever is written of it (`why_not_tuned`)."""
     refused = {}
     with work.recorder.progress("see what garbage gains", len(garbage)) as bar:
         for number, prompt in enumerate(item.soft_prompt for item in garbage):
             pairs = split_pairs(tasks[prompt.record.task], work.config.verifier.seed).ranking
-            found = work.verifier.verify(prompt, [], pairs=pairs)
-            if found.reason is not None:
+            found = work.verifier.verify(prompt, [], pairs=pairs, test_order=True)
+            reason = why_not_tuned(found)
+            if reason is not None:
                 fingerprint = prompt.record.base_model.fingerprint
                 nothing = Verbalization("", prompt.record.task, (), prompt.id, fingerprint)
-                refused[number] = replace(nothing, abstained=True, evidence=found.evidence, reason=found.reason)
+                refused[number] = replace(nothing, abstained=True, evidence=found.evidence, reason=reason)
             bar.advance(1, prompt.record.task)
     return refused
 

@@ -75,6 +75,7 @@ def record_evaluation(
     recorder.metric(f"{conventions.EVALUATION_PREFIX}num_left_out", float(len(found.left_out)))
     if found.garbage is not None:
         recorder.table("garbage.json", found.garbage.rows)
+        recorder.table("garbage_curve.json", found.garbage.curve_table)
         for name, value in found.garbage.metrics.items():
             recorder.metric(f"{conventions.EVALUATION_PREFIX}{name}", value)
 
@@ -142,6 +143,7 @@ def _record_report(found: Evaluated, base_model: BaseModel, config: EvaluationCo
         },
         told=[name for name in found.made.texts if name.removesuffix(WITH_VERIFIER) == LabelListProposer.name],
         prefills={(method, item.task): item.prefill for method, item in texts if item.prefill},
+        garbage=() if found.garbage is None else found.garbage.curve,
         seed=config.seed,
     )
     mlflow.log_text(report_page(data), "report.html")

@@ -16,6 +16,9 @@ MIN_ANSWERED = 5
 """A threshold that so few training tasks reach is not chosen: one or two lucky ones would decide it."""
 
 
+_ROUNDING = 1e-9
+
+
 @dataclass(frozen=True)
 class AbstentionRule:
     """From which faithfulness on a text is given, and how that was found out.
@@ -70,12 +73,14 @@ class Decision:
 
 
 def decide(verification: Verification, rule: AbstentionRule) -> Decision:
-    """Abstain unless the best candidate says something and keeps enough of what the soft prompt gains."""
+    """Abstain unless the soft prompt does something, and the best candidate says something and keeps enough of the gain."""
     best = verification.best
     if best is None:
         return Decision(True, "there is no candidate text")
-    if verification.reason is not None or best.faithfulness is None:
-        return Decision(True, verification.reason or "no faithfulness")
+    if (reason := why_not_tuned(verification)) is not None:
+        return Decision(True, reason)
+    if best.faithfulness is None:
+        return Decision(True, "no faithfulness")
     if not best.text.strip():
         return Decision(True, "the best text is empty, which is no prompt at all")
     if rule.always_abstain is not None:
@@ -88,6 +93,21 @@ def decide(verification: Verification, rule: AbstentionRule) -> Decision:
             f"{rule.min_faithfulness:.2f}",
         )
     return Decision(False, None)
+
+
+def why_not_tuned(verification: Verification) -> str | None:
+    """A sentence if the soft prompt may say nothing: it is not surely better than no prompt, or its tokens may do as well in
+    another order."""
+    if verification.reason is not None:
+        return verification.reason
+    test = verification.order
+    if test is None or test.p_value <= 1 - verification.level + _ROUNDING:
+        return None
+    as_good = sum(score >= test.score for score in test.order_scores)
+    return (
+        f"the soft prompt's tokens do as well in other orders ({as_good} of {len(test.order_scores)} random ones, p = "
+        f"{test.p_value:.2f}), as those of noise do"
+    )
 
 
 def choose_rule(

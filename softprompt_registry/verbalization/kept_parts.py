@@ -85,12 +85,13 @@ class KeptVerifier(Verifier):
         pairs: Sequence[Pair] = (),
         inputs: Sequence[str] = (),
         template: str | None = None,
+        test_order: bool = False,
     ) -> Verification:
         items = [[(pair.input, pair.output) for pair in pairs], list(inputs), template]
-        part = ["verification", soft_prompt.id, soft_prompt.record.template, list(texts), items]
+        part = ["verification", soft_prompt.id, soft_prompt.record.template, list(texts), items, test_order]
         found = self._kept.get(part)
         if found is not None:
             return Verification.from_json(found)
-        made = super().verify(soft_prompt, texts, pairs=pairs, inputs=inputs, template=template)
+        made = super().verify(soft_prompt, texts, pairs=pairs, inputs=inputs, template=template, test_order=test_order)
         self._kept.put(part, made.to_json())
         return made

@@ -85,7 +85,7 @@ def apply_methods(
         ranking = []
         for number, prompt in enumerate(soft_prompts):
             texts_of = [candidate.text for found in by_proposer.values() for candidate in found[number]]
-            ranking.append(verifier.verify(prompt, texts_of, pairs=halves[number].ranking))
+            ranking.append(verifier.verify(prompt, texts_of, pairs=halves[number].ranking, test_order=True))
             bar.advance(1, prompt.record.task)
 
     def choose(candidates: Sequence[Sequence[Candidate]], *, first: bool) -> list[Verbalization]:

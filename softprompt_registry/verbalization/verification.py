@@ -58,6 +58,24 @@ class Verified:
     """The text is longer than the verifier reads; what is scored is its beginning."""
 
 
+class OrderTest(NamedTuple):
+    """A permutation test: does the soft prompt do better than its own tokens in random other orders?
+
+    Vectors that nobody tuned are as good in any order, whatever they gain over no prompt: of n other orders each place in the
+    ranking is then equally likely. A tuned soft prompt was tuned in its order.
+    """
+
+    score: float
+    """The soft prompt's mean score over the items of the test, the first of all."""
+    order_scores: tuple[float, ...]
+    """Mean score of each of the n other orders, on the same items."""
+
+    @property
+    def p_value(self) -> float:
+        """(1 + number of orders that score as high) / (1 + n)."""
+        return (1 + sum(score >= self.score for score in self.order_scores)) / (1 + len(self.order_scores))
+
+
 @dataclass(frozen=True)
 class Verification:
     """Candidates of one soft prompt, scored on the same items.
@@ -87,6 +105,8 @@ class Verification:
     """Of the bootstrap, as `level` and `seed`."""
     level: float
     seed: int
+    order: OrderTest | None = None
+    """None if the order was not tested."""
 
     @property
     def no_prompt(self) -> float:
@@ -107,6 +127,7 @@ class Verification:
         return {
             **asdict(self),
             "gain": self.gain._asdict(),
+            "order": None if self.order is None else {**self.order._asdict(), "p_value": self.order.p_value},
             "no_prompt": self.no_prompt,
             "soft_prompt": self.soft_prompt,
         }
@@ -119,7 +140,9 @@ class Verification:
             ArtifactError: an entry is missing.
         """
         with complete_record("a verification"):
-            values = {item.name: record[item.name] for item in fields(cls)}
+            values = {item.name: record[item.name] for item in fields(cls) if item.name != "order"}
+            order = record.get("order")  # runs of earlier versions have none
+            values["order"] = order and OrderTest(order["score"], tuple(order["order_scores"]))
             values["gain"] = Gain(**record["gain"])
             for name in ("items", "no_prompt_scores", "soft_prompt_scores"):
                 values[name] = tuple(record[name])

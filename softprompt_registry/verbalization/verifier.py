@@ -11,6 +11,7 @@ for a search.
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
@@ -36,6 +37,7 @@ from softprompt_registry.verbalization.held_out import in_turn
 from softprompt_registry.verbalization.verification import (
     Bootstrap,
     Evidence,
+    OrderTest,
     Verification,
     Verified,
     faithfulness_of,
@@ -48,6 +50,8 @@ if TYPE_CHECKING:
 
 NO_PROMPT, SOFT_PROMPT = 0, 1
 """Numbers of the first two conditions; those of the candidates follow."""
+MAX_ORDER_ITEMS = 10
+"""So many pairs at most show how a soft prompt's tokens do in other orders: tuned ones differ from these by nats."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +71,11 @@ class VerifierConfig:
     draws: int = 2000
     """Of the bootstrap over pairs or probe inputs."""
     level: float = 0.95
-    """Share of the draws that lie between the ends of an interval."""
+    """Share of the draws that lie between the ends of an interval; 1 - level is that of the permutation test."""
+    orders: int | None = None
+    """So many random orders of a soft prompt's tokens are tried, on up to 10 pairs; a prompt that does not beat them all gets
+    no text (`OrderTest`). Null: as few as the level allows, 19. 0: no test. Prompts whose tokens have fewer orders, and
+    probe inputs, are not tested."""
     tokens_per_forward: int | None = None
     """Tokens of one forward pass, padding included. Null takes what suits the free memory. Halved when the memory does not
     suffice; results stay the same to rounding."""
@@ -94,6 +102,16 @@ class VerifierConfig:
             raise ConfigError(
                 f"reading the verifier settings: level is {self.level}, expected a share between 0 and 1."
             )
+        if self.orders and self.orders < self.fewest_orders:
+            raise ConfigError(
+                f"reading the verifier settings: orders is {self.orders}, expected 0 or at least {self.fewest_orders}: fewer "
+                f"can show nothing at the level {self.level}. Raise it, or leave it out."
+            )
+
+    @property
+    def fewest_orders(self) -> int:
+        """With fewer, not even the best of all orders has a p-value of 1 - level."""
+        return math.ceil(self.level / (1 - self.level) - 1e-9)
 
 
 class _Reading(NamedTuple):
@@ -138,6 +156,7 @@ class Verifier:
         pairs: Sequence[Pair] = (),
         inputs: Sequence[str] = (),
         template: str | None = None,
+        test_order: bool = False,
     ) -> Verification:
         """Score texts by how the base model acts under them, beside the soft prompt and no prompt on the same items.
 
@@ -157,6 +176,7 @@ class Verifier:
             pairs: held out, of the soft prompt's task. Those that it was tuned on would flatter it.
             inputs: probe inputs, where there are no pairs; beside pairs they are not used.
             template: with `{x}` for the input; None takes the soft prompt's own.
+            test_order: where there is a gain on pairs, see whether other orders of the soft prompt's tokens do as well.
 
         Raises:
             ConfigError: there are neither pairs nor inputs, or the template has no place for the input.
@@ -201,6 +221,10 @@ class Verifier:
         bootstrap = Bootstrap(len(found.items), draws=self.config.draws, level=self.config.level, seed=self.config.seed)
         gain = gain_of(scores[NO_PROMPT], scores[SOFT_PROMPT], bootstrap)
         reason = why_no_faithfulness(gain, len(found.items), evidence, self.config.level)
+        order = None
+        if test_order and pairs and reason is None:
+            with torch.no_grad():
+                order = self._order_test(soft_prompt, found.items, scores[SOFT_PROMPT])
         candidates = []
         for text, reading in readings.items():
             row = scores[numbers[reading.ids]]
@@ -225,7 +249,30 @@ class Verifier:
             draws=self.config.draws,
             level=self.config.level,
             seed=self.config.seed,
+            order=order,
         )
+
+    def _order_test(
+        self, soft_prompt: SoftPrompt, items: Sequence[Item], own_scores: Sequence[float]
+    ) -> OrderTest | None:
+        """Score random other orders of the soft prompt's tokens on the same items, the first of them.
+
+        Returns:
+            None if there shall be no test, or the tokens have not so many other orders.
+        """
+        import torch
+
+        length = soft_prompt.num_virtual_tokens
+        count = self.config.fewest_orders if self.config.orders is None else self.config.orders
+        if not count or math.factorial(min(length, 20)) - 1 < count:
+            return None
+        _, own = self._beginnings(soft_prompt, [])
+        others = [
+            torch.cat([own[list(order)], own[length:]]) for order in _other_orders(length, count, self.config.seed)
+        ]
+        few = items[:MAX_ORDER_ITEMS]
+        scores = self._budget.run(lambda tokens: self._scores(others, few, "pairs", tokens))
+        return OrderTest(fmean(own_scores[: len(few)]), tuple(map(fmean, scores)))
 
     def check_pairs(self, soft_prompt: SoftPrompt, pairs: Sequence[Pair]) -> None:
         """See that `verify` can use these pairs, whatever the texts are.
@@ -318,3 +365,15 @@ class Verifier:
         if evidence == "pairs":
             return target_log_likelihoods(conditions)
         return negative_divergences(conditions, reference=SOFT_PROMPT)
+
+
+def _other_orders(length: int, count: int, seed: int) -> list[tuple[int, ...]]:
+    """Distinct random orders of 0 … length - 1, none of them the sorted one."""
+    generator = random.Random(seed)
+    own = tuple(range(length))
+    orders: dict[tuple[int, ...], None] = {}
+    while len(orders) < count:
+        order = tuple(generator.sample(own, length))
+        if order != own:
+            orders[order] = None
+    return list(orders)

@@ -82,6 +82,7 @@ def verbalize_verified(
                 pairs=data.pairs,
                 inputs=data.inputs,
                 template=prompt.record.template or fitting_template(verifier, prompt, data),
+                test_order=True,
             )
             results.append(Tried(verified(verbalization, verification, rule), verification))
     return results
