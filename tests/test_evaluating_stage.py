@@ -113,6 +113,7 @@ def test_garbage_is_read_and_counted(found: Any) -> None:
     assert found["garbage"]["garbage_refused_share"] == pytest.approx(table["abstained"].mean())
     curve = mlflow.load_table("garbage_curve.json", run_ids=[found["run_id"]])
     assert list(curve["garbage_refused"]) == sorted(curve["garbage_refused"]) and len(curve) == 21
+    assert found["garbage_curve"]["garbage_refused"] == list(curve["garbage_refused"])
     report = mlflow.artifacts.load_dict(f"runs:/{found['run_id']}/report.json")
     assert [point["garbage_refused"] for point in report["garbage"]] == list(curve["garbage_refused"])
     assert "Garbage refused, texts given" in mlflow.artifacts.load_text(f"runs:/{found['run_id']}/report.html")
@@ -147,7 +148,7 @@ def test_people_read_tables_differences_and_a_verdict(trained: list[str]) -> Non
     out = run("evaluate", *trained, *SETTINGS, "-s", "abstention.min_faithfulness=0.25").stdout
     assert "left out: bare" in out and "texts below faithfulness 0.25 are held back" in out
     assert "translator with the verifier minus without" in out and "The verifier's choice" in out
-    assert "garbage: " in out and "of 6 refused" in out
+    assert "garbage: " in out and "of 6 refused" in out and "a faithfulness of 0: " in out
 
 
 def test_categories_come_from_a_file(trained: list[str], tmp_path: Path) -> None:

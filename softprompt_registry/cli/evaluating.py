@@ -78,6 +78,7 @@ def evaluate(
                 "verifier_effects": _as_dicts(found.verifier_effects),
                 "rule": result.rule.to_json(),
                 "garbage": None if result.garbage is None else result.garbage.metrics,
+                "garbage_curve": None if result.garbage is None else result.garbage.curve_table,
                 "left_out": result.left_out,
                 "table": found.table(),
             }
@@ -96,6 +97,11 @@ def evaluate(
         click.echo(
             f"garbage: {shares['garbage_refused_share']:.0%} of {shares['num_garbage']:.0f} refused; of the translator's "
             f"texts of real soft prompts {good} good ones are given, {shares['real_passed_share']:.0%} of all"
+        )
+        lowest = result.garbage.curve[0]
+        click.echo(
+            f"with no more asked of a text than a faithfulness of {lowest.threshold:.0f}: {lowest.garbage_refused:.0%} of the "
+            f"garbage refused, {lowest.real_passed:.0%} of the real ones' texts given; report.html has the curve"
         )
     click.echo(f"run {result.run_id}, with report.html")
 
