@@ -100,8 +100,8 @@ def evaluate(
         )
         lowest = result.garbage.curve[0]
         click.echo(
-            f"with no more asked of a text than a faithfulness of {lowest.threshold:.0f}: {lowest.garbage_refused:.0%} of the "
-            f"garbage refused, {lowest.real_passed:.0%} of the real ones' texts given; report.html has the curve"
+            f"with no more asked of a text than a faithfulness of {lowest.threshold:.0f}: {lowest.garbage_refused:.0%} of "
+            f"the garbage refused, {lowest.real_passed:.0%} of the real ones' texts given; report.html has the curve"
         )
     click.echo(f"run {result.run_id}, with report.html")
 
