@@ -33,6 +33,8 @@ class Received:
     authorization: str | None
     body: dict[str, Any]
     at: float
+    api_key: str | None = None
+    """The header that Azure takes the key in."""
 
 
 class LlmServer(ThreadingHTTPServer):
@@ -77,7 +79,10 @@ class _Handler(BaseHTTPRequestHandler):
         body = json.loads(content)
         prompt = body["prompt"] if "prompt" in body else body["messages"][-1]["content"]
         with server.lock:
-            server.received.append(Received(self.path, self.headers["Authorization"], body, time.monotonic()))
+            received = Received(
+                self.path, self.headers["Authorization"], body, time.monotonic(), self.headers["api-key"]
+            )
+            server.received.append(received)
             server.at_once += 1
             server.most_at_once = max(server.most_at_once, server.at_once)
             if server.reply_to_body is not None:

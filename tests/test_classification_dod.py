@@ -225,7 +225,7 @@ FAULTY_LABEL_SETS: list[tuple[Answer, str]] = [
     ('{"labels": "lion, bear, wolf"}', "labels: not one list of strings"),
     ("[1, 2]", "labels: not JSON"),
     (Reply(body=chat("", finish_reason="content_filter")), "labels: empty (content_filter)"),
-    (Reply(body={"choices": [{"message": {"refusal": "No."}, "finish_reason": "stop"}]}), "labels: empty (stop)"),
+    (Reply(body={"choices": [{"message": {"refusal": "No."}, "finish_reason": "stop"}]}), "labels: empty (refusal)"),
     (Reply(body=chat('{"labels": ["lion", "be', finish_reason="length")), "labels: cut off at max_tokens"),
     (["lion", "bear"], "labels: not 3 labels"),
     (["lion", "bear", "Lion"], "labels: a label twice"),

@@ -96,7 +96,12 @@ def test_settings_for_models_that_refuse_max_tokens_and_temperature(server: LlmS
     [
         (chat("", finish_reason="length"), "length"),
         (chat(None, finish_reason="content_filter"), "content_filter"),
-        ({"choices": [{"message": {"refusal": "I cannot help."}, "finish_reason": "stop"}]}, "stop"),
+        ({"choices": [{"message": {"refusal": "I cannot help."}, "finish_reason": "stop"}]}, "refusal"),
+        (
+            {"choices": [{"message": {"content": "", "refusal": "No."}, "finish_reason": "content_filter"}]},
+            "content_filter",
+        ),
+        (chat("") | {"refusal": None}, "stop"),
         ({"choices": [{"message": {"content": None}}]}, None),
     ],
 )
@@ -107,12 +112,55 @@ def test_an_empty_or_refused_answer_is_kept(server: LlmServer, body: Any, finish
     assert (result.text, result.finish_reason) == ("", finish_reason)
 
 
+def test_a_prompt_that_is_filtered_is_an_empty_answer(server: LlmServer) -> None:
+    """Azure OpenAI refuses such a prompt with status 400, where others answer with an empty text."""
+    filtered = error_body("The response was filtered", "content_filter")
+    server.replies = [Reply(400, body=filtered), Reply(400, body=error_body("no", "context_length_exceeded"))]
+    with model_at(server, max_concurrency=1) as model:
+        filtered_answer, error = model.complete([CompletionRequest("a"), CompletionRequest("b")])
+    assert isinstance(filtered_answer, Completion) and isinstance(error, LanguageModelError)
+    assert filtered_answer == Completion("", 0, 0, filtered_answer.latency_s, "content_filter", 1)
+
+
 @pytest.mark.parametrize("usage", [None, {}, {"prompt_tokens": None, "completion_tokens": "3"}, [1]])
 def test_missing_usage_counts_as_no_tokens(server: LlmServer, usage: Any) -> None:
     server.replies = [Reply(body=chat("yes") | {"usage": usage})]
     result = ask(server)
     assert isinstance(result, Completion)
     assert (result.text, result.prompt_tokens, result.completion_tokens) == ("yes", 0, 0)
+
+
+# --- Azure ---
+
+
+@pytest.mark.parametrize("path", ["", "/openai", "/openai/deployments/tiny"])
+def test_azure_gets_the_deployment_the_version_and_the_key_where_it_wants_them(
+    server: LlmServer, monkeypatch: pytest.MonkeyPatch, path: str
+) -> None:
+    monkeypatch.setenv("AZURE_OPENAI_AD_TOKEN", "not this one")
+    base_url = server.url.removesuffix("/v1") + path
+    result = ask(server, base_url=base_url, api_version="2024-10-21")
+    assert isinstance(result, Completion) and result.text == "HELLO"
+    [received] = server.received
+    assert received.path == "/openai/deployments/tiny/chat/completions?api-version=2024-10-21"
+    assert (received.api_key, received.authorization) == (KEY, None)
+    assert received.body["messages"] == [{"role": "user", "content": "hello"}]
+
+
+def test_a_server_that_is_not_azure_gets_no_version(server: LlmServer) -> None:
+    ask(server)
+    assert (server.received[0].path, server.received[0].api_key) == ("/v1/chat/completions", None)
+
+
+def test_azure_retries_and_hides_the_key_like_any_other(server: LlmServer, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG)
+    server.replies = [Reply(429, headers={"Retry-After": "0"}), Reply(404, body=error_body(f"no such thing for {KEY}"))]
+    error = ask_in_vain(server, base_url=server.url.removesuffix("/v1"), api_version="2024-10-21")
+    assert "(2 tries): found HTTP 404 (no such thing for ***). Check the model name 'tiny', that base_url names" in str(
+        error
+    )
+    assert all(KEY not in f"{link} {link!r} {vars(link)}" for link in chain(error)) and KEY not in caplog.text
+    assert "2024-10-21" in caplog.text
 
 
 # --- Tries and waits ---
@@ -305,6 +353,46 @@ def test_the_echoed_key_is_masked(server: LlmServer) -> None:
     assert "HTTP 401 (Incorrect API key provided: ***.)" in str(ask_in_vain(server))
 
 
+def test_a_key_that_an_answer_repeats_is_masked(server: LlmServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    server.reply_to = lambda prompt: Reply(body=chat(f"Your key is {KEY}.", finish_reason=KEY))
+    answer = ask(server)
+    assert isinstance(answer, Completion) and (answer.text, answer.finish_reason) == ("Your key is ***.", "***")
+    monkeypatch.setenv("OPENAI_API_KEY", "EMPTY")
+    server.reply_to = lambda prompt: Reply(body=chat("EMPTY"))
+    answer = ask(server)
+    assert isinstance(answer, Completion) and answer.text == "EMPTY"
+
+
+def test_another_model_that_answers_is_named_once(server: LlmServer, caplog: pytest.LogCaptureFixture) -> None:
+    def named(name: object) -> Reply:
+        return Reply(body=chat("yes") | {"model": name})
+
+    server.replies = [named("tiny"), named("tiny-2026-01-01"), named(None), named("huge"), named("huge")]
+    with model_at(server, max_concurrency=1) as model:
+        model.complete([CompletionRequest(str(number)) for number in range(5)])
+    assert [record.getMessage() for record in caplog.records if record.levelname == "WARNING"] == [
+        "the server was asked for model 'tiny' and says that 'huge' answers"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [
+        ("\n\nPositive\nsince", ("Positive", "stop")),
+        ("<think>\nwell\n</think>\n\nPositive", ("Positive", "length")),
+        ("Positive", ("Positive", "length")),
+    ],
+)
+def test_where_the_server_does_not_stop_the_answer_ends_here(
+    server: LlmServer, said: str, expected: tuple[str, str]
+) -> None:
+    server.reply_to = lambda prompt: Reply(body=chat(said, finish_reason="length"))
+    with model_at(server, send_stop=False) as model:
+        [answer] = model.complete([CompletionRequest("hello", stop=("\n",))])
+    assert isinstance(answer, Completion) and (answer.text, answer.finish_reason) == expected
+    assert "stop" not in server.received[-1].body
+
+
 def test_a_short_made_up_key_hides_only_itself(server: LlmServer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", "x")
     server.replies = [Reply(400, body=error_body("max_tokens exceeded for key x"))]
@@ -442,6 +530,8 @@ def test_a_cost_without_prices_is_unknown() -> None:
         ({"deadline_s": float("nan")}, "deadline_s is nan"),
         ({"max_backoff_s": float("inf")}, "max_backoff_s is inf"),
         ({"initial_backoff_s": 60.0}, r"initial_backoff_s \(60.0\) is above max_backoff_s \(30.0\)"),
+        ({"api_version": "2024-10-21"}, "api_version is '2024-10-21' and base_url None; Azure OpenAI needs both"),
+        ({"api_version": " ", "base_url": "https://me.openai.azure.com"}, "api_version is ' '"),
         ({"max_attempts": 0}, "max_attempts is 0; it must be 1 or more"),
         ({"max_concurrency": -1}, "max_concurrency is -1"),
         ({"price_per_million_prompt_tokens": 1.0}, "only one of the two prices is set"),

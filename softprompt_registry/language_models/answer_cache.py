@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import sqlite3
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -141,23 +141,33 @@ class Asked:
 
 
 def ask_missing(
-    model: LanguageModel, cache: AnswerCache, requests: Iterable[CompletionRequest], bar: ProgressBar, asked: Asked
+    model: LanguageModel,
+    cache: AnswerCache,
+    requests: Iterable[CompletionRequest],
+    bar: ProgressBar,
+    asked: Asked,
+    *,
+    identity: str | None = None,
+    on_result: Callable[[CompletionRequest, Completion | LanguageModelError], None] | None = None,
 ) -> None:
     """Ask for every answer that the cache lacks, with as much in flight as the model takes.
 
     Args:
         bar: moves on by one for each request, those in the cache included.
         asked: is added to.
+        identity: what the cache keeps the answers under; None: the model's own.
+        on_result: is told of each request that was asked, once its answer is in the cache, or of its failure.
 
     Raises:
         LanguageModelError: `MAX_FAILURES_IN_A_ROW` requests failed with no answer between them. Fewer failures are counted
             in `asked` and leave their answers missing.
     """
     drawn: dict[int, CompletionRequest] = {}
+    identity = identity or model.identity
 
     def missing() -> Iterator[CompletionRequest]:
         for request in requests:
-            if cache.get(model.identity, request) is not None:
+            if cache.get(identity, request) is not None:
                 asked.found += 1
                 bar.advance()
                 continue
@@ -173,6 +183,8 @@ def ask_missing(
             if isinstance(item.result, LanguageModelError):
                 asked.failed += 1
                 asked.last_failure = item.result
+                if on_result is not None:
+                    on_result(request, item.result)
                 # Once anything was answered, a refused request says nothing about the next one; a wrong key or a server
                 # that is down always does.
                 in_a_row += not (item.result.about_request and (asked.found or asked.requests))
@@ -185,8 +197,10 @@ def ask_missing(
                     ) from item.result
             else:
                 in_a_row = 0
-                cache.put(model.identity, request, item.result)
+                cache.put(identity, request, item.result)
                 asked.add(item.result)
+                if on_result is not None:
+                    on_result(request, item.result)
             rate = asked.completion_tokens / max(time.monotonic() - started + asked.seconds, 1e-9)
             bar.advance(1, f"{rate:.0f} tokens/s" + (f", {asked.failed} failed" if asked.failed else ""))
     finally:

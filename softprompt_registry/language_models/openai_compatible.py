@@ -16,17 +16,18 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from datetime import UTC
-from email.utils import parsedate_to_datetime
 from functools import partial
 from queue import SimpleQueue
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 from urllib.parse import urlsplit
 
 from softprompt_registry.errors import ConfigError, LanguageModelError
 from softprompt_registry.language_models.http_limits import OpenSockets, joined_until
+from softprompt_registry.language_models.local_prompts import cut_at_stop
 from softprompt_registry.language_models.protocol import Completion, CompletionRequest, Finished, Prices
+from softprompt_registry.language_models.provider_failures import FailureReader, retry_after_s
+from softprompt_registry.language_models.replies import CONTENT_FILTER, BadReply, read_reply
 
 if TYPE_CHECKING:
     import openai
@@ -35,7 +36,6 @@ if TYPE_CHECKING:
 _Answering = Future[Completion | LanguageModelError]
 _log = logging.getLogger(__name__)
 
-_MAX_PROVIDER_MESSAGE = 200  # characters
 _DEADLINE_GRACE_S = 0.25  # lets a try that is cut off by the deadline report what it saw
 
 
@@ -45,6 +45,9 @@ class OpenAICompatibleConfig:
     """The model's name as the server knows it."""
     base_url: str | None = None
     """Where the API starts, usually ending in /v1. None: `OPENAI_BASE_URL` if set, else OpenAI itself."""
+    api_version: str | None = None
+    """Azure OpenAI's `api-version`, such as 2024-10-21; `base_url` is then the resource's address, `model` the name of the
+    deployment, and the key goes into the header `api-key`. None: not Azure, or its newer address that ends in /openai/v1."""
     api_key_env: str = "OPENAI_API_KEY"
     """Environment variable that holds the key. The key itself is never a setting."""
     endpoint: Literal["chat", "completions"] = "chat"
@@ -53,6 +56,9 @@ class OpenAICompatibleConfig:
     """What the chat endpoint calls the limit; OpenAI's reasoning models only take `max_completion_tokens`."""
     send_temperature: bool = True
     """False for models that refuse a temperature, such as OpenAI's reasoning models."""
+    send_stop: bool = True
+    """False for models that refuse stop strings, such as OpenAI's newer reasoning models, and for those that would stop
+    within their thoughts; the answer is then cut at the first of them after it has come."""
     structured_output: Literal["json_schema", "json_object", "none"] = "json_schema"
     """How an answer's JSON schema is asked for: as the schema, as "some JSON", or only by the prompt's own words."""
     timeout_s: float = 60.0
@@ -75,6 +81,12 @@ class OpenAICompatibleConfig:
     def __post_init__(self) -> None:
         if not self.model:
             raise ConfigError("reading the language model's settings: model is empty; name a model of the server.")
+        if self.api_key_env and not re.fullmatch(r"[A-Z_][A-Z0-9_]*", self.api_key_env):
+            # Not quoted: people paste the key itself here.
+            raise ConfigError(
+                "reading the language model's settings: api_key_env is no name of an environment variable; expected capital "
+                "letters, digits and _, for instance 'OPENAI_API_KEY'. If it is the key itself, put it into the environment."
+            )
         if not self.api_key_env:
             raise ConfigError(
                 "reading the language model's settings: api_key_env is empty; name the environment variable that "
@@ -82,6 +94,11 @@ class OpenAICompatibleConfig:
             )
         if self.base_url is not None:
             _check_base_url(self.base_url)
+        if self.api_version is not None and (not self.api_version.strip() or self.base_url is None):
+            raise ConfigError(
+                f"reading the language model's settings: api_version is {self.api_version!r} and base_url {self.base_url!r}; "
+                "Azure OpenAI needs both, such as '2024-10-21' and 'https://my-resource.openai.azure.com'."
+            )
         for name, choices in {
             "endpoint": ("chat", "completions"),
             "max_tokens_parameter": ("max_tokens", "max_completion_tokens"),
@@ -121,6 +138,18 @@ class OpenAICompatibleConfig:
             )
 
     @property
+    def identity(self) -> str:
+        """See `LanguageModel.identity`. The server is no part of it: one's own server may move to another port."""
+        asked = f"{self.model} {self.endpoint} {self.structured_output} {self.send_temperature}"
+        return asked if self.send_stop else f"{asked} no stop"
+
+    @property
+    def address(self) -> str:
+        """Where the API starts, the environment looked up; with Azure's `api_version`, since that changes what is there."""
+        url = self.base_url or os.environ.get("OPENAI_BASE_URL") or "https://api.openai.com/v1"
+        return url.rstrip("/") + (f" {self.api_version}" if self.api_version else "")
+
+    @property
     def prices(self) -> Prices | None:
         if self.price_per_million_prompt_tokens is None or self.price_per_million_completion_tokens is None:
             return None
@@ -154,24 +183,17 @@ class OpenAICompatible:
     """
 
     def __init__(self, config: OpenAICompatibleConfig, *, jitter: random.Random | None = None) -> None:
-        import openai
-
         self.config = config
         self.name = config.model
-        self.identity = f"{config.model} {config.endpoint} {config.structured_output} {config.send_temperature}"
+        self.identity = config.identity
         key = _key_from_environment(config)
-        self._secret = _secret_pattern(key)
         # Only waiting times come from here, and programs that share a server should not wait in step: no fixed seed.
         self._jitter = jitter or random.Random()
+        self._served: set[str] = set()
         self._sockets = OpenSockets()
-        self._client = openai.OpenAI(
-            api_key=key,
-            base_url=config.base_url,
-            max_retries=0,
-            timeout=config.timeout_s,
-            http_client=openai.DefaultHttpxClient(event_hooks={"request": [self._sockets.watch]}),
-        )
-        self._server = urlsplit(str(self._client.base_url)).netloc.rpartition("@")[2]
+        self._client = _client(config, key, self._sockets)
+        server = urlsplit(str(self._client.base_url)).netloc.rpartition("@")[2]
+        self._failures = FailureReader(config, server, key)
         self._threads = ThreadPoolExecutor(config.max_concurrency, thread_name_prefix="language-model")
         self._closing = threading.Event()
 
@@ -197,7 +219,7 @@ class OpenAICompatible:
         try:
             # Each try knows the deadline too, but a server that sends a byte now and then outlasts any timeout.
             wait(futures, timeout=self.config.deadline_s + _DEADLINE_GRACE_S)
-            return [future.result() if future.done() else self._deadline_error(None) for future in futures]
+            return [future.result() if future.done() else self._failures.deadline_error(None) for future in futures]
         finally:
             for future in futures:
                 future.cancel()
@@ -239,17 +261,23 @@ class OpenAICompatible:
                 break
             timeout_s = min(config.timeout_s, deadline - started)
             try:
-                reply = _read_reply(self._send(request, timeout_s, deadline), config.endpoint)
-            except (openai.OpenAIError, _BadReply, UnicodeEncodeError) as failure:
-                wait_s = max(_retry_after_s(failure), self._jitter.uniform(0, backoff_s))
-                last = self._explain(failure, attempt, timeout_s)
+                reply = read_reply(self._send(request, timeout_s, deadline), config.endpoint)
+            except (openai.OpenAIError, BadReply, UnicodeEncodeError) as failure:
+                if getattr(failure, "code", None) == CONTENT_FILTER:  # Azure says so with status 400
+                    return Completion("", 0, 0, time.monotonic() - started, CONTENT_FILTER, attempt)
+                wait_s = max(retry_after_s(failure), self._jitter.uniform(0, backoff_s))
+                last = self._failures.explain(failure, attempt, timeout_s)
             else:
+                self._notice_model(reply.model)
+                text, ended = (reply.text, False) if config.send_stop else _cut_here(reply.text, request.stop)
                 return Completion(
-                    text=reply.text,
+                    text=self._failures.masked(text),
                     prompt_tokens=reply.prompt_tokens,
                     completion_tokens=reply.completion_tokens,
                     latency_s=time.monotonic() - started,
-                    finish_reason=reply.finish_reason,
+                    finish_reason="stop"
+                    if ended
+                    else reply.finish_reason and self._failures.masked(reply.finish_reason),
                     attempts=attempt,
                 )
             if not last.retryable:
@@ -264,7 +292,14 @@ class OpenAICompatible:
             if self._closing.wait(wait_s):
                 return last
             backoff_s = min(2 * backoff_s, config.max_backoff_s)
-        return self._deadline_error(last)
+        return self._failures.deadline_error(last)
+
+    def _notice_model(self, served: str | None) -> None:
+        """Say once if the server names another model than the one that was asked; names with a date behind are the same."""
+        if served is None or served in self._served or served.startswith(self.config.model):
+            return
+        self._served.add(served)
+        _log.warning("the server was asked for model %r and says that %r answers", self.config.model, served[:100])
 
     def _send(self, request: CompletionRequest, timeout_s: float, deadline: float) -> bytes:
         """The body of the server's reply.
@@ -278,7 +313,7 @@ class OpenAICompatible:
         arguments: dict[str, Any] = {"model": config.model, "timeout": timeout_s}
         if config.send_temperature:
             arguments["temperature"] = request.temperature
-        if request.stop:
+        if request.stop and config.send_stop:
             arguments["stop"] = list(request.stop)
         if request.presence_penalty:
             arguments["presence_penalty"] = request.presence_penalty
@@ -304,115 +339,27 @@ class OpenAICompatible:
                 failure = openai.APITimeoutError if timed_out else openai.APIConnectionError
                 raise failure(request=reply.http_request) from error
 
-    # --- Errors ---
-
-    def _explain(
-        self, failure: openai.OpenAIError | _BadReply | UnicodeEncodeError, attempt: int, timeout_s: float
-    ) -> LanguageModelError:
-        """The one place where a provider's failure becomes ours: what was found, is a new try of use, what to do."""
-        import openai
-
-        config = self.config
-        retryable = False
-        if isinstance(failure, openai.APIStatusError):
-            status = failure.status_code
-            found = f"HTTP {status} {self._quote(_provider_message(failure.body))}".rstrip()
-            if status == 429 and failure.code == "insufficient_quota":
-                hint = "The account's quota is used up, which waiting does not help: check its plan and billing."
-            elif status == 429:
-                retryable = True
-                hint = "Lower max_concurrency, or raise max_attempts, max_backoff_s and deadline_s."
-            elif status >= 500 or status == 408:
-                retryable = True
-                hint = "The server is in trouble: read its log if it is yours, else try again later."
-            elif status == 401:
-                hint = f"Check the key in the environment variable {config.api_key_env}."
-            elif status == 403:
-                hint = (
-                    f"The key in the environment variable {config.api_key_env} may not use this model: ask for access "
-                    "or choose another model."
-                )
-            elif status == 404:
-                hint = (
-                    f"Check the model name {config.model!r}, that base_url ends where the API starts (usually in /v1), "
-                    f"and that the model serves the {config.endpoint!r} endpoint."
-                )
-            elif status in (400, 422):
-                hint = (
-                    "Check the prompt's length, max_tokens and stop against the model's limits; a model that refuses "
-                    "max_tokens or temperature needs max_tokens_parameter='max_completion_tokens' or "
-                    "send_temperature=False."
-                )
-            else:
-                hint = "The same request will fail again: check base_url and the request."
-        elif isinstance(failure, openai.APITimeoutError):
-            retryable = True
-            found = f"no reply within {timeout_s:.3g} s"
-            hint = "Raise timeout_s, or lower max_tokens or max_concurrency."
-        elif isinstance(failure, openai.APIConnectionError):
-            retryable = True
-            found = f"the connection failed {self._quote(str(failure.__cause__ or failure))}".rstrip()
-            hint = "Check that the server runs, that base_url is right and that the network lets you through."
-        elif isinstance(failure, _BadReply):
-            retryable = True
-            found = f"an unusable reply {self._quote(str(failure))}"
-            hint = "Check that base_url leads to an OpenAI-compatible API, and read the server's log if it is yours."
-        elif isinstance(failure, UnicodeEncodeError):
-            found = f"a request that is not valid Unicode {self._quote(failure.reason)}"
-            hint = "Remove the lone surrogates from prompt, system and stop."
-        else:
-            found = f"{type(failure).__name__} {self._quote(str(failure))}".rstrip()
-            hint = "The client refused the request: check the settings and the installed version of openai."
-        tries = "1 try" if attempt == 1 else f"{attempt} tries"
-        error = LanguageModelError(
-            f"asking model {config.model!r} at {self._server!r} ({tries}): found {found}.",
-            retryable=retryable,
-            about_request=isinstance(failure, UnicodeEncodeError)
-            or getattr(failure, "status_code", None) in (400, 413, 422),
-            hint=hint,
-        )
-        error.__cause__ = self._without_secrets(failure)
-        return error
-
-    def _deadline_error(self, last: LanguageModelError | None) -> LanguageModelError:
-        before = "" if last is None else f" Last failure: {last}"
-        error = LanguageModelError(
-            f"deadline of {self.config.deadline_s:g} s reached before model {self.name!r} at {self._server!r} "
-            f"answered.{before}",
-            retryable=True,
-            hint="Raise deadline_s or max_concurrency, or send smaller batches.",
-        )
-        error.__cause__ = last
-        return error
-
-    def _quote(self, text: str) -> str:
-        """A provider's words in brackets: one short line, with the key masked before the cut could split it."""
-        printable = "".join(character if character.isprintable() else " " for character in text)
-        line = " ".join(self._secret.sub("***", printable).split())
-        if len(line) > _MAX_PROVIDER_MESSAGE:
-            line = line[: _MAX_PROVIDER_MESSAGE - 1] + "…"
-        return f"({line})" if line else ""
-
-    def _without_secrets(self, failure: Exception) -> Exception | None:
-        """The failure, fit to be kept as a cause: without request headers and the frames that saw the key.
-
-        None when its own text repeats the key.
-        """
-        response = getattr(failure, "response", None)
-        body = "" if response is None else response.text
-        if self._secret.search(f"{failure} {failure!r} {getattr(failure, 'body', '')} {body}"):
-            return None
-        if response is not None:
-            for reply in (response, *response.history):
-                reply.request.headers.clear()
-        if (request := getattr(failure, "request", None)) is not None:
-            request.headers.clear()
-        failure.__cause__ = failure.__context__ = None
-        return failure.with_traceback(None)
-
 
 def _put(queue: SimpleQueue[tuple[int, _Answering]], index: int, future: _Answering) -> None:
     queue.put((index, future))
+
+
+def _client(config: OpenAICompatibleConfig, key: str, sockets: OpenSockets) -> openai.OpenAI:
+    """The provider's own client, without its retries."""
+    import openai
+
+    settings: dict[str, Any] = {
+        "api_key": key,
+        "max_retries": 0,
+        "timeout": config.timeout_s,
+        "http_client": openai.DefaultHttpxClient(event_hooks={"request": [sockets.watch]}),
+    }
+    if config.api_version is None or config.base_url is None:
+        return openai.OpenAI(base_url=config.base_url, **settings)
+    if urlsplit(config.base_url).path.strip("/"):
+        return openai.AzureOpenAI(api_version=config.api_version, base_url=config.base_url, **settings)
+    # The client adds /openai to such an address.
+    return openai.AzureOpenAI(api_version=config.api_version, azure_endpoint=config.base_url, **settings)
 
 
 def _response_format(json_schema: str, config: OpenAICompatibleConfig) -> dict[str, Any]:
@@ -447,77 +394,9 @@ def _key_from_environment(config: OpenAICompatibleConfig) -> str:
     return key
 
 
-def _secret_pattern(key: str) -> re.Pattern[str]:
-    """Finds the key in a text. A made-up key of a few letters counts only as a whole word, lest it hide all text."""
-    pattern = re.escape(key)
-    return re.compile(pattern if len(key) >= 8 else rf"(?<!\w){pattern}(?!\w)")
-
-
-def _provider_message(body: object) -> str:
-    """The sentence in an error body, whose place differs: OpenAI and vLLM say `message`, FastAPI says `detail`."""
-    if isinstance(body, dict):
-        body = body.get("message") or body.get("detail") or body.get("error") or body
-    return "" if body is None else str(body)
-
-
-def _retry_after_s(failure: Exception) -> float:
-    """What the server asks to wait, given as seconds or as a date; 0 when it asks nothing that can be read."""
-    response = getattr(failure, "response", None)
-    value = "" if response is None else response.headers.get("retry-after", "")
-    try:
-        seconds = float(value)
-    except ValueError:
-        try:
-            date = parsedate_to_datetime(value)
-            # The zone "-0000" gives a date without one; it means UTC.
-            seconds = (date if date.tzinfo else date.replace(tzinfo=UTC)).timestamp() - time.time()
-        except (ValueError, OverflowError):
-            return 0.0
-    return max(seconds, 0.0) if math.isfinite(seconds) else 0.0
-
-
-class _BadReply(Exception):
-    """A reply with status 200 that holds no answer."""
-
-
-class _Reply(NamedTuple):
-    text: str
-    finish_reason: str | None
-    prompt_tokens: int
-    completion_tokens: int
-
-
-def _read_reply(content: bytes, endpoint: Literal["chat", "completions"]) -> _Reply:
-    """The answer in a reply's body. A null content (a refusal, a filtered answer) is the answer ""."""
-    try:
-        body = json.loads(content)
-    except (ValueError, RecursionError):
-        # `from None`: the decoder's error would carry the whole body along.
-        raise _BadReply(f"{len(content)} bytes that are not JSON") from None
-    if not isinstance(body, dict):
-        raise _BadReply(f"a JSON {type(body).__name__} instead of an object")
-    choices = body.get("choices")
-    if not isinstance(choices, list) or not choices or not isinstance(choices[0], dict):
-        # Some gateways report a failure behind them with status 200.
-        raise _BadReply(f"no choices; {_provider_message(body['error'])}" if body.get("error") else "no choices")
-    choice = choices[0]
-    holder, field = (choice, "text") if endpoint == "completions" else (choice.get("message"), "content")
-    if not isinstance(holder, dict) or (field not in holder and "refusal" not in holder):
-        raise _BadReply(f"the first choice has no {field}")
-    text = holder.get(field)
-    if text is not None and not isinstance(text, str):
-        raise _BadReply(f"{field} is a {type(text).__name__} instead of a string")
-    finish_reason = choice.get("finish_reason")
-    usage = body.get("usage")
-    return _Reply(
-        text=text or "",
-        finish_reason=None if finish_reason is None else str(finish_reason),
-        prompt_tokens=_token_count(usage, "prompt_tokens"),
-        completion_tokens=_token_count(usage, "completion_tokens"),
-    )
-
-
-def _token_count(usage: object, field: str) -> int:
-    """0 when the server does not say: several local servers report no usage."""
-    count = usage.get(field) if isinstance(usage, dict) else None
-    return count if isinstance(count, int) and count >= 0 else 0
+def _cut_here(text: str, stop: tuple[str, ...]) -> tuple[str, bool]:
+    """The answer before the first stop string, for a server that was not told to stop, and whether there was one. Thoughts
+    and white space before the answer are no part of it."""
+    if not stop:
+        return text, False
+    return cut_at_stop(text.rpartition("</think>")[2].lstrip(), stop)

@@ -5,11 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from softprompt_registry.config import build_config
 from softprompt_registry.errors import ConfigError
 from softprompt_registry.language_models.protocol import LanguageModel
+
+if TYPE_CHECKING:
+    from softprompt_registry.language_models.on_transformers import TransformersConfig
+    from softprompt_registry.language_models.on_vllm import VllmConfig
+    from softprompt_registry.language_models.openai_compatible import OpenAICompatibleConfig
 
 
 @dataclass(frozen=True)
@@ -38,7 +43,12 @@ def open_language_model(config: LanguageModelConfig) -> Iterator[LanguageModel]:
         model.close()
 
 
-def _opened(config: LanguageModelConfig) -> LanguageModel:
+def engine_config(config: LanguageModelConfig) -> OpenAICompatibleConfig | VllmConfig | TransformersConfig:
+    """The settings of the engine itself, checked; nothing is connected or loaded.
+
+    Raises:
+        ConfigError: no model is named, or an option is unknown to its engine or cannot work.
+    """
     if not config.model:
         raise ConfigError(
             f"opening a language model with engine {config.engine!r}: no model is named; expected the setting `model`. "
@@ -49,14 +59,32 @@ def _opened(config: LanguageModelConfig) -> LanguageModel:
     settings = {**config.options, "model": config.model}
     where = f"the options of engine {config.engine!r}"
     if config.engine == "vllm":
+        from softprompt_registry.language_models.on_vllm import VllmConfig
+
+        return build_config(VllmConfig, settings, where)
+    if config.engine == "transformers":
+        from softprompt_registry.language_models.on_transformers import TransformersConfig
+
+        return build_config(TransformersConfig, settings, where)
+    from softprompt_registry.language_models.openai_compatible import OpenAICompatibleConfig
+
+    # An answer is not streamed: what a small server writes for minutes is one silence.
+    return build_config(OpenAICompatibleConfig, {"timeout_s": 300.0, **settings}, where)
+
+
+def _opened(config: LanguageModelConfig) -> LanguageModel:
+    settings = engine_config(config)
+    if config.engine == "vllm":
         from softprompt_registry.language_models.on_vllm import OnVllm, VllmConfig
 
-        return OnVllm(build_config(VllmConfig, settings, where))
+        assert isinstance(settings, VllmConfig)
+        return OnVllm(settings)
     if config.engine == "transformers":
         from softprompt_registry.language_models.on_transformers import OnTransformers, TransformersConfig
 
-        return OnTransformers(build_config(TransformersConfig, settings, where))
+        assert isinstance(settings, TransformersConfig)
+        return OnTransformers(settings)
     from softprompt_registry.language_models.openai_compatible import OpenAICompatible, OpenAICompatibleConfig
 
-    # An answer is not streamed: what a small server writes for minutes is one silence.
-    return OpenAICompatible(build_config(OpenAICompatibleConfig, {"timeout_s": 300.0, **settings}, where))
+    assert isinstance(settings, OpenAICompatibleConfig)
+    return OpenAICompatible(settings)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 from softprompt_registry.errors import LanguageModelError
+from softprompt_registry.language_models.replies import CONTENT_FILTER
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,11 @@ class Completion:
     """Duration of the try that succeeded, without earlier tries and the waits between them."""
     finish_reason: str | None
     attempts: int
+
+    @property
+    def is_counted(self) -> bool:
+        """Whether the tokens are known: some servers do not say. A prompt that was filtered is billed as none."""
+        return self.prompt_tokens > 0 or self.finish_reason == CONTENT_FILTER
 
 
 @dataclass(frozen=True)
@@ -84,8 +90,13 @@ class LanguageModel(Protocol):
 
 
 def recorded_name(model: LanguageModel) -> str:
-    """A model's name as artifacts keep it: of a name that is a path on somebody's machine, the last part."""
-    return model.name.rstrip("/\\").replace("\\", "/").rsplit("/", 1)[-1] if _is_path(model.name) else model.name
+    """A model's name as artifacts keep it."""
+    return without_folders(model.name)
+
+
+def without_folders(name: str) -> str:
+    """A model's name; of one that is a path on somebody's machine, the last part."""
+    return name.rstrip("/\\").replace("\\", "/").rsplit("/", 1)[-1] if _is_path(name) else name
 
 
 def _is_path(name: str) -> bool:
@@ -98,6 +109,11 @@ def _is_path(name: str) -> bool:
 class Prices(NamedTuple):
     per_million_prompt_tokens: float
     per_million_completion_tokens: float
+
+    def cost(self, prompt_tokens: int, completion_tokens: int) -> float:
+        return (
+            prompt_tokens * self.per_million_prompt_tokens + completion_tokens * self.per_million_completion_tokens
+        ) / 1_000_000
 
 
 @dataclass(frozen=True)
@@ -120,14 +136,13 @@ class Usage:
 
 
 def usage_of(results: Iterable[Completion | LanguageModelError], prices: Prices | None) -> Usage:
-    """The sum over a batch. An error counts as a request without tokens, since no server reports what it billed."""
+    """The sum over a batch. An error counts as a request without tokens, since no server reports what it billed. The cost of
+    an answer whose tokens the server does not say is unknown, and so is the sum's."""
     results = list(results)
     completions = [result for result in results if isinstance(result, Completion)]
     prompt_tokens = sum(completion.prompt_tokens for completion in completions)
     completion_tokens = sum(completion.completion_tokens for completion in completions)
     cost = None
-    if prices is not None:
-        cost = (
-            prompt_tokens * prices.per_million_prompt_tokens + completion_tokens * prices.per_million_completion_tokens
-        ) / 1_000_000
+    if prices is not None and all(completion.is_counted for completion in completions):
+        cost = prices.cost(prompt_tokens, completion_tokens)
     return Usage(len(results), prompt_tokens, completion_tokens, cost)

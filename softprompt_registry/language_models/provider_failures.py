@@ -1,0 +1,169 @@
+"""How a provider's failure becomes ours: what was found, is a new try of use, what to do; and never the key."""
+
+from __future__ import annotations
+
+import math
+import re
+import time
+from datetime import UTC
+from email.utils import parsedate_to_datetime
+from typing import TYPE_CHECKING
+
+from softprompt_registry.errors import LanguageModelError
+from softprompt_registry.language_models.replies import BadReply, provider_message
+
+if TYPE_CHECKING:
+    import openai
+
+    from softprompt_registry.language_models.openai_compatible import OpenAICompatibleConfig
+
+_MIN_SECRET = 12
+"""Characters of a key that no answer holds by chance; keys of local servers are shorter, "EMPTY" for instance."""
+_MAX_PROVIDER_MESSAGE = 200  # characters
+
+
+class FailureReader:
+    """Explains the failures of one client."""
+
+    def __init__(self, config: OpenAICompatibleConfig, server: str, key: str) -> None:
+        """
+        Args:
+            server: host and port, as errors name it.
+            key: is masked wherever a provider repeats it.
+        """
+        self._config = config
+        self._server = server
+        self._key = key
+        self._secret = _secret_pattern(key)
+
+    def explain(
+        self, failure: openai.OpenAIError | BadReply | UnicodeEncodeError, attempt: int, timeout_s: float
+    ) -> LanguageModelError:
+        """The one place where a provider's failure becomes ours: what was found, is a new try of use, what to do."""
+        import openai
+
+        config = self._config
+        retryable = False
+        if isinstance(failure, openai.APIStatusError):
+            status = failure.status_code
+            found = f"HTTP {status} {self._quote(provider_message(failure.body))}".rstrip()
+            if status == 429 and failure.code == "insufficient_quota":
+                hint = "The account's quota is used up, which waiting does not help: check its plan and billing."
+            elif status == 429:
+                retryable = True
+                hint = "Lower max_concurrency, or raise max_attempts, max_backoff_s and deadline_s."
+            elif status >= 500 or status == 408:
+                retryable = True
+                hint = "The server is in trouble: read its log if it is yours, else try again later."
+            elif status == 401:
+                hint = f"Check the key in the environment variable {config.api_key_env}."
+            elif status == 403:
+                hint = (
+                    f"The key in the environment variable {config.api_key_env} may not use this model: ask for access "
+                    "or choose another model."
+                )
+            elif status == 404:
+                start = "names the resource" if config.api_version else "ends where the API starts (usually in /v1)"
+                hint = (
+                    f"Check the model name {config.model!r}, that base_url {start}, "
+                    f"and that the model serves the {config.endpoint!r} endpoint."
+                )
+            elif status in (400, 422):
+                hint = (
+                    "Check the prompt's length, max_tokens and stop against the model's limits; a model that refuses "
+                    "max_tokens or temperature needs max_tokens_parameter='max_completion_tokens' or "
+                    "send_temperature=False."
+                )
+            else:
+                hint = "The same request will fail again: check base_url and the request."
+        elif isinstance(failure, openai.APITimeoutError):
+            retryable = True
+            found = f"no reply within {timeout_s:.3g} s"
+            hint = "Raise timeout_s, or lower max_tokens or max_concurrency."
+        elif isinstance(failure, openai.APIConnectionError):
+            retryable = True
+            found = f"the connection failed {self._quote(str(failure.__cause__ or failure))}".rstrip()
+            hint = "Check that the server runs, that base_url is right and that the network lets you through."
+        elif isinstance(failure, BadReply):
+            retryable = True
+            found = f"an unusable reply {self._quote(str(failure))}"
+            hint = "Check that base_url leads to an OpenAI-compatible API, and read the server's log if it is yours."
+        elif isinstance(failure, UnicodeEncodeError):
+            found = f"a request that is not valid Unicode {self._quote(failure.reason)}"
+            hint = "Remove the lone surrogates from prompt, system and stop."
+        else:
+            found = f"{type(failure).__name__} {self._quote(str(failure))}".rstrip()
+            hint = "The client refused the request: check the settings and the installed version of openai."
+        tries = "1 try" if attempt == 1 else f"{attempt} tries"
+        error = LanguageModelError(
+            f"asking model {config.model!r} at {self._server!r} ({tries}): found {found}.",
+            retryable=retryable,
+            about_request=isinstance(failure, UnicodeEncodeError)
+            or getattr(failure, "status_code", None) in (400, 413, 422),
+            hint=hint,
+        )
+        error.__cause__ = self._without_secrets(failure)
+        return error
+
+    def deadline_error(self, last: LanguageModelError | None) -> LanguageModelError:
+        """Of a request whose time was up; `last` is what its tries before ended in."""
+        before = "" if last is None else f" Last failure: {last}"
+        error = LanguageModelError(
+            f"deadline of {self._config.deadline_s:g} s reached before model {self._config.model!r} at {self._server!r} "
+            f"answered.{before}",
+            retryable=True,
+            hint="Raise deadline_s or max_concurrency, or send smaller batches.",
+        )
+        error.__cause__ = last
+        return error
+
+    def masked(self, text: str) -> str:
+        """An answer without the key, which a server may repeat. A made-up key that may be a word stays."""
+        return self._secret.sub("***", text) if len(self._key) >= _MIN_SECRET else text
+
+    def _quote(self, text: str) -> str:
+        """A provider's words in brackets: one short line, with the key masked before the cut could split it."""
+        printable = "".join(character if character.isprintable() else " " for character in text)
+        line = " ".join(self._secret.sub("***", printable).split())
+        if len(line) > _MAX_PROVIDER_MESSAGE:
+            line = line[: _MAX_PROVIDER_MESSAGE - 1] + "…"
+        return f"({line})" if line else ""
+
+    def _without_secrets(self, failure: Exception) -> Exception | None:
+        """The failure, fit to be kept as a cause: without request headers and the frames that saw the key.
+
+        None when its own text repeats the key.
+        """
+        response = getattr(failure, "response", None)
+        body = "" if response is None else response.text
+        if self._secret.search(f"{failure} {failure!r} {getattr(failure, 'body', '')} {body}"):
+            return None
+        if response is not None:
+            for reply in (response, *response.history):
+                reply.request.headers.clear()
+        if (request := getattr(failure, "request", None)) is not None:
+            request.headers.clear()
+        failure.__cause__ = failure.__context__ = None
+        return failure.with_traceback(None)
+
+
+def retry_after_s(failure: Exception) -> float:
+    """What the server asks to wait, given as seconds or as a date; 0 when it asks nothing that can be read."""
+    response = getattr(failure, "response", None)
+    value = "" if response is None else response.headers.get("retry-after", "")
+    try:
+        seconds = float(value)
+    except ValueError:
+        try:
+            date = parsedate_to_datetime(value)
+            # The zone "-0000" gives a date without one; it means UTC.
+            seconds = (date if date.tzinfo else date.replace(tzinfo=UTC)).timestamp() - time.time()
+        except (ValueError, OverflowError):
+            return 0.0
+    return max(seconds, 0.0) if math.isfinite(seconds) else 0.0
+
+
+def _secret_pattern(key: str) -> re.Pattern[str]:
+    """Finds the key in a text. A made-up key of a few letters counts only as a whole word, lest it hide all text."""
+    pattern = re.escape(key)
+    return re.compile(pattern if len(key) >= 8 else rf"(?<!\w){pattern}(?!\w)")
