@@ -111,6 +111,26 @@ SETTINGS = [
         "InductionConfig",
     ),
     ("study", "section `study`", "softprompt_registry/stages/study_settings.py", "StudyConfig"),
+    ("portability", "section `portability`", "softprompt_registry/stages/porting.py", "PortabilityConfig"),
+    (
+        "a target LLM",
+        "in the list `targets` inside `portability`; `engine`, `model` and `options` as of the LLM that writes",
+        "softprompt_registry/portability/targets.py",
+        "TargetConfig",
+    ),
+    (
+        "templates of prompts",
+        "section `templates` inside `portability`",
+        "softprompt_registry/portability/templates.py",
+        "PromptTemplates",
+    ),
+    (
+        "questions",
+        "section `questions` inside `portability`",
+        "softprompt_registry/portability/questions.py",
+        "QuestionsConfig",
+    ),
+    ("budget", "section `budget` inside `portability`", "softprompt_registry/portability/budget.py", "Budget"),
     (
         "promote --policy",
         "the whole file; section `policy` of the demo's",

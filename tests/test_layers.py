@@ -17,6 +17,7 @@ LAYERS = [
     {"translators"},
     {"verbalization"},
     {"evaluation"},
+    {"portability"},
     {"registry", "mlflow_plugins"},
     {"stages"},
     {"pipeline"},

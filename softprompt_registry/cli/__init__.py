@@ -1,7 +1,30 @@
 """The command line: parses, calls one library function, prints. Heavy libraries are imported inside the commands."""
 
 # Each module adds its commands to `main`.
-from softprompt_registry.cli import demo, dods, evaluating, registry, scale_and_bias, soft_prompts, studies, translators
+from softprompt_registry.cli import (
+    demo,
+    dods,
+    evaluating,
+    portability,
+    publishing,
+    registry,
+    scale_and_bias,
+    soft_prompts,
+    studies,
+    translators,
+)
 from softprompt_registry.cli.options import main
 
-__all__ = ["demo", "dods", "evaluating", "main", "registry", "scale_and_bias", "soft_prompts", "studies", "translators"]
+__all__ = [
+    "demo",
+    "dods",
+    "evaluating",
+    "portability",
+    "main",
+    "publishing",
+    "registry",
+    "scale_and_bias",
+    "soft_prompts",
+    "studies",
+    "translators",
+]

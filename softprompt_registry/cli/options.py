@@ -31,6 +31,8 @@ ORDER = (
     "evaluate",
     "reproduce",
     "study",
+    "portability",
+    "publish",
     "register",
     "promote",
     "list",

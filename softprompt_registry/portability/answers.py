@@ -1,0 +1,99 @@
+"""One question to one LLM and its answer: the row that everything about portability is computed from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+NO_PROMPT = "no_prompt"
+TRANSLATED = "translated"
+"""The translator's greedy text."""
+TRANSLATED_VERIFIED = "translated_verified"
+"""The verifier's choice among the translator's candidates."""
+VERIFIED_BEST = "verified_best"
+"""The verifier's choice among the candidates of all methods, some of which may not have read the soft prompt."""
+INSPECT = "inspect"
+NEAREST_TOKENS = "nearest_tokens"
+INSTRUCTION_INDUCTION = "instruction_induction"
+FEW_SHOT_3 = "few_shot_3"
+FEW_SHOT_5 = "few_shot_5"
+GROUND_TRUTH = "ground_truth"
+FEW_SHOT_TRANSLATED = "few_shot_3_translated"
+"""Three training pairs behind the translated text."""
+SOFT_PROMPT = "soft_prompt"
+"""The soft prompt itself, on the small model that it was tuned on."""
+
+CONDITIONS = (
+    NO_PROMPT,
+    TRANSLATED,
+    TRANSLATED_VERIFIED,
+    VERIFIED_BEST,
+    INSPECT,
+    NEAREST_TOKENS,
+    INSTRUCTION_INDUCTION,
+    FEW_SHOT_3,
+    FEW_SHOT_5,
+    FEW_SHOT_TRANSLATED,
+    GROUND_TRUTH,
+    SOFT_PROMPT,
+)
+"""In the order of tables and plots."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """One test pair of one task under one condition, to be put to one target LLM."""
+
+    task: str
+    condition: str
+    """One of `CONDITIONS`."""
+    target: str
+    """Name of the target LLM; of the condition `soft_prompt` the small model's."""
+    item: int
+    """Number of the test pair within the task, from 0; the same for all conditions and targets."""
+    input: str
+    expected: str
+    system: str | None
+    prompt: str
+    """The whole user text: hard prompt, examples, input."""
+    hard_prompt: str | None
+    """The instruction within the prompt; None for conditions without one."""
+    method: str | None = None
+    """Which method of the evaluation wrote it, or `ground_truth`."""
+    abstained: bool = False
+    """The evaluation held the instruction back. It is asked with all the same."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What came back for a question."""
+
+    question: Question
+    text: str | None
+    """As the LLM gave it, which may be empty; None if there is no answer, see `error`."""
+    finish_reason: str | None = None
+    """As the server said it: `stop`, `length`, `content_filter`, …"""
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    latency_s: float = 0.0
+    """Of the try that succeeded; of an answer out of the cache that of the run that asked for it."""
+    error: str | None = None
+    """Why there is no answer."""
+
+    @property
+    def is_missing(self) -> bool:
+        """True without an answer; a next run asks for it again."""
+        return self.text is None
+
+    def to_json(self) -> dict[str, Any]:
+        """The question's entries and the answer's, in one flat object."""
+        entries = asdict(self)
+        return {**entries.pop("question"), **entries}
+
+    @classmethod
+    def from_json(cls, entries: Mapping[str, Any]) -> Answer:
+        """The reverse of `to_json`."""
+        names = Question.__dataclass_fields__
+        question = Question(**{name: entries[name] for name in names})
+        return cls(question, **{name: value for name, value in entries.items() if name not in names})

@@ -1,0 +1,204 @@
+"""The page of a portability run, which people read in a browser."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from softprompt_registry.dod.audit_findings import plural
+from softprompt_registry.evaluation.report_page import FEW_TASKS, Tone, number, shown_text, signed
+from softprompt_registry.evaluation.statistics import PairedComparison
+from softprompt_registry.figures import PALETTE, inline_svg
+from softprompt_registry.language_models.protocol import Usage
+from softprompt_registry.portability.analysis import ALL_TASKS, FEW_SHOTS, TRANSLATIONS, Margin, Portability
+from softprompt_registry.portability.answers import (
+    CONDITIONS,
+    FEW_SHOT_5,
+    GROUND_TRUTH,
+    INSPECT,
+    INSTRUCTION_INDUCTION,
+    NO_PROMPT,
+    SOFT_PROMPT,
+    VERIFIED_BEST,
+    Answer,
+)
+from softprompt_registry.portability.figures import (
+    CONDITION_NAMES,
+    METRIC_NAMES,
+    measure_name,
+    portability_figures,
+)
+from softprompt_registry.portability.shown_tasks import MAX_TASKS, shown_tasks
+
+RIVALS = (NO_PROMPT, VERIFIED_BEST, INSPECT, INSTRUCTION_INDUCTION, *FEW_SHOTS, GROUND_TRUTH, SOFT_PROMPT)
+"""What the translation is set against on the page's first screen."""
+
+_PAGES = Path(__file__).parent / "pages"
+_COLOURS = {colour: f"var(--series-{place})" for place, colour in enumerate(PALETTE)} | {"#000000": "currentColor"}
+_MARKS = {"right": "✓", "partly": "≈", "wrong": "✗", "empty": "∅", "refused": "⊘", "missing": "?"}
+
+
+class Summary(NamedTuple):
+    """What the better of the two translations is worth on one target."""
+
+    target: str
+    headline: str
+    points: tuple[tuple[Tone, str], ...]
+
+
+def summaries(result: Portability) -> list[Summary]:
+    """The page's first lines, a few for each target."""
+    return [_summary(result, target) for target in result.targets]
+
+
+def _summary(result: Portability, target: str) -> Summary:
+    intervals = {name: result.interval(target, name) for name in result.conditions(target)}
+    measured = {name: interval for name, interval in intervals.items() if interval is not None}
+    translations = [name for name in TRANSLATIONS if name in measured]
+    if not translations:
+        headline = f"{target}: no answer under a translated prompt."
+        return Summary(target, headline, tuple(_gaps(result, target)))
+    best = translations[-1]  # the verified one: which does better here is known only afterwards
+    mean, low, high = measured[best]
+    headline = (
+        f"{target}: {CONDITION_NAMES[best]} prompts reach {METRIC_NAMES[ALL_TASKS.metric]} {number(mean)} "
+        f"({number(low)} to {number(high)})."
+    )
+    points = []
+    for rival in RIVALS:
+        found = result.comparison(target, best, rival) if rival in measured else None
+        if found is not None:
+            points.append(_against(CONDITION_NAMES[rival], found))
+    if (saved := result.tokens_saved(target, best)) is not None:
+        tokens, share = saved
+        words = f"{100 * abs(share):.0f} % {'fewer' if share >= 0 else 'more'} tokens"
+        points.append(("note", f"Takes {words} than {CONDITION_NAMES[FEW_SHOT_5]}: {abs(tokens):.0f} for each answer."))
+    return Summary(target, headline, (*points, *_gaps(result, target)))
+
+
+def _against(rival: str, found: PairedComparison) -> tuple[Tone, str]:
+    size = f"{signed(found.difference)} ({signed(found.low)} to {signed(found.high)})"
+    counts = f"better in {found.wins}, equal in {found.ties} and worse in {found.losses} of {plural(found.n, 'task')}"
+    if found.low > 0:
+        return "fine", f"Ahead of {rival} by {size}: {counts}."
+    if found.high < 0:
+        return "warning", f"Behind {rival} by {size}: {counts}."
+    return "note", f"No clear difference from {rival}: {size}, {counts}."
+
+
+def _gaps(result: Portability, target: str) -> Iterator[tuple[Tone, str]]:
+    """What the numbers do not rest on."""
+    answers = [answer for name in result.conditions(target) for answer in result.of(target, name)]
+    states = Counter(answer.state for answer in answers)
+    total = f"{len(answers):,} answers"
+    if states["missing"]:
+        yield "warning", f"{states['missing']:,} of {total} are missing; they are in no mean."
+    if said := states["empty"] + states["refused"]:
+        yield "note", f"{said:,} of {total} are empty or refusals, which scores 0."
+    if cut := sum(answer.cut for answer in answers):
+        yield "note", f"{cut:,} of {total} ran on to the length limit."
+    tasks = len({answer.task for answer in answers})
+    if tasks < FEW_TASKS:
+        yield "warning", f"Only {plural(tasks, 'task')}: the intervals say little about other tasks."
+
+
+def portability_page(
+    result: Portability,
+    answers: Iterable[Answer],
+    *,
+    title: str,
+    when: str = "",
+    settings: Mapping[str, Any] | None = None,
+    usage: Mapping[str, Usage] | None = None,
+) -> str:
+    """One HTML page that needs nothing beside it: figures and style are inside, there is no script, nothing is fetched.
+
+    No text of a model or a task is believed: all are escaped. Of each task only some test inputs are shown, of long texts
+    the beginning, and the page says so.
+
+    Args:
+        answers: those that `result` was worked out from.
+        settings: of the run, shown at the end of the page.
+        usage: by target, of all requests behind the answers; conditions may share requests, so it is no sum over them.
+    """
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+    from markupsafe import Markup
+
+    environment = Environment(
+        loader=FileSystemLoader(_PAGES),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(
+        number=number, signed=signed, shown=shown_text, condition=CONDITION_NAMES.__getitem__, measure=measure_name
+    )
+    environment.globals.update(plural=plural)
+    plots = [
+        (plot.title, Markup(inline_svg(plot.figure, plot.name, shown_text(plot.alt), _COLOURS)), plot.caption)
+        for plot in portability_figures(result)
+    ]
+    tasks = shown_tasks(result, answers)
+    places = {task.name: place for place, task in enumerate(tasks, start=1)}
+    return environment.get_template("portability.html.j2").render(
+        usage=usage or {},
+        title=title,
+        when=when,
+        result=result,
+        summaries=summaries(result),
+        metrics={place: result.metrics(*place) for place in _rows(result)},
+        comparisons={
+            target: _comparison_rows(result, target) for target in result.targets if len(result.conditions(target)) > 1
+        },
+        margins=_margin_rows(result),
+        plots=plots,
+        conditions=[name for name in CONDITIONS if any(condition == name for _, condition in result.places)],
+        tasks=tasks,
+        places=places,
+        num_tasks=len({answer.task for answer in result.answers}),
+        max_tasks=MAX_TASKS,
+        metric_names=METRIC_NAMES,
+        marks=_MARKS,
+        colours=PALETTE,
+        settings=dict(settings or {}),
+        SOFT_PROMPT=SOFT_PROMPT,
+    )
+
+
+def _rows(result: Portability) -> list[tuple[str, str]]:
+    """Of the summary table: every target with its conditions, the soft prompt among them."""
+    return [(target, condition) for target in result.targets for condition in result.conditions(target)]
+
+
+def _comparison_rows(result: Portability, target: str) -> list[tuple[str, str, list[PairedComparison | None]]]:
+    """Every pair of conditions of a target, the better one first, with a comparison for each measure."""
+    rows = []
+    for found in result.comparisons:
+        if found.target == target and found.measure == ALL_TASKS:
+            a, b = (found.a, found.b) if found.result.difference >= 0 else (found.b, found.a)
+            rows.append((a, b, [result.comparison(target, a, b, measure) for measure in result.measures]))
+    return rows
+
+
+def _margin_rows(result: Portability) -> list[tuple[str, str, str, int, list[Margin]]]:
+    """Target, translation and few-shot condition with the tasks that both were asked about, and the margins."""
+    rows = []
+    for target in result.targets:
+        for translation in TRANSLATIONS:
+            for few_shot in FEW_SHOTS:
+                found = (
+                    result.comparison(target, translation, few_shot)
+                    if {translation, few_shot} <= set(result.conditions(target))
+                    else None
+                )
+                if found is not None:
+                    margins = [
+                        margin
+                        for margin in result.margins
+                        if (margin.target, margin.translation, margin.few_shot) == (target, translation, few_shot)
+                    ]
+                    rows.append((target, translation, few_shot, found.n, margins))
+    return rows

@@ -1,0 +1,98 @@
+"""The target LLMs: which ones, how they are reached, what they cost."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from softprompt_registry.errors import ConfigError
+from softprompt_registry.language_models.opening import LanguageModelConfig, engine_config
+from softprompt_registry.language_models.protocol import Prices, without_folders
+
+
+@dataclass(frozen=True)
+class TargetConfig(LanguageModelConfig):
+    """One target LLM: what `LanguageModelConfig` says, and what a comparison of several needs."""
+
+    name: str = ""
+    """In tables and plots. Empty: the model's."""
+    max_tokens: int = 256
+    """Longest answer, in the target's tokens; for reasoning models with the tokens of their thoughts."""
+    price_per_million_prompt_tokens: float | None = None
+    """In any currency, one for all targets. None: unknown, and so is the cost."""
+    price_per_million_completion_tokens: float | None = None
+    """In the same currency. Set both prices or none."""
+
+    def __post_init__(self) -> None:
+        reading = f"reading the settings of target LLM {self.title!r}"
+        if self.max_tokens < 1:
+            raise ConfigError(f"{reading}: max_tokens is {self.max_tokens}, expected 1 or more. Raise it.")
+        if inner := sorted(set(self.options) & set(_PRICES)):
+            raise ConfigError(f"{reading}: {inner} stand in its options; expected beside them. Move them there.")
+        engine_config(self)  # refuses what cannot work before anything is asked
+        prices = [getattr(self, name) for name in _PRICES]
+        known = [price for price in prices if price is not None]
+        if len(known) == 1 or any(not (price >= 0 and math.isfinite(price)) for price in known):
+            raise ConfigError(
+                f"{reading}: the prices per million prompt and completion tokens are {prices}, expected two numbers from 0 "
+                "up, or none. Correct them."
+            )
+
+    @property
+    def title(self) -> str:
+        """The name in tables: of a model that is a folder, the folder's own name."""
+        return self.name or without_folders(self.model)
+
+    @property
+    def key(self) -> str:
+        """The title as a part of MLflow's names, which take few signs."""
+        return "".join(
+            letter if letter.isascii() and (letter.isalnum() or letter in "-_./") else "-" for letter in self.title
+        )
+
+    def told(self, text: str) -> str:
+        """A text about this target without the folder that its model is in."""
+        return text.replace(self.model, without_folders(self.model)) if self.model else text
+
+    @property
+    def is_remote(self) -> bool:
+        """Behind a server, which may bill what is asked; otherwise in this process."""
+        return self.engine == "openai"
+
+    @property
+    def identity(self) -> str | None:
+        """What answers of a remote target are kept under: its model, how it is asked, and which server it is on.
+
+        Two servers may call different weights by one name, and a comparison of targets must not mix them up; so a server that
+        has moved to another address is asked again. None in this process, where the loaded weights say it.
+        """
+        from softprompt_registry.language_models.openai_compatible import OpenAICompatibleConfig
+
+        settings = engine_config(self)
+        if not isinstance(settings, OpenAICompatibleConfig):
+            return None
+        return f"{settings.identity} at {settings.address}"
+
+    @property
+    def prices(self) -> Prices | None:
+        """None where they are not known."""
+        if self.price_per_million_prompt_tokens is None or self.price_per_million_completion_tokens is None:
+            return None
+        return Prices(self.price_per_million_prompt_tokens, self.price_per_million_completion_tokens)
+
+
+_PRICES = ("price_per_million_prompt_tokens", "price_per_million_completion_tokens")
+
+
+def require_different_names(targets: Sequence[TargetConfig]) -> None:
+    """Raises `ConfigError` where there is no target, or two have one name: tables could not tell them apart."""
+    names = [target.key for target in targets]
+    if not names:
+        raise ConfigError("reading the target LLMs: found none, expected at least one. Name it under `targets`.")
+    if twice := sorted(name for name, times in Counter(names).items() if times > 1):
+        raise ConfigError(
+            f"reading the target LLMs: found the names {twice} more than once, expected different ones, also "
+            "where signs other than letters, digits and -_./ are left out. Set `name` of each."
+        )
