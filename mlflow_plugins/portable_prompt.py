@@ -9,6 +9,7 @@ import contextlib
 import importlib.metadata
 import math
 import threading
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -23,6 +24,7 @@ from mlflow.types.schema import AnyType, Array, ColSpec, DataType, Object, Param
 from mlflow_plugins import flavor_parts
 from mlflow_plugins.scoring_server import guard_scoring_server
 from mlflow_plugins.serving_requests import (
+    MAX_PREFILL_CHARACTERS,
     RequestParams,
     RequestRefused,
     Row,
@@ -35,6 +37,7 @@ from mlflow_plugins.serving_requests import (
 )
 from mlflow_plugins.serving_soft_prompts import soft_prompt_from_payload, soft_prompt_from_registry
 from mlflow_plugins.serving_target import TargetModel
+from softprompt_registry.base_models.frozen import BaseModel
 from softprompt_registry.base_models.loading import load_base_model_for
 from softprompt_registry.base_models.reference import require_same_base
 from softprompt_registry.errors import ArtifactError, SoftPromptError
@@ -45,6 +48,7 @@ from softprompt_registry.language_models.protocol import (
     usage_of,
 )
 from softprompt_registry.soft_prompts.soft_prompt import SoftPrompt
+from softprompt_registry.translators.on_vllm import TranslatorOnVllm, VllmTranslatorConfig, require_vllm
 from softprompt_registry.translators.translator import (
     ADAPTER_CONFIG_FILE,
     ADAPTER_FILE,
@@ -234,8 +238,12 @@ class _ServedTranslator:
         self._config = config
         self._target = TargetModel(config)
         record = read_record(folder)
+        if config.engine == "vllm":
+            require_vllm()
         base_model = load_base_model_for(record.base_model, override=config.base_model, dtype=config.dtype)
-        self._translator = Translator.load(folder, base_model)
+        self._translator = _load_translator(folder, base_model, config)
+        if isinstance(self._translator, TranslatorOnVllm):
+            weakref.finalize(self, self._translator.close)
         # One row at a time: a text then depends on its own row alone, whoever shares the request.
         self._proposer = TranslatorProposer(self._translator, rows_per_batch=1)
         # On the same base model, which is itself again when the translator has read.
@@ -395,6 +403,15 @@ class _ServedTranslator:
                 for text, reply in zip(inputs, own, strict=True)
             ]
             result["usage"] = asdict(usage_of(own, self._target.config.prices if self._target.config else None))
+
+
+def _load_translator(folder: Path, base_model: BaseModel, config: ServingConfig) -> Translator:
+    if config.engine == "transformers":
+        return Translator.load(folder, base_model)
+    # A character is at most four tokens, its bytes.
+    longest = config.max_virtual_tokens + 4 * MAX_PREFILL_CHARACTERS + config.max_new_tokens_limit
+    settings = VllmTranslatorConfig(max_model_len=longest, gpu_memory_utilization=config.vllm_gpu_memory_utilization)
+    return TranslatorOnVllm.load(folder, base_model, settings)
 
 
 def _shown(made: Verbalization) -> dict[str, Any]:

@@ -75,6 +75,11 @@ class ServingConfig:
     """Where to load the base model from. None: `SOFTPROMPT_BASE_MODEL`, else the name that the translator records."""
     dtype: Literal["float32", "bfloat16"] | None = None
     """Of the base model in memory. None: as the translator records it."""
+    engine: Literal["transformers", "vllm"] = "transformers"
+    """What writes the texts. `vllm` needs the package on the server, and memory for the weights twice: the verifier and the
+    check of the base model's fingerprint use them in transformers."""
+    vllm_gpu_memory_utilization: float = 0.6
+    """Share of a GPU's memory that vLLM may take, above 0 up to 1; the rest is for the weights in transformers."""
     allow_registry_references: bool = False
     """Whether `soft_prompt` may be `models:/…` or `runs:/…`: the server then reads with its own rights."""
     max_rows: int = 16
@@ -99,6 +104,9 @@ class ServingConfig:
     trace: bool = False
     """Record an MLflow trace per request: digests, texts made and tokens used, never payloads or inputs. Off, because
     without `MLFLOW_TRACKING_URI` MLflow starts a database in the server's current folder."""
+    trace_target_calls: bool = False
+    """Record an MLflow trace of each request to the target LLM, below that of `trace` where both are on: tokens, duration and
+    digests. Off for the same reason."""
     prompt_template: str = "{hard_prompt} Input: {input}\nOutput:"
     """What the target LLM is asked."""
     system_prompt: str | None = "You are a helpful assistant. Follow the task exactly."
@@ -139,6 +147,11 @@ class ServingConfig:
                 )
             if expected is int and value < 1:
                 raise ConfigError(f"reading the serving settings: {name} is {value}, expected 1 or more. Raise it.")
+        if not 0 < self.vllm_gpu_memory_utilization <= 1:
+            raise ConfigError(
+                f"reading the serving settings: vllm_gpu_memory_utilization is {self.vllm_gpu_memory_utilization}, expected "
+                "above 0 up to 1. Correct it."
+            )
         for part in ("{hard_prompt}", "{input}"):
             if part not in self.prompt_template:
                 raise ConfigError(

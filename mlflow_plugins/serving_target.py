@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import os
-import re
 import threading
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from mlflow_plugins.serving_requests import RequestRefused, ServingConfig
+from mlflow_plugins.target_traces import record_target_call
 from softprompt_registry.errors import LanguageModelError
 from softprompt_registry.language_models.openai_compatible import OpenAICompatible, OpenAICompatibleConfig
 from softprompt_registry.language_models.protocol import Completion, CompletionRequest
+from softprompt_registry.portability.templates import fill
 
 TARGET_MODEL_VARIABLE = "SOFTPROMPT_TARGET_MODEL"
 
@@ -53,7 +54,7 @@ class TargetModel:
         serving = self._serving
         requests = [
             CompletionRequest(
-                _fill(serving.prompt_template, {"hard_prompt": hard_prompt, "input": text}),
+                fill(serving.prompt_template, {"hard_prompt": hard_prompt, "input": text}),
                 system=serving.system_prompt,
                 max_tokens=serving.target_max_tokens,
             )
@@ -63,7 +64,17 @@ class TargetModel:
             client = self._connected()
         except LanguageModelError as error:  # no key: the hard prompts are still worth sending
             return [error] * len(requests)
-        return client.complete(requests)
+        replies = client.complete(requests)
+        if serving.trace_target_calls:
+            for (hard_prompt, _), request, reply in zip(questions, requests, replies, strict=True):
+                record_target_call(
+                    reply if isinstance(reply, Completion) else str(reply),
+                    model=client.config.model,
+                    hard_prompt=hard_prompt,
+                    prompt=request.prompt,
+                    prices=client.config.prices,
+                )
+        return replies
 
     def _connected(self) -> OpenAICompatible:
         with self._lock:
@@ -71,8 +82,3 @@ class TargetModel:
                 self._client = OpenAICompatible(self.require())
                 weakref.finalize(self, self._client.close)
             return self._client
-
-
-def _fill(template: str, values: Mapping[str, str]) -> str:
-    """In one pass, so that braces in a hard prompt or an input stay as they are."""
-    return re.sub(r"\{(hard_prompt|input)\}", lambda match: values[match[1]], template)

@@ -18,7 +18,7 @@ from softprompt_registry.cli import main
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
-FOLDERS = ("softprompt_registry/", "mlflow_plugins/", "docs/", "configs/", "tests/", "benchmarks/", ".ci/")
+FOLDERS = ("softprompt_registry/", "mlflow_plugins/", "docs/", "configs/", "tests/", "benchmarks/", "examples/", ".ci/")
 """A path in code marks that starts with one of these is meant to be in the repository."""
 
 MODULES = {path.name for folder in FOLDERS for path in (ROOT / folder).rglob("*.py")}

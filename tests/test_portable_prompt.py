@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -571,6 +572,17 @@ def test_another_base_model_fails_the_start_with_both_names(
         load(portable)
 
 
+def test_without_vllm_its_engine_fails_the_start_before_anything_is_loaded(
+    portable: PortableModel, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setitem(sys.modules, "vllm", None)  # as if it were not installed, where it is
+    monkeypatch.setenv(BASE_MODEL_VARIABLE, str(tmp_path / "no-such-base-model"))
+    with pytest.raises(
+        ConfigError, match="engine 'vllm': the package vllm cannot be imported .* set engine to 'transformers'"
+    ):
+        load(portable, engine="vllm")
+
+
 @pytest.mark.parametrize(
     ("setting", "words"),
     [
@@ -578,6 +590,8 @@ def test_another_base_model_fails_the_start_with_both_names(
         ({"max_rows": 0}, "max_rows is 0, expected 1 or more"),
         ({"min_faithfulness": None}, "min_faithfulness is None, expected float"),
         ({"dtype": "int8"}, "dtype is 'int8', expected 'float32' or 'bfloat16' or null"),
+        ({"engine": "VLLM"}, "engine is 'VLLM', expected 'transformers' or 'vllm'"),
+        ({"vllm_gpu_memory_utilization": 0.0}, "vllm_gpu_memory_utilization is 0.0, expected above 0 up to 1"),
         ({"prompt_template": "{input}"}, "has no '{hard_prompt}'"),
         ({"maxrows": 1}, r"\['maxrows'\] are unknown; known are \['base_model'"),
     ],
