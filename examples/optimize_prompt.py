@@ -12,9 +12,10 @@ of calls of the target LLM: once from the published prompt, once from a prompt t
 starts and both results are then tried on test pairs that no optimizer saw.
 
 What this shows: whether, on this task and this LLM, an optimizer gets further, or as far with fewer calls, when it starts at
-the text that was read off a soft prompt. What it does not show: that the published text is good (a bad one may lose to no
-instruction), what holds for other tasks or LLMs, or a difference beyond chance: it is one task and one seed, and a share of
-50 test pairs is known to 0.14 or so. Making the published text took no call of the target LLM, so none is counted for it.
+the text that the registry chose for a soft prompt (its tag `softprompt.proposer` says who wrote it). What it does not show:
+that the published text is good (a bad one may lose to no instruction), what holds for other tasks or LLMs, or a difference
+beyond chance: it is one task and one seed, and a share of 50 test pairs is known to 0.14 or so. Making the published text
+took no call of the target LLM, so none is counted for it.
 
 Metric calls (answers of the target LLM that are scored) are limited; calls of the LLM that reflects and those on test pairs
 are counted beside them. The optimizer stops before a step that could go over the budget, so it may leave a few calls unused.
