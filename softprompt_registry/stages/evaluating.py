@@ -103,7 +103,7 @@ class _Work:
             )
         return None
 
-    def methods(self, tasks: Mapping[str, Task], rule: AbstentionRule) -> MethodTexts:
+    def methods(self, tasks: Mapping[str, Task], rule: AbstentionRule, *, test_order: bool = True) -> MethodTexts:
         return apply_methods(
             [self.bank.member(name) for name in tasks],
             tasks,
@@ -113,6 +113,7 @@ class _Work:
             rule,
             without_verifier=NOT_AMONG_ALL,
             translator_id=self.translator.id,
+            test_order=test_order,
             recorder=self.recorder,
         )
 
@@ -209,8 +210,8 @@ def _rule(work: _Work) -> tuple[AbstentionRule, dict[str, list[Any]]]:
     tasks, _ = work.usable(names)
     if not tasks:
         return AbstentionRule(), {}
-    # Here no rule holds anything back.
-    made = work.methods(tasks, AbstentionRule())
+    # Here nothing is held back.
+    made = work.methods(tasks, AbstentionRule(), test_order=False)
     return rule_from_training_tasks(made.texts[BEST], tasks, work.is_good, precision=limits.precision)
 
 

@@ -55,6 +55,7 @@ def apply_methods(
     *,
     without_verifier: Sequence[str] = (),
     translator_id: str | None = None,
+    test_order: bool = True,
     recorder: Recorder | None = None,
 ) -> MethodTexts:
     """Let each proposer write candidates and the verifier choose among them.
@@ -67,6 +68,7 @@ def apply_methods(
     Args:
         tasks: by name; each needs held-out pairs with at least two different inputs.
         translator_id: of the translator that some of the proposers use.
+        test_order: whether soft prompts that are as good in another order of their tokens are given no text.
         without_verifier: names of negative controls, whose candidates nobody would want to win.
 
     Raises:
@@ -85,7 +87,7 @@ def apply_methods(
         ranking = []
         for number, prompt in enumerate(soft_prompts):
             texts_of = [candidate.text for found in by_proposer.values() for candidate in found[number]]
-            ranking.append(verifier.verify(prompt, texts_of, pairs=halves[number].ranking, test_order=True))
+            ranking.append(verifier.verify(prompt, texts_of, pairs=halves[number].ranking, test_order=test_order))
             bar.advance(1, prompt.record.task)
 
     def choose(candidates: Sequence[Sequence[Candidate]], *, first: bool) -> list[Verbalization]:
