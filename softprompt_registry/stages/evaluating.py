@@ -231,6 +231,7 @@ def _try_garbage(work: _Work, tasks: Mapping[str, Task], made: MethodTexts, rule
             work.config.verbalization,
             work.verifier,
             rule,
+            test_order=False,  # what is left has passed it
             recorder=work.recorder,
         )
         read |= zip(left, _chosen(written.texts), strict=True)
