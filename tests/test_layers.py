@@ -10,7 +10,18 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 LAYERS = [
-    {"", "errors", "fingerprints", "storage", "config", "recording", "processes", "text_matching", "figures"},
+    {
+        "",
+        "errors",
+        "fingerprints",
+        "storage",
+        "config",
+        "recording",
+        "processes",
+        "text_matching",
+        "figures",
+        "html_pages",
+    },
     {"base_models", "language_models"},
     {"dod", "sample"},
     {"soft_prompts"},

@@ -25,9 +25,10 @@ from softprompt_registry.evaluation.analysis import Confusion
 from softprompt_registry.evaluation.metrics import label_score
 from softprompt_registry.evaluation.report_data import Faithfulness, ReportData, report_data, report_json
 from softprompt_registry.evaluation.report_figures import report_figures
-from softprompt_registry.evaluation.report_page import report_page, shown_text, signed, verdict
+from softprompt_registry.evaluation.report_page import report_page, signed, verdict
 from softprompt_registry.evaluation.statistics import paired_bootstrap
 from softprompt_registry.evaluation.verbalizations import Evaluation, evaluate_verbalizations
+from softprompt_registry.html_pages import shown_text
 from softprompt_registry.verbalization.verbalizer import Verbalization
 from softprompt_registry.verbalization.verification import Gain, Verification, Verified
 

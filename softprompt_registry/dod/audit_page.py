@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from softprompt_registry.html_pages import page_environment
 from softprompt_registry.storage import write_text
 
 if TYPE_CHECKING:
@@ -162,7 +163,6 @@ def _captions(audit: Audit) -> dict[str, str]:
 
 def write_audit_page(audit: Audit, path: Path) -> None:
     """Write the audit as one HTML file that needs nothing beside it: no scripts, no other files, no network."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup
 
     captions, figures = _captions(audit), audit_figures(audit)
@@ -172,13 +172,7 @@ def write_audit_page(audit: Audit, path: Path) -> None:
     kinds = {code: f"{kind.unit}s {what_is_found(kind, audit.settings)}" for code, kind in FINDING_KINDS.items()}
     rows = [row for row in audit.rows if row.errors + row.warnings]
     rows.sort(key=lambda row: (-row.errors, -row.warnings, -row.leaks - row.both_sides_inputs, row.name))
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent / "pages"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    environment = page_environment(Path(__file__).parent / "pages")
     environment.globals["plural"] = plural
     environment.filters["excerpt"] = excerpt
     page = environment.get_template("audit.html.j2").render(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
 from statistics import fmean
@@ -15,7 +14,8 @@ from softprompt_registry.evaluation.analysis import label_pieces, missed_labels
 from softprompt_registry.evaluation.report_data import MethodReport, ReportData
 from softprompt_registry.evaluation.report_figures import METRIC_NAMES, metric_name, report_figures
 from softprompt_registry.evaluation.statistics import PairedComparison
-from softprompt_registry.figures import PALETTE, inline_svg
+from softprompt_registry.figures import PALETTE
+from softprompt_registry.html_pages import inline_pictures, page_environment, shown_text
 
 FEW_TASKS = 20
 """Below this the page warns that a bootstrap over tasks has little to draw from."""
@@ -25,9 +25,7 @@ MIN_TASKS = 6
 
 Tone = Literal["fine", "warning", "note"]
 
-_DIRECTIONS = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
 _PAGES = Path(__file__).parent / "pages"
-_COLOURS = {colour: f"var(--series-{number})" for number, colour in enumerate(PALETTE)} | {"#000000": "currentColor"}
 
 
 class Verdict(NamedTuple):
@@ -101,29 +99,18 @@ def report_page(data: ReportData) -> str:
     Filter and sort need JavaScript; everything else is there without it. No text of a model or a task is believed: all
     are escaped, and the page allows no script but its own.
     """
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup
 
-    environment = Environment(
-        loader=FileSystemLoader(_PAGES),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    environment = page_environment(_PAGES)
     environment.filters.update(number=number, signed=signed, shown=shown_text, metric=metric_name)
     environment.globals.update(pieces=label_pieces, missed=missed_labels, plural=plural, percent=percent)
     script = (_PAGES / "report.js").read_text(encoding="utf-8")
-    plots = [
-        (plot.title, Markup(inline_svg(plot.figure, plot.name, shown_text(plot.alt), _COLOURS)), plot.caption)
-        for plot in report_figures(data)
-    ]
     columns = [name for name in METRIC_NAMES if all(name in method.metrics for method in data.methods)]
     keys = _sort_keys(data)
     return environment.get_template("report.html.j2").render(
         data=data,
         verdict=verdict(data),
-        plots=plots,
+        plots=inline_pictures(report_figures(data)),
         columns=columns,
         winners={metric: max(method.metrics[metric] for method in data.rivals or data.methods) for metric in columns},
         all_metrics=[metric for metric in data.methods[0].metrics if not metric.endswith("_chance")],
@@ -151,17 +138,6 @@ def _sort_keys(data: ReportData) -> dict[str, list[float | None]]:
         found = [task.texts[method].faithfulness for task in data.tasks]
         keys[f"faithfulness of {method}"] = [value.value if value else None for value in found]
     return keys
-
-
-def shown_text(text: str) -> str:
-    """The text with a mark in place of what no page can show: control characters, half characters, changes of direction."""
-    hidden = ("Cc", "Cs")
-    return "".join(
-        "\N{REPLACEMENT CHARACTER}"
-        if letter in _DIRECTIONS or (unicodedata.category(letter) in hidden and letter not in "\n\t")
-        else letter
-        for letter in text
-    )
 
 
 def number(value: float) -> str:

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from softprompt_registry.dod.audit_findings import plural
-from softprompt_registry.evaluation.report_page import FEW_TASKS, Tone, number, shown_text, signed
+from softprompt_registry.evaluation.report_page import FEW_TASKS, Tone, number, signed
 from softprompt_registry.evaluation.statistics import PairedComparison
-from softprompt_registry.figures import PALETTE, inline_svg
+from softprompt_registry.figures import PALETTE
+from softprompt_registry.html_pages import inline_pictures, page_environment, shown_text
 from softprompt_registry.language_models.protocol import Usage
 from softprompt_registry.portability.analysis import ALL_TASKS, FEW_SHOTS, TRANSLATIONS, Margin, Portability
 from softprompt_registry.portability.answers import (
@@ -36,7 +37,6 @@ RIVALS = (NO_PROMPT, VERIFIED_BEST, INSPECT, INSTRUCTION_INDUCTION, *FEW_SHOTS, 
 """What the translation is set against on the page's first screen."""
 
 _PAGES = Path(__file__).parent / "pages"
-_COLOURS = {colour: f"var(--series-{place})" for place, colour in enumerate(PALETTE)} | {"#000000": "currentColor"}
 _MARKS = {"right": "✓", "partly": "≈", "wrong": "✗", "empty": "∅", "refused": "⊘", "missing": "?"}
 
 
@@ -123,24 +123,11 @@ def portability_page(
         settings: of the run, shown at the end of the page.
         usage: by target, of all requests behind the answers; conditions may share requests, so it is no sum over them.
     """
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-    from markupsafe import Markup
-
-    environment = Environment(
-        loader=FileSystemLoader(_PAGES),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    environment = page_environment(_PAGES)
     environment.filters.update(
         number=number, signed=signed, shown=shown_text, condition=CONDITION_NAMES.__getitem__, measure=measure_name
     )
     environment.globals.update(plural=plural)
-    plots = [
-        (plot.title, Markup(inline_svg(plot.figure, plot.name, shown_text(plot.alt), _COLOURS)), plot.caption)
-        for plot in portability_figures(result)
-    ]
     tasks = shown_tasks(result, answers)
     places = {task.name: place for place, task in enumerate(tasks, start=1)}
     return environment.get_template("portability.html.j2").render(
@@ -154,7 +141,7 @@ def portability_page(
             target: _comparison_rows(result, target) for target in result.targets if len(result.conditions(target)) > 1
         },
         margins=_margin_rows(result),
-        plots=plots,
+        plots=inline_pictures(portability_figures(result)),
         conditions=[name for name in CONDITIONS if any(condition == name for _, condition in result.places)],
         tasks=tasks,
         places=places,
