@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import re
-import shutil
-import subprocess
 from collections.abc import Mapping, Sequence
 from functools import cache
-from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
 import pytest
+from html_page import Page, articles_of, browsed, check_stands_alone, contrast, flat, in_browser, rows_of
 from matplotlib.patches import Rectangle
 
 from softprompt_registry import figures
@@ -36,54 +34,6 @@ from softprompt_registry.portability.shown_tasks import MAX_INPUTS, inputs_per_t
 
 DRAWS = 200
 EXAMPLES = (FEW_SHOT_3, FEW_SHOT_5, FEW_SHOT_TRANSLATED)
-VOID = {"meta", "br", "path", "use", "rect"}
-
-
-class Page(HTMLParser):
-    """What a browser would see; fails where a tag is not closed in its place."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.html, self.text = text, ""
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self._open: list[str] = []
-        self.feed(text)
-        self.close()
-        assert self._open == []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        assert len(attrs) == len(dict(attrs)), f"an attribute of <{tag}> stands twice"
-        self.tags.append((tag, dict(attrs)))
-        if tag not in VOID:
-            self._open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self._open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        self.text += data
-
-    def count(self, tag: str) -> int:
-        return sum(found == tag for found, _ in self.tags)
-
-
-def flat(text: str) -> str:
-    return " ".join(text.split())
-
-
-def rows_of(html: str) -> list[list[str]]:
-    """The words of each cell, by row."""
-    return [
-        [flat(Page(cell).text) for cell in re.findall(r"<t[hd]\b.*?</t[hd]>", row, flags=re.DOTALL)]
-        for row in re.findall(r"<tr>.*?</tr>", html, flags=re.DOTALL)
-    ]
-
-
-def articles_of(html: str) -> list[str]:
-    return re.findall(r"<article.*?</article>", html, flags=re.DOTALL)
 
 
 MOODS = Task(
@@ -343,28 +293,8 @@ def test_no_text_becomes_markup() -> None:
 
 def test_the_page_needs_nothing_beside_it_and_is_accessible() -> None:
     page = Page(plain())
-    attributes = [(name, value or "") for _, found in page.tags for name, value in found.items()]
-    links = [value for name, value in attributes if name in ("src", "href", "xlink:href", "data", "action")]
-    assert all(value.startswith("#") for value in links)
-    assert not re.search(r"url\((?!#)|@import", page.html)
-    ids = [value for name, value in attributes if name == "id"]
-    assert len(set(ids)) == len(ids)
-    labelled = [value for name, value in attributes if name == "aria-labelledby"]
-    used = re.findall(r"url\(#([^)]*)\)", page.html)
-    assert {value.removeprefix("#") for value in [*links, *labelled, *used]} <= set(ids)
-    assert all(found.get("scope") in ("col", "row") for tag, found in page.tags if tag == "th")
-    pictures = [found for tag, found in page.tags if tag == "svg"]
-    assert [found["role"] for found in pictures] == ["img"] * 3
-    assert all(len(str(found["aria-label"])) > 20 for found in pictures)
-    assert page.count("h1") == page.count("main") == 1
+    check_stands_alone(page, num_pictures=3)
     assert page_of() == page.html
-
-
-def luminance(colour: str) -> float:
-    """WCAG's relative luminance of "#rrggbb"."""
-    channels = [int(colour[start : start + 2], 16) / 255 for start in (1, 3, 5)]
-    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
-    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
 
 def test_letters_stand_out_in_light_and_dark() -> None:
@@ -385,8 +315,7 @@ def test_letters_stand_out_in_light_and_dark() -> None:
     for colours in (light, dark):
         for front, backs in fronts.items():
             for back in backs:
-                low, high = sorted((luminance(colours[front]), luminance(colours[back])))
-                assert (high + 0.05) / (low + 0.05) >= 4.5, (front, back)
+                assert contrast(colours[front], colours[back]) >= 4.5, (front, back)
 
 
 # Pictures -------------------------------------------------------------------------------------------------------------
@@ -435,27 +364,6 @@ def test_every_condition_has_a_name_for_people() -> None:
 
 
 # In a browser ---------------------------------------------------------------------------------------------------------
-
-CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
-in_browser = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium here")
-
-
-def browsed(folder: Path, html: str, anchor: str = "") -> tuple[str, list[str]]:
-    """The page as the browser has it, and what it had to say on its console."""
-    (folder / "page.html").write_text(html, encoding="utf-8")
-    command = [
-        str(CHROMIUM),
-        "--headless",
-        "--no-sandbox",
-        "--disable-gpu",
-        "--disable-dev-shm-usage",
-        "--no-first-run",
-    ]
-    command += ["--disable-background-networking", "--disable-component-update"]
-    command += [f"--user-data-dir={folder / 'profile'}", "--enable-logging=stderr", "--virtual-time-budget=2000"]
-    command += ["--dump-dom", (folder / "page.html").as_uri() + anchor]
-    finished = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
-    return finished.stdout, [line for line in finished.stderr.splitlines() if ":CONSOLE" in line]
 
 
 @in_browser

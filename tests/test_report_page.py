@@ -5,17 +5,15 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-import shutil
-import subprocess
 import zlib
 from collections.abc import Mapping, Sequence
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
 import numpy as np
 import pytest
+from html_page import Page, browsed, check_stands_alone, contrast, flat, in_browser, rows_of
 from numpy.typing import NDArray
 
 from softprompt_registry import figures
@@ -31,9 +29,6 @@ from softprompt_registry.evaluation.verbalizations import Evaluation, evaluate_v
 from softprompt_registry.html_pages import shown_text
 from softprompt_registry.verbalization.verbalizer import Verbalization
 from softprompt_registry.verbalization.verification import Gain, Verification, Verified
-
-VOID = {"meta", "input", "br", "link", "img", "hr", "wbr"}
-"""Tags of HTML that have no end."""
 
 
 class BagEncoder:
@@ -115,47 +110,6 @@ def eight(abstained: Mapping[tuple[str, str], str] | None = None, **known: Any) 
     return reported(TASKS, evaluation, **known)
 
 
-class Page(HTMLParser):
-    """What a browser would see; fails where a tag is not closed in its place."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.html = text
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.text = ""
-        self.texts: dict[str, list[str]] = {}
-        """By tag, what stands directly in each."""
-        self._open: list[str] = []
-        self.feed(text)
-        self.close()
-        assert self._open == []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        assert len(attrs) == len(dict(attrs)), f"an attribute of <{tag}> stands twice"
-        self.tags.append((tag, dict(attrs)))
-        if tag not in VOID:
-            self._open.append(tag)
-            self.texts.setdefault(tag, []).append("")
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self._open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        self.text += data
-        if self._open:
-            self.texts[self._open[-1]][-1] += data
-
-    def count(self, tag: str) -> int:
-        return sum(found == tag for found, _ in self.tags)
-
-    def article(self, number: int) -> Page:
-        """One task of the page, from 1."""
-        return Page(re.findall(r"<article.*?</article>", self.html, flags=re.DOTALL)[number - 1])
-
-
 def said_in(article: Page, method: int) -> Page:
     """What one method said in a task; 0 is the truth."""
     return Page('<div class="said' + article.html.split('<div class="said')[method + 1].rsplit("</article>", 1)[0])
@@ -163,17 +117,7 @@ def said_in(article: Page, method: int) -> Page:
 
 def cells_of(html: str) -> list[list[list[str]]]:
     """By table, by row, the words of each cell."""
-    return [
-        [
-            [flat(Page(cell).text) for cell in re.findall(r"<t[hd]\b.*?</t[hd]>", row, flags=re.DOTALL)]
-            for row in re.findall(r"<tr>.*?</tr>", table, flags=re.DOTALL)
-        ]
-        for table in re.findall(r"<table>.*?</table>", html, flags=re.DOTALL)
-    ]
-
-
-def flat(text: str) -> str:
-    return " ".join(text.split())
+    return [rows_of(table) for table in re.findall(r"<table>.*?</table>", html, flags=re.DOTALL)]
 
 
 # What it says ---------------------------------------------------------------------------------------------------------
@@ -533,38 +477,13 @@ def test_the_page_needs_nothing_beside_it_and_is_accessible() -> None:
         faithfulness={("inspect", name): Faithfulness(number / 8) for number, name in enumerate(names)},
     )
     page = Page(report_page(data))
-    attributes = [(name, value or "") for _, found in page.tags for name, value in found.items()]
-    links = [value for name, value in attributes if name in ("src", "href", "xlink:href", "data", "action")]
-    assert all(value.startswith("#") for value in links)
-    assert not re.search(r"url\((?!#)|@import", page.html)
-    ids = [value for name, value in attributes if name == "id"]
-    assert len(set(ids)) == len(ids)
-    labelled = [value for name, value in attributes if name == "aria-labelledby"]
-    used = re.findall(r"url\(#([^)]*)\)", page.html)
-    assert {value.removeprefix("#") for value in [*links, *labelled, *used]} <= set(ids)
-    assert all(found.get("scope") in ("col", "row") for tag, found in page.tags if tag == "th")
-    pictures = [found for tag, found in page.tags if tag == "svg"]
-    assert [found["role"] for found in pictures] == ["img"] * 4
-    assert all(len(str(found["aria-label"])) > 20 for found in pictures)
+    check_stands_alone(page, num_pictures=4)
     assert page.count("label") == page.count("select") + page.count("input") == 4
-    assert page.count("h1") == page.count("main") == 1
     assert ("html", {"lang": "en"}) in page.tags
     assert "viewport" in [found.get("name") for tag, found in page.tags if tag == "meta"]
     assert next(found for tag, found in page.tags if found.get("id") == "controls")["hidden"] is None
     assert page.count("article") == 8, "all are there without JavaScript"
     assert report_page(data) == page.html
-
-
-def luminance(colour: str) -> float:
-    """WCAG's relative luminance of "#rrggbb"."""
-    channels = [int(colour[start : start + 2], 16) / 255 for start in (1, 3, 5)]
-    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
-    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
-
-
-def contrast(one: str, other: str) -> float:
-    dark, light = sorted((luminance(one), luminance(other)))
-    return (light + 0.05) / (dark + 0.05)
 
 
 def test_letters_and_lines_stand_out_in_light_and_dark() -> None:
@@ -659,30 +578,6 @@ def test_a_page_of_five_methods_and_a_hundred_tasks_is_small() -> None:
 
 
 # In a browser ---------------------------------------------------------------------------------------------------------
-
-CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
-in_browser = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium here")
-
-
-def browsed(folder: Path, html: str) -> tuple[str, list[str]]:
-    """The page once its script has run, and what the browser had to say on its console."""
-    (folder / "page.html").write_text(html, encoding="utf-8")
-    command = [
-        str(CHROMIUM),
-        "--headless",
-        "--no-sandbox",
-        "--disable-gpu",
-        "--disable-dev-shm-usage",
-        "--no-first-run",
-    ]
-    command += [
-        "--disable-background-networking",
-        "--disable-component-update",
-        f"--user-data-dir={folder / 'profile'}",
-    ]
-    command += ["--enable-logging=stderr", "--virtual-time-budget=2000", "--dump-dom", (folder / "page.html").as_uri()]
-    finished = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
-    return finished.stdout, [line for line in finished.stderr.splitlines() if ":CONSOLE" in line]
 
 
 @in_browser
