@@ -76,3 +76,19 @@ def problems(folder: Path, config: FilesConfig | None = None, **files: bytes) ->
 
 GOOD = b'{"input": "fine", "output": "ok"}\n'
 HEAD = b"input,output\nfine,ok\n"
+
+
+def write_classifications(folder: Path, tasks: Mapping[str, Mapping[str, Sequence[str]]], *, test_task: str) -> None:
+    """A new folder for `build-dod files`: by task and label some inputs, each once in every split; one task is held out."""
+    folder.mkdir()
+    records = []
+    for name, labels in tasks.items():
+        rows = [
+            {"input": f"{text} number {copy}", "output": label, "split": split}
+            for label, texts in labels.items()
+            for text in texts
+            for copy, split in enumerate(("train", "validation", "test"))
+        ]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        records.append({"name": name, "labels": list(labels), "split": "test" if name == test_task else "train"})
+    (folder / "tasks.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))

@@ -11,6 +11,7 @@ import mlflow
 import pandas
 import pytest
 from click.testing import CliRunner, Result
+from task_files import write_classifications
 
 from softprompt_registry.cli import main
 
@@ -36,18 +37,7 @@ def run_json(*arguments: str) -> Any:
 @pytest.fixture
 def task_folder(tmp_path: Path) -> Path:
     folder = tmp_path / "tasks"
-    folder.mkdir()
-    records = []
-    for name, labels in TASKS.items():
-        rows = [
-            {"input": f"{text} number {copy}", "output": label, "split": split}
-            for label, texts in labels.items()
-            for text in texts
-            for copy, split in enumerate(("train", "validation", "test"))
-        ]
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        records.append({"name": name, "labels": list(labels), "split": "test" if name == "speeds" else "train"})
-    (folder / "tasks.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    write_classifications(folder, TASKS, test_task="speeds")
     return folder
 
 

@@ -17,6 +17,7 @@ from logged_models import DOD_DIGEST, FINGERPRINT, Chain, log_chain, log_dataset
 from mlflow import MlflowClient
 from mlflow.entities import LoggedModelInput
 from mlflow.entities.model_registry import PromptVersion
+from task_files import write_classifications
 
 from softprompt_registry.cli import main
 from softprompt_registry.verbalization.verbalizer import Candidate, Verbalization
@@ -311,18 +312,7 @@ def test_a_real_evaluation_is_published(shared_folder: Path) -> None:
         "speeds": {"fast": ["jet", "hare", "light"], "slow": ["snail", "sloth", "glacier"]},
     }
     folder = shared_folder / "tasks"
-    folder.mkdir()
-    records = []
-    for name, labels in words.items():
-        rows = [
-            {"input": f"{word} number {copy}", "output": label, "split": split}
-            for label, inputs in labels.items()
-            for word in inputs
-            for copy, split in enumerate(("train", "validation", "test"))
-        ]
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        records.append({"name": name, "labels": list(labels), "split": "test" if name == "speeds" else "train"})
-    (folder / "tasks.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    write_classifications(folder, words, test_task="speeds")
     run("build-dod", "files", str(folder), "--out", "tasks.sqlite")
     settings = ["num_virtual_tokens=4", "epochs=1", "max_sequence_tokens=64"]
     made = run(

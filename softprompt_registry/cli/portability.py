@@ -88,7 +88,7 @@ def portability(
     """
     from softprompt_registry.config import build_config
     from softprompt_registry.portability.answers import SOFT_PROMPT
-    from softprompt_registry.stages.porting import PortabilityConfig
+    from softprompt_registry.stages.porting import PortabilityConfig, estimate_portability, measure
 
     values = section_of("portability", config, overrides)
     if models:
@@ -96,8 +96,6 @@ def portability(
         given = [{"model": model, "engine": engine, "options": options} for model in models]
         values["targets"] = [*values.get("targets", []), *given]
     settings = build_config(PortabilityConfig, values)
-    from softprompt_registry.stages.porting import estimate_portability, measure
-
     if dry_run:
         _print_estimate(estimate_portability(evaluation, dod, answers, settings), as_json)
         return
@@ -182,9 +180,11 @@ def _print_result(result: PortabilityResult, as_json: bool) -> None:
 
 
 def _print_target(found: Portability, target: str) -> None:
+    from softprompt_registry.portability.answers import SOFT_PROMPT
+
     conditions = found.conditions(target)
     place = found.small_model
-    rows = [found.metrics(place if name == "soft_prompt" and place else target, name) for name in conditions]
+    rows = [found.metrics(place if name == SOFT_PROMPT and place else target, name) for name in conditions]
     columns: dict[str, list[Any]] = {"condition": list(conditions)}
     for shown, metric in SHOWN.items():
         if any(metric in row for row in rows):
