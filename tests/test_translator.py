@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -165,6 +166,25 @@ def test_two_translators_share_a_base_model(trained: Trained, tmp_path: Path) ->
     assert torch.equal(logits(trained.base), trained.logits_before)
     adapters = set(trained.base.model.peft_config)
     assert adapters == {trained.translator.id, other.id}, "adapters in training are taken out"
+
+
+def test_dropout_acts_in_training_steps_alone(tmp_path: Path) -> None:
+    """PEFT adds a new adapter in training mode to a model in evaluation mode (peft 3753, transformers 34469)."""
+    base = tiny_base_model()
+    bank = make_bank(base, tmp_path / "bank")
+    config = replace(SHORT, lora_dropout=0.5, validation_share=0.25)
+    trained = train_translator(base, bank, TASKS, config, tmp_path / "dropout")
+    shutil.copytree(tmp_path / "dropout", tmp_path / "none")
+    stored = json.loads((tmp_path / "none/adapter_config.json").read_text())
+    (tmp_path / "none/adapter_config.json").write_text(json.dumps(stored | {"lora_dropout": 0.0}))
+
+    def reads(translator: Translator) -> list[float]:
+        return [item.log_likelihood for item in translator.translate(list(bank), max_new_tokens=12)]
+
+    loaded = Translator.load(tmp_path / "dropout", tiny_base_model())
+    expected = reads(Translator.load(tmp_path / "none", tiny_base_model()))
+    assert reads(loaded) == reads(loaded) == reads(trained) == expected
+    assert not any(module.training for module in loaded.base_model.model.modules())
 
 
 # Random choices -------------------------------------------------------------------------------------------------------

@@ -214,7 +214,10 @@ def read_record(folder: Path) -> TranslatorRecord:
 def add_adapter(base_model: BaseModel, config: LoraConfig, adapter_name: str, *, seed: int = 0) -> None:
     """Put a new LoRA adapter into the base model, frozen and switched off; the base's own weights stay as they are.
 
-    `seed` is of the adapter's initial weights.
+    The adapter is in evaluation mode: only a training step switches its dropout on.
+
+    Args:
+        seed: seed for the adapter's initial weights.
     """
     import torch
 
@@ -226,6 +229,8 @@ def add_adapter(base_model: BaseModel, config: LoraConfig, adapter_name: str, *,
         # Float32 also on a bf16 base: an optimizer's small steps would be rounded away in bf16.
         parameter.data = parameter.data.float()
         parameter.requires_grad_(False)
+    # PEFT makes new modules in training mode, also in a model that is in evaluation mode.
+    base_model.model.eval()
     base_model.model.disable_adapters()
 
 
