@@ -28,6 +28,7 @@ from softprompt_registry.stages.training import train
 from softprompt_registry.stages.tuning import tune
 from softprompt_registry.storage import write_text
 from softprompt_registry.translators.training import TranslatorConfig
+from softprompt_registry.verbalization.abstention import AbstentionRule
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,8 @@ class PipelineResult:
     run_id: str
     folder: Path
     evaluation: Evaluation
+    rule: AbstentionRule
+    """By which texts are withheld."""
     registered: RegisteredVersion
     decision: Decision | None
     """None when promotion was refused."""
@@ -95,6 +98,7 @@ def run_pipeline(config: PipelineConfig, dod_path: Path, folder: Path) -> Pipeli
         run.info.run_id,
         folder,
         evaluated.evaluation,
+        evaluated.rule,
         registered,
         decision,
         refusal,

@@ -11,6 +11,7 @@ import click
 if TYPE_CHECKING:
     from softprompt_registry.evaluation.statistics import PairedComparison
     from softprompt_registry.evaluation.verbalizations import Evaluation
+    from softprompt_registry.verbalization.abstention import AbstentionRule
 
 
 def print_json(value: Any) -> None:
@@ -36,8 +37,11 @@ def print_table(title: str, columns: Mapping[str, Sequence[Any]]) -> None:
     (console if console.is_terminal else Console(width=150)).print(table)
 
 
-def print_evaluation(evaluation: Evaluation) -> None:
-    """Truth beside the first method's text, the methods' means, and the differences between methods with intervals."""
+def print_evaluation(evaluation: Evaluation, rule: AbstentionRule | None = None) -> None:
+    """Truth beside the first method's text, the methods' means, and the differences between methods with intervals.
+
+    With a rule: also what it withholds, and why.
+    """
     first = next(iter(evaluation.methods))
     rows = evaluation.methods[first].rows
     print_table(
@@ -77,6 +81,29 @@ def print_evaluation(evaluation: Evaluation) -> None:
         _print_difference(f"{name} with the verifier minus without", by_metric)
         if "heldout_log_likelihood" in by_metric:
             click.echo(f"  {verifier_verdict(by_metric['heldout_log_likelihood'])}")
+    if rule is not None:
+        _print_withheld(evaluation, first, rule)
+
+
+def _print_withheld(evaluation: Evaluation, method: str, rule: AbstentionRule) -> None:
+    """The rule, and the reason of each text of a method that is withheld, of its verified form where there is one."""
+    from softprompt_registry.verbalization.methods import WITH_VERIFIER
+
+    verified = f"{method}{WITH_VERIFIER}"
+    shown = verified if verified in evaluation.methods else method
+    withheld = [row for row in evaluation.methods[shown].rows if row.abstained]
+    # A rule that withholds every text gives the same reason for all, which the sentence below has.
+    rows = [row for row in withheld if row.reason != rule.always_abstain]
+    if rows:
+        print_table(
+            f"Withheld texts of {shown}: {len(withheld)} of {len(evaluation.methods[shown].rows)}",
+            {
+                "task": [row.task for row in rows],
+                "text": [row.text for row in rows],
+                "reason": [row.reason for row in rows],
+            },
+        )
+    click.echo(rule.describe())
 
 
 def verifier_verdict(effect: PairedComparison) -> str:

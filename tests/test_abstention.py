@@ -90,6 +90,20 @@ def test_a_rule_that_always_abstains_says_why() -> None:
     assert decide(verification(), rule).reason == "there is no candidate text"
 
 
+def test_a_rule_is_described_with_what_to_do_where_it_gives_no_text() -> None:
+    assert AbstentionRule(0.36, None, 0.8, 14, 12, 10, 0.55).describe() == (
+        "Texts with a faithfulness below 0.36 are withheld: 10 of the 12 training tasks that reach it have a good text "
+        "(required: 80%)."
+    )
+    assert AbstentionRule(0.5).describe().endswith("this threshold was given, not chosen on training tasks.")
+    withholding = choose_rule([0.9] * 5, [True, True, False, False, False], 0.8)
+    assert withholding.describe().startswith(
+        "Every text is withheld: no threshold that 5 or more of the 5 training tasks"
+    )
+    assert "makes 80% of their texts good; the best makes 40%. Train the translator on more" in withholding.describe()
+    assert "(abstention.min_faithfulness)" in withholding.describe()
+
+
 def test_without_a_threshold_what_is_worse_than_no_prompt_is_not_given() -> None:
     assert decide(verification(("joy", 0.01)), AbstentionRule()) == Decision(False, None)
     assert decide(verification(("joy", -0.01)), AbstentionRule()).abstained

@@ -146,7 +146,7 @@ def test_another_run_cannot_be_reproduced(trained: list[str]) -> None:
 
 def test_people_read_tables_differences_and_a_verdict(trained: list[str]) -> None:
     out = run("evaluate", *trained, *SETTINGS, "-s", "abstention.min_faithfulness=0.25").stdout
-    assert "left out: bare" in out and "texts below faithfulness 0.25 are held back" in out
+    assert "left out: bare" in out and "Texts with a faithfulness below 0.25 are withheld; this threshold was" in out
     assert "translator with the verifier minus without" in out and "The verifier's choice" in out
     assert "garbage: " in out and "of 6 refused" in out and "a faithfulness of 0: " in out
 

@@ -12,6 +12,8 @@ from numpy.typing import NDArray
 from softprompt_registry.dod.task import Pair, Task
 from softprompt_registry.errors import DataError
 from softprompt_registry.evaluation.verbalizations import COMPARED, Evaluation, evaluate_verbalizations
+from softprompt_registry.printing import print_evaluation
+from softprompt_registry.verbalization.abstention import AbstentionRule
 from softprompt_registry.verbalization.verbalizer import Verbalization
 
 
@@ -182,3 +184,20 @@ def test_a_task_that_is_unknown_or_without_a_truth_is_refused() -> None:
     mute = TASKS | {"free": Task("free", "generation", (Pair("x", "y"),))}
     with pytest.raises(DataError, match="task 'free' is not in the DoD or has no ground truth"):
         evaluate_verbalizations({"a": PERFECT}, mute, AxisEncoder())
+
+
+def test_withheld_texts_are_printed_with_their_reasons(capsys: pytest.CaptureFixture[str]) -> None:
+    given, *others = PERFECT
+    weak, silent = (
+        replace(item, abstained=True, reason=why) for item, why in zip(others, ("weak", "silent"), strict=True)
+    )
+    print_evaluation(evaluate(translator=[given, weak, silent]), AbstentionRule(0.36))
+    out = " ".join(capsys.readouterr().out.split())  # rich breaks a title at the width of its table
+    assert "Withheld texts of translator: 2 of 3" in out and " weak " in out and " silent " in out
+    assert "Texts with a faithfulness below 0.36 are withheld" in out
+    # The same reason for all is said once.
+    rule = AbstentionRule(always_abstain="always abstains: none was good")
+    reason = rule.always_abstain
+    print_evaluation(evaluate(translator=[replace(item, abstained=True, reason=reason) for item in PERFECT]), rule)
+    out = capsys.readouterr().out
+    assert "Withheld texts" not in out and "Every text is withheld: none was good. Train" in out

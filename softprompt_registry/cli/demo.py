@@ -50,12 +50,13 @@ def demo(dod: Path | None, out: Path, config: Path | None, overrides: tuple[str,
                 "registered": {"name": result.registered.name, "version": result.registered.version},
                 "refusal": result.refusal,
                 "metrics": {method: item.metrics for method, item in result.evaluation.methods.items()},
+                "rule": result.rule.to_json(),
                 "served": {"task": result.served_task, **result.served},
                 "seconds": result.seconds,
             }
         )
         return
-    print_evaluation(result.evaluation)
+    print_evaluation(result.evaluation, result.rule)
     print_table("Where the time went", {"step": list(result.seconds), "seconds": list(result.seconds.values())})
     name = result.registered.name
     click.echo(f"Asked the served model for task {result.served_task!r}: {result.served['hard_prompt']!r}")

@@ -52,8 +52,8 @@ def evaluate(
 ) -> None:
     """Score methods of verbalization on the DoD's test tasks, each without and with the verifier.
 
-    The run gets a report to read (report.html). Texts that do not make the base model act like their soft prompt are held
-    back by a rule that is chosen on training tasks. Stopped or killed, it goes on where it was.
+    The run gets a report to read (report.html). Texts that do not make the base model act like their soft prompt are
+    withheld by a rule that is chosen on training tasks. Stopped or killed, it goes on where it was.
 
     \b
     Example:
@@ -84,13 +84,9 @@ def evaluate(
             }
         )
         return
-    print_evaluation(found)
+    print_evaluation(found, result.rule)
     for name, reason in result.left_out.items():
         click.echo(f"left out: {name} ({reason})")
-    held_back = f"texts below faithfulness {result.rule.min_faithfulness:.2f} are held back"
-    if result.rule.precision is None:
-        held_back += ", which was not chosen on training tasks"
-    click.echo(f"rule: {result.rule.always_abstain or held_back}")
     if result.garbage is not None:
         shares = result.garbage.metrics
         good = f"{shares['good_passed_share']:.0%} of {shares['num_good']:.0f}" if shares["num_good"] else "none of 0"

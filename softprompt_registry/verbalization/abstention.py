@@ -14,8 +14,8 @@ from softprompt_registry.verbalization.verification import Verification
 
 MIN_ANSWERED = 5
 """A threshold that so few training tasks reach is not chosen: one or two lucky ones would decide it."""
-
-
+ALWAYS = "always abstains: "
+"""Beginning of the reason of a rule that gives no text."""
 _ROUNDING = 1e-9
 
 
@@ -48,6 +48,22 @@ class AbstentionRule:
                 f"reading an abstention rule: min_faithfulness is {self.min_faithfulness}, expected a finite number. Use "
                 "always_abstain, with a reason, for a rule that answers nothing."
             )
+
+    def describe(self) -> str:
+        """What the rule withholds, in one or two sentences; where it withholds every text, also what to do."""
+        if self.always_abstain is not None:
+            return (
+                f"Every text is withheld: {self.always_abstain.removeprefix(ALWAYS)}. Train the translator on more tasks, "
+                "choose the rule on more of them (abstention.num_tasks), accept a smaller share of good texts "
+                "(abstention.precision), or give a threshold (abstention.min_faithfulness)."
+            )
+        withheld = f"Texts with a faithfulness below {self.min_faithfulness:.2f} are withheld"
+        if self.precision is None:
+            return f"{withheld}; this threshold was given, not chosen on training tasks."
+        return (
+            f"{withheld}: {self.num_good} of the {self.num_answered} training tasks that reach it have a good text "
+            f"(required: {self.precision:.0%})."
+        )
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -164,7 +180,7 @@ def choose_rule(
             f"no threshold that {min_answered} or more of the {len(good)} training tasks reach makes {precision:.0%} of "
             f"their texts good; the best makes {reached:.0%}"
         )
-    return AbstentionRule(always_abstain=f"always abstains: {reason}", precision=precision, num_tasks=len(good))
+    return AbstentionRule(always_abstain=f"{ALWAYS}{reason}", precision=precision, num_tasks=len(good))
 
 
 class CoveragePoint(NamedTuple):
