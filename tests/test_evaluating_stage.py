@@ -124,6 +124,8 @@ def test_garbage_is_read_and_counted(found: Any) -> None:
 def test_the_report_groups_tasks_by_where_they_are_from(found: Any) -> None:
     report = mlflow.artifacts.load_dict(f"runs:/{found['run_id']}/report.json")
     assert "classification · words" in json.dumps(report, ensure_ascii=False)
+    page = mlflow.artifacts.load_text(f"runs:/{found['run_id']}/report.html")
+    assert report["rule"] in page and "withheld" in report["rule"]
     assert "classification · more words" in json.dumps(report, ensure_ascii=False)
 
 

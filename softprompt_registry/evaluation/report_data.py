@@ -116,6 +116,8 @@ class ReportData:
     """By method: `ranked_by` against coverage by `decided_on`; empty if no faithfulness is known."""
     told: tuple[str, ...] = ()
     """Methods that are told what is asked for, such as the labels: they are shown, but are no rivals of the others."""
+    rule: str = ""
+    """What the abstention rule withholds, in words; empty if none was applied."""
     garbage: tuple[GarbagePoint, ...] = ()
     """By growing threshold, what of garbage and of real soft prompts gets through; empty if no garbage was tried."""
 
@@ -155,6 +157,7 @@ def report_data(
     prefills: Mapping[Key, str] | None = None,
     confusions: Mapping[str, Sequence[Confusion]] | None = None,
     told: Collection[str] = (),
+    rule: str = "",
     garbage: Sequence[GarbagePoint] = (),
     seed: int = 0,
 ) -> ReportData:
@@ -176,6 +179,7 @@ def report_data(
         prefills: by method and task: the given beginnings of texts, which are not scored.
         confusions: by method, as `analysis.confusions` gives them.
         told: methods that are told what is asked for.
+        rule: description of the abstention rule.
         garbage: the curve of `GarbageResult`.
         seed: of the bootstraps that the evaluation has not made.
 
@@ -247,6 +251,7 @@ def report_data(
         categories={name: by_category(result.rows, categories) for name, result in evaluation.methods.items()},
         correlations=_correlations(reports, list(evaluation.methods), metric, seed),
         curves=_curves(reports, list(evaluation.methods), metric),
+        rule=rule,
         garbage=tuple(garbage),
     )
 

@@ -143,6 +143,7 @@ def _record_report(found: Evaluated, base_model: BaseModel, config: EvaluationCo
         },
         told=[name for name in found.made.texts if name.removesuffix(WITH_VERIFIER) == LabelListProposer.name],
         prefills={(method, item.task): item.prefill for method, item in texts if item.prefill},
+        rule=found.rule.describe(),
         garbage=() if found.garbage is None else found.garbage.curve,
         seed=config.seed,
     )
