@@ -66,7 +66,9 @@ def _record_answers(answers: Sequence[Answer], prices: Prices | None, run_id: st
     result: Completion | str = answer.error or ""
     if answer.text is not None:
         tokens = answer.prompt_tokens, answer.completion_tokens
-        result = Completion(answer.text, *tokens, answer.latency_s, answer.finish_reason, attempts=1)
+        result = Completion(
+            answer.text, *tokens, answer.latency_s, answer.finish_reason, attempts=1, adapted=answer.adapted
+        )
     about = {"task": question.task, "condition": conditions, "target": question.target}
     record_target_call(
         result,
@@ -145,6 +147,8 @@ def _record(
     attributes = {"prompt_id": _digest(hard_prompt), "target_model": model, "latency_s": latency_s, **about}
     span.set_attributes({f"{PREFIX}{key}": value for key, value in attributes.items()})
     if isinstance(result, Completion):
+        if result.adapted:
+            span.set_attribute(f"{PREFIX}adapted", result.adapted)
         _set_usage(span, result, model, prices)
         outputs = {
             "digest": _digest(result.text),

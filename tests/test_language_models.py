@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from email.utils import formatdate
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from llm_server import KEY, LlmServer, Reply, chat, error_body
 from softprompt_registry.errors import ConfigError, LanguageModelError
 from softprompt_registry.language_models.openai_compatible import OpenAICompatible, OpenAICompatibleConfig
 from softprompt_registry.language_models.protocol import Completion, CompletionRequest, Prices, Usage, usage_of
+from softprompt_registry.language_models.provider_failures import retry_after_s
 
 
 @pytest.fixture
@@ -102,6 +104,8 @@ def test_settings_for_models_that_refuse_max_tokens_and_temperature(server: LlmS
             "content_filter",
         ),
         (chat("") | {"refusal": None}, "stop"),
+        # Thoughts took the whole answer, and the server leaves its field out.
+        ({"choices": [{"message": {"role": "assistant"}, "finish_reason": "length"}]}, "length"),
         ({"choices": [{"message": {"content": None}}]}, None),
     ],
 )
@@ -176,9 +180,6 @@ def test_azure_retries_and_hides_the_key_like_any_other(server: LlmServer, caplo
         [Reply(body=b"")],
         [Reply(body=["not", "an", "object"])],
         [Reply(body={"id": "chatcmpl-1"}), Reply(body={"choices": []})],
-        [Reply(body={"choices": [{"finish_reason": "stop"}]})],
-        [Reply(body={"choices": [{"message": {"role": "assistant"}}]})],
-        [Reply(body={"choices": [{"message": {"content": [{"text": "in parts"}]}}]})],
         [Reply(cut=True)],
     ],
 )
@@ -202,12 +203,13 @@ def test_latency_is_that_of_the_last_try(server: LlmServer) -> None:
         (lambda: "0.3", 0.3),
         (lambda: formatdate(time.time() + 1.5, usegmt=True), 0.4),  # a date has whole seconds
         (lambda: formatdate(time.time() + 1.5), 0.4),  # zone "-0000"
+        (lambda: formatdate(time.time() - 3600, usegmt=True), 0),
         (lambda: "soon", 0),
         (lambda: "-5", 0),
         (lambda: "inf", 0),
         (lambda: "Wed, 21 Oct 99999999999999999999 07:28:00 GMT", 0),
     ],
-    ids=["seconds", "date", "date without zone", "words", "negative", "infinite", "impossible date"],
+    ids=["seconds", "date", "date without zone", "past date", "words", "negative", "infinite", "impossible date"],
 )
 def test_retry_after_is_obeyed(server: LlmServer, retry_after: Callable[[], str], shortest_s: float) -> None:
     first_then_well = iter([lambda: Reply(429, headers={"Retry-After": retry_after()}), Reply])
@@ -216,6 +218,22 @@ def test_retry_after_is_obeyed(server: LlmServer, retry_after: Callable[[], str]
     assert isinstance(result, Completion) and result.attempts == 2
     first, second = server.received
     assert shortest_s <= second.at - first.at < 10
+
+
+@pytest.mark.parametrize(
+    ("headers", "expected_s"),
+    [
+        ({"retry-after-ms": "250", "Retry-After": "9"}, 0.25),
+        ({"retry-after-ms": "soon", "Retry-After": "9"}, 9.0),
+        ({"retry-after-ms": "nan"}, 0.0),
+        ({}, 0.0),
+    ],
+)
+def test_milliseconds_come_before_seconds(headers: dict[str, str], expected_s: float) -> None:
+    response = SimpleNamespace(headers={name.lower(): value for name, value in headers.items()})
+    failure = Exception()
+    failure.response = response  # type: ignore[attr-defined]
+    assert retry_after_s(failure) == expected_s
 
 
 def test_waits_are_drawn_from_a_range_that_doubles_up_to_its_limit(server: LlmServer) -> None:
@@ -273,7 +291,7 @@ def test_broken_replies_for_ever(server: LlmServer) -> None:
 @pytest.mark.parametrize(
     ("reply", "words"),
     [
-        (Reply(400, body=error_body("'max_tokens' is not supported")), "max_tokens_parameter="),
+        (Reply(400, body=error_body("max_tokens is too large: 300")), "set send_system=False, max_tokens_parameter="),
         (Reply(422, body={"detail": "temperature too high"}), "HTTP 422 (temperature too high)"),
         (Reply(401, body=error_body("no such key")), "variable OPENAI_API_KEY"),
         (Reply(403, body=error_body("not for you")), "may not use this model"),
@@ -379,7 +397,7 @@ def test_another_model_that_answers_is_named_once(server: LlmServer, caplog: pyt
     ("said", "expected"),
     [
         ("\n\nPositive\nsince", ("Positive", "stop")),
-        ("<think>\nwell\n</think>\n\nPositive", ("Positive", "length")),
+        ("<think>\nwell\n</think>\n\nPositive\nsince", ("Positive", "stop")),
         ("Positive", ("Positive", "length")),
     ],
 )

@@ -14,9 +14,10 @@ from tiny_llm import tiny_base_model
 from softprompt_registry.base_models.frozen import BaseModel
 from softprompt_registry.dod.answer_checks import label_set_schema, sentences_schema
 from softprompt_registry.errors import ConfigError, LanguageModelError
-from softprompt_registry.language_models.local_prompts import cut_at_stop, prompt_ids
+from softprompt_registry.language_models.local_prompts import prompt_ids
 from softprompt_registry.language_models.on_transformers import OnTransformers, TransformersConfig
 from softprompt_registry.language_models.protocol import Completion, CompletionRequest
+from softprompt_registry.language_models.replies import cut_at_stop
 
 PROMPTS = ["Hi", "A longer prompt than the first", "x", "Some words, and 雨", "The sixth is not here"]
 TEMPLATE = (
@@ -236,13 +237,28 @@ def test_a_chat_template_is_used_where_there_is_one() -> None:
     assert prompt_ids(tokenizer, CompletionRequest("Hi"), "chat") == base_model.tokenize("<user>Hi<assistant>")
     [templated] = answers(base_model, request)
     assert templated.text != plain.text and templated.prompt_tokens == len("<system>Be brief.<user>Hi<assistant>")
-    # Some templates take no system text, and say so by failing.
-    tokenizer.chat_template = (
-        "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}" + TEMPLATE
-    )
-    refused, answered = model_of(base_model).complete([request, CompletionRequest("Hi", max_tokens=5)])
-    assert "(System role not supported)" in str(refused) and "put all into the prompt" in str(refused)
-    assert isinstance(answered, Completion)
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}" + TEMPLATE,
+        "{% for m in messages if m.role == 'user' %}<user>{{ m.content }}{% endfor %}<assistant>",
+    ],
+    ids=["refuses", "drops"],
+)
+def test_a_template_without_a_system_text_gets_it_before_the_prompt(template: str) -> None:
+    """Bug: each request failed, or was answered as if it had no system text."""
+    base_model = tiny_base_model()
+    base_model.tokenizer.chat_template = TEMPLATE
+    with_system = model_of(base_model).identity
+    base_model.tokenizer.chat_template = template
+    model = model_of(base_model)
+    first, second = model.complete([CompletionRequest("Hi", "Be brief.", 5), CompletionRequest("Hi", max_tokens=5)])
+    assert isinstance(first, Completion) and isinstance(second, Completion)
+    assert (first.prompt_tokens, first.adapted) == (len("<user>Be brief.\n\nHi<assistant>"), "send_system=False")
+    assert (second.prompt_tokens, second.adapted) == (len("<user>Hi<assistant>"), None)
+    assert model.identity != with_system
 
 
 def test_requests_are_drawn_a_batch_at_a_time(base_model: BaseModel) -> None:

@@ -232,3 +232,9 @@ def test_an_item_is_the_same_test_pair_under_every_condition() -> None:
     swapped = Question("moods", NO_PROMPT, "big", 0, "A ghost", "fear", None, "A ghost", None)
     with pytest.raises(DataError, match="found an answer about another test pair than before"):
         score_answers([answered("joy"), Answer(swapped, "fear")], TASKS)
+
+
+@pytest.mark.parametrize("task", [MOODS, FREE])
+def test_an_answer_that_was_cut_within_its_thoughts_is_empty_and_cut(task: Task) -> None:
+    scored = score(answered("", task, finish="length"))
+    assert (scored.state, scored.cut, set(scored.scores.values())) == ("empty", True, {0.0})

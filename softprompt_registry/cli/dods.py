@@ -436,6 +436,8 @@ def _say_asked(asked: Asked) -> None:
         f"asked {asked.requests} requests in {asked.seconds:.0f} s: {asked.prompt_tokens} prompt tokens, "
         f"{asked.completion_tokens} completion tokens; what was answered before was not asked again"
     )
+    if asked.adapted:
+        click.echo(f"the model refuses what was set, so answers were asked for with {asked.adapted}")
 
 
 def _without_failure(report: dict[str, Any]) -> dict[str, Any]:

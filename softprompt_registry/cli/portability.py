@@ -158,6 +158,8 @@ def _print_result(result: PortabilityResult, as_json: bool) -> None:
             f"{item.target}: asked {item.asked.requests:,} requests now ({tokens:,} tokens), {item.found:,} were answered "
             f"before{cost}"
         )
+        for adapted in item.adapted:
+            click.echo(f"{item.target} refuses what was set, so answers were asked for with {adapted}")
         if item.ended:
             click.echo(f"{item.target} ended early: {item.ended}", err=True)
     if result.not_asked:

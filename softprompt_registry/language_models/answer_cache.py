@@ -17,6 +17,7 @@ from typing import Self
 from softprompt_registry.errors import DataError, LanguageModelError
 from softprompt_registry.fingerprints import digest_of_json
 from softprompt_registry.language_models.protocol import Completion, CompletionRequest, LanguageModel
+from softprompt_registry.language_models.replies import ONLY_THOUGHTS, read_answer
 from softprompt_registry.recording import ProgressBar, Recorder
 
 APPLICATION_ID = 0x53_50_41_31  # "SPA1" in the SQLite header
@@ -48,8 +49,11 @@ class AnswerCache:
             self._connection.execute(
                 "CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, text TEXT NOT NULL, finish_reason TEXT, "
                 "prompt_tokens INTEGER NOT NULL, completion_tokens INTEGER NOT NULL, latency_s REAL NOT NULL, "
-                "attempts INTEGER NOT NULL) STRICT, WITHOUT ROWID"
+                "attempts INTEGER NOT NULL, raw TEXT, adapted TEXT) STRICT, WITHOUT ROWID"
             )
+            columns = {row[1] for row in self._connection.execute("PRAGMA table_info(answers)")}
+            for name in sorted({"raw", "adapted"} - columns):  # a file of an earlier version
+                self._connection.execute(f"ALTER TABLE answers ADD COLUMN {name} TEXT")
         except sqlite3.DatabaseError as error:
             if connection is not None:
                 connection.close()
@@ -76,8 +80,8 @@ class AnswerCache:
         """The stored answer to a request; None if there is none yet."""
         try:
             row = self._connection.execute(
-                "SELECT text, prompt_tokens, completion_tokens, latency_s, finish_reason, attempts FROM answers "
-                "WHERE key = ?",
+                "SELECT text, prompt_tokens, completion_tokens, latency_s, finish_reason, attempts, raw, adapted "
+                "FROM answers WHERE key = ?",
                 (_key(identity, request),),
             ).fetchone()
         except sqlite3.DatabaseError as error:
@@ -85,23 +89,24 @@ class AnswerCache:
                 f"reading an answer in {str(self.path)!r}: SQLite cannot read it ({error}); expected a whole file written "
                 "by softprompt-registry. Move it away to start anew, or put a backup in its place."
             ) from error
-        return None if row is None else Completion(*row)
+        return None if row is None else _without_thoughts(Completion(*row), request)
 
     def put(self, identity: str, request: CompletionRequest, answer: Completion) -> None:
         """Store an answer; it is on the disk when this returns."""
         try:
             self._connection.execute(
                 "INSERT OR REPLACE INTO answers (key, text, prompt_tokens, completion_tokens, latency_s, finish_reason, "
-                "attempts) VALUES (?, ?, ?, ?, ?, ?, ?)",
+                "attempts, raw, adapted) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
                 (
                     _key(identity, request),
-                    # A server may send lone surrogates, which UTF-8 cannot hold.
-                    answer.text.encode("utf-8", "replace").decode("utf-8"),
+                    _readable(answer.text),
                     answer.prompt_tokens,
                     answer.completion_tokens,
                     answer.latency_s,
                     answer.finish_reason,
                     answer.attempts,
+                    answer.raw and _readable(answer.raw),
+                    answer.adapted,
                 ),
             )
         except sqlite3.OperationalError as error:
@@ -114,6 +119,22 @@ class AnswerCache:
                 f"storing an answer in {str(self.path)!r}: SQLite cannot use the file ({error}); expected a whole file "
                 "written by softprompt-registry. Move it away to start anew, or put a backup in its place."
             ) from error
+
+
+def _readable(text: str) -> str:
+    """A server may send lone surrogates, which UTF-8 cannot hold."""
+    return text.encode("utf-8", "replace").decode("utf-8")
+
+
+def _without_thoughts(answer: Completion, request: CompletionRequest) -> Completion | None:
+    """A stored answer as it is read today: earlier versions kept thoughts in its text. None if they ended at a stop string,
+    so that the answer is still to be asked for."""
+    if answer.raw is not None:
+        return answer
+    text, finish_reason, raw = read_answer(answer.text, answer.finish_reason)
+    if finish_reason == ONLY_THOUGHTS and request.stop:
+        return None
+    return answer if raw is None else dataclasses.replace(answer, text=text, finish_reason=finish_reason, raw=raw)
 
 
 def _key(identity: str, request: CompletionRequest) -> str:
@@ -133,11 +154,14 @@ class Asked:
     completion_tokens: int = 0
     seconds: float = 0.0
     last_failure: LanguageModelError | None = None
+    adapted: str | None = None
+    """Settings that the last answer was asked with in place of those given, since the model refuses these."""
 
     def add(self, answer: Completion) -> None:
         self.requests += 1
         self.prompt_tokens += answer.prompt_tokens
         self.completion_tokens += answer.completion_tokens
+        self.adapted = answer.adapted or self.adapted
 
 
 def ask_missing(

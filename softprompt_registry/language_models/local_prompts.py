@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import TYPE_CHECKING, Literal, cast
 
 from softprompt_registry.errors import ConfigError
+from softprompt_registry.language_models.protocol import joined_prompt
+from softprompt_registry.language_models.replies import ENDS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -25,6 +28,39 @@ def require_format(tokenizer: PreTrainedTokenizerBase, prompt_format: PromptForm
         )
 
 
+SYSTEM_JOINED = "send_system=False"
+"""What a completion says of a system text that stands in the user's, as a server's does."""
+
+
+def takes_system(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether its chat template writes a system text down. Some refuse it, as Gemma's does, and some silently drop it."""
+    template = _template_of(tokenizer)
+    return template is None or _writes_system(tokenizer, template)
+
+
+@lru_cache(maxsize=8)
+def _writes_system(tokenizer: PreTrainedTokenizerBase, template: str) -> bool:
+    from jinja2 import TemplateError
+
+    mark = "Be brief."
+    messages = [{"role": "system", "content": mark}, {"role": "user", "content": "Hi"}]
+    try:
+        return mark in str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+    except TemplateError:
+        return False
+
+
+def opened_thoughts(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
+    """The tag that begins a model's thoughts, if the prompt ends with it and what is written begins within them; else ""."""
+    return "<think>" if tokenizer.decode(ids[-8:]).rstrip().endswith("<think>") else ""
+
+
+def writes_thoughts(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether its chat template knows of thoughts, in which a stop string ends nothing."""
+    template = _template_of(tokenizer) or ""
+    return any(end in template for end in (*ENDS, "<|channel|>"))
+
+
 def _template_of(tokenizer: PreTrainedTokenizerBase) -> str | None:
     """A tokenizer's chat template, "" without one; None for a tokenizer that formats chats by itself, as Mistral's."""
     if not hasattr(tokenizer, "chat_template"):
@@ -37,25 +73,19 @@ def prompt_ids(
 ) -> list[int]:
     """Token ids of a request up to where the answer begins.
 
-    `chat`: in the tokenizer's chat template. `plain`: the BOS, the system text, an empty line and the prompt, as a
-    completions endpoint gets them.
+    `chat`: in the tokenizer's chat template, the system text before the user's where it takes none. `plain`: the BOS, the
+    system text, an empty line and the prompt, as a completions endpoint gets them.
     """
     ids: list[int]
     if prompt_format == "chat":
-        messages = [{"role": "user", "content": request.prompt}]
-        if request.system is not None:
-            messages.insert(0, {"role": "system", "content": request.system})
+        if request.system is None or not takes_system(tokenizer):
+            messages = [{"role": "user", "content": joined_prompt(request)}]
+        else:
+            messages = [{"role": "system", "content": request.system}, {"role": "user", "content": request.prompt}]
         ids = cast(
             list[int],
             tokenizer.apply_chat_template(messages, tokenize=True, add_generation_prompt=True, return_dict=False),
         )
         return list(ids)
-    text = request.prompt if request.system is None else f"{request.system}\n\n{request.prompt}"
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    ids = tokenizer(joined_prompt(request), add_special_tokens=False)["input_ids"]
     return ids if tokenizer.bos_token_id is None else [int(tokenizer.bos_token_id), *ids]
-
-
-def cut_at_stop(text: str, stop: tuple[str, ...]) -> tuple[str, bool]:
-    """The text before the first stop string, and whether there was one."""
-    places = [place for place in (text.find(word) for word in stop) if place >= 0]
-    return (text[: min(places)], True) if places else (text, False)

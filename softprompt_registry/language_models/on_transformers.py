@@ -10,8 +10,15 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any, Literal
 
 from softprompt_registry.errors import ConfigError, LanguageModelError
-from softprompt_registry.language_models.local_prompts import cut_at_stop, prompt_ids, require_format
+from softprompt_registry.language_models.local_prompts import (
+    SYSTEM_JOINED,
+    opened_thoughts,
+    prompt_ids,
+    require_format,
+    takes_system,
+)
 from softprompt_registry.language_models.protocol import Completion, CompletionRequest, Finished
+from softprompt_registry.language_models.replies import cut_at_stop, read_answer, without_thoughts
 
 if TYPE_CHECKING:
     import torch
@@ -50,6 +57,9 @@ class OnTransformers:
         self.name = self._base_model.ref.name
         require_format(self._base_model.tokenizer, config.prompt_format, self.name)
         self.identity = f"{self._base_model.ref.fingerprint} {config.dtype} {config.prompt_format}"
+        self._joins_system = config.prompt_format == "chat" and not takes_system(self._base_model.tokenizer)
+        if self._joins_system:
+            self.identity += " no system"
         self._grammar_tokenizer: Any = None
 
     def close(self) -> None:
@@ -80,7 +90,11 @@ class OnTransformers:
                         f"its prompt has {len(ids)} tokens; the model takes {base_model.max_positions}.",
                         "Shorten the prompt, or choose a model with a longer context.",
                     )
-                rows.append(_Row(index, request, ids, min(room, request.max_tokens), self._matcher(request)))
+                matcher = self._matcher(request)
+                row = _Row(index, request, ids, min(room, request.max_tokens), matcher)
+                row.opened = opened_thoughts(base_model.tokenizer, ids)
+                row.adapted = SYSTEM_JOINED if self._joins_system and request.system is not None else None
+                rows.append(row)
             except _Unanswerable as fault:
                 error = LanguageModelError(
                     f"asking model {self.name!r} in this process: {fault.found}",
@@ -115,7 +129,7 @@ class OnTransformers:
         except (TemplateError, TypeError, ValueError) as error:  # tokenizers say TypeError to lone surrogates
             raise _Unanswerable(
                 f"its prompt cannot be read ({error}).",
-                "Remove lone surrogates; for a model whose chat template takes no system text, put all into the prompt.",
+                "Remove lone surrogates, and see that the model's chat template takes a single user message.",
             ) from error
 
     def _matcher(self, request: CompletionRequest) -> Any:
@@ -162,6 +176,9 @@ class _Row:
             matcher,
         )
         self.ids: list[int] = []
+        self.opened = ""
+        """The tag of thoughts that the prompt ends with."""
+        self.adapted: str | None = None
         self.finish_reason: str | None = None
         self.generator = torch.Generator()
         if request.seed is None:
@@ -176,20 +193,25 @@ class _Row:
         self.ids.append(token)
         if self.matcher is not None:
             self.matcher.consume_token(token)
-        if self.request.stop and cut_at_stop(base_model.decode(self.ids), self.request.stop)[1]:
+        if self.request.stop and cut_at_stop(without_thoughts(self._written(base_model)), self.request.stop)[1]:
             self.finish_reason = "stop"
         elif len(self.ids) >= self.max_tokens:
             self.finish_reason = "length"
 
+    def _written(self, base_model: BaseModel) -> str:
+        return self.opened + base_model.decode(self.ids)
+
     def completion(self, base_model: BaseModel, latency_s: float) -> Completion:
-        text, _ = cut_at_stop(base_model.decode(self.ids), self.request.stop)
+        text, finish_reason, raw = read_answer(self._written(base_model), self.finish_reason, self.request.stop)
         return Completion(
             text=text,
             prompt_tokens=len(self.prompt_ids),
             completion_tokens=len(self.ids),
             latency_s=latency_s,
-            finish_reason=self.finish_reason,
+            finish_reason=finish_reason,
             attempts=1,
+            raw=raw,
+            adapted=self.adapted,
         )
 
 

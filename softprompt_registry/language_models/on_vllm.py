@@ -12,8 +12,16 @@ from typing import Any, Literal
 
 from softprompt_registry.errors import ConfigError, LanguageModelError
 from softprompt_registry.fingerprints import SHORT, digest_of_json
-from softprompt_registry.language_models.local_prompts import prompt_ids, require_format
+from softprompt_registry.language_models.local_prompts import (
+    SYSTEM_JOINED,
+    opened_thoughts,
+    prompt_ids,
+    require_format,
+    takes_system,
+    writes_thoughts,
+)
 from softprompt_registry.language_models.protocol import Completion, CompletionRequest, Finished
+from softprompt_registry.language_models.replies import read_answer
 
 
 @dataclass(frozen=True)
@@ -84,6 +92,12 @@ class OnVllm:
         except ConfigError:
             self.close()
             raise
+        is_chat = config.prompt_format == "chat"
+        self._joins_system = is_chat and not takes_system(tokenizer)
+        if self._joins_system:
+            self.identity += " no system"
+        # vLLM looks for stop strings in thoughts too; the answers of such a model are cut when they are there.
+        self._sends_stop = not (is_chat and writes_thoughts(tokenizer))
         self._number = 0
 
     def _engine_settings(self, location: str, revision: str | None) -> dict[str, Any]:
@@ -120,7 +134,8 @@ class OnVllm:
             raise RuntimeError("this language model is closed")
         engine = self._llm.llm_engine
         waiting = iter(enumerate(requests))
-        in_flight: dict[str, tuple[int, float]] = {}  # vLLM's id → position, start
+        # vLLM's id → position, start, request, the tag of thoughts that its prompt ends with
+        in_flight: dict[str, tuple[int, float, CompletionRequest, str]] = {}
         try:
             while True:
                 while len(in_flight) < self.config.max_in_flight and (drawn := next(waiting, None)):
@@ -128,19 +143,21 @@ class OnVllm:
                     request_id = f"request-{self._number}"
                     self._number += 1
                     try:
-                        ids = prompt_ids(self._llm.get_tokenizer(), request, self.config.prompt_format)
-                        engine.add_request(request_id, {"prompt_token_ids": ids}, _sampling(request))
+                        tokenizer = self._llm.get_tokenizer()
+                        ids = prompt_ids(tokenizer, request, self.config.prompt_format)
+                        sampling = _sampling(request, request.stop if self._sends_stop else ())
+                        engine.add_request(request_id, {"prompt_token_ids": ids}, sampling)
                     except Exception as error:  # a prompt beyond the context, a schema that cannot be followed: the
                         # classes differ between versions. An engine that is dead says so again in `step`.
                         yield Finished(index, self._refused(error))
                         continue
-                    in_flight[request_id] = (index, time.monotonic())
+                    in_flight[request_id] = (index, time.monotonic(), request, opened_thoughts(tokenizer, ids))
                 if not in_flight:
                     return
                 for output in self._step():
                     if output.finished and output.request_id in in_flight:
-                        index, started = in_flight.pop(output.request_id)
-                        yield Finished(index, _completion(output, time.monotonic() - started))
+                        index, started, request, opened = in_flight.pop(output.request_id)
+                        yield Finished(index, self._completion(output, time.monotonic() - started, request, opened))
         finally:
             if in_flight:
                 with contextlib.suppress(Exception):  # the engine may be what failed
@@ -155,6 +172,21 @@ class OnVllm:
                 retryable=True,
                 hint="Run the same command again; answers that were finished are kept. Look at vLLM's log for the cause.",
             ) from error
+
+    def _completion(self, output: Any, latency_s: float, request: CompletionRequest, opened: str) -> Completion:
+        answer = output.outputs[0]
+        stop = () if self._sends_stop else request.stop
+        text, finish_reason, raw = read_answer(opened + answer.text, answer.finish_reason, stop)
+        return Completion(
+            text=text,
+            prompt_tokens=len(output.prompt_token_ids),
+            completion_tokens=len(answer.token_ids),
+            latency_s=latency_s,
+            finish_reason=finish_reason,
+            attempts=1,
+            raw=raw,
+            adapted=SYSTEM_JOINED if self._joins_system and request.system is not None else None,
+        )
 
     def _refused(self, error: Exception) -> LanguageModelError:
         return LanguageModelError(
@@ -186,7 +218,7 @@ def _folder_mark(location: str) -> str:
     return digest_of_json([files, config.read_text(encoding="utf-8") if config.is_file() else ""])[:SHORT]
 
 
-def _sampling(request: CompletionRequest) -> Any:
+def _sampling(request: CompletionRequest, stop: tuple[str, ...]) -> Any:
     from vllm import SamplingParams
     from vllm.sampling_params import StructuredOutputsParams
 
@@ -198,18 +230,6 @@ def _sampling(request: CompletionRequest) -> Any:
         temperature=request.temperature,
         presence_penalty=request.presence_penalty,
         seed=request.seed,
-        stop=list(request.stop) or None,
+        stop=list(stop) or None,
         structured_outputs=structured,
-    )
-
-
-def _completion(output: Any, latency_s: float) -> Completion:
-    answer = output.outputs[0]
-    return Completion(
-        text=answer.text,
-        prompt_tokens=len(output.prompt_token_ids),
-        completion_tokens=len(answer.token_ids),
-        latency_s=latency_s,
-        finish_reason=answer.finish_reason,
-        attempts=1,
     )

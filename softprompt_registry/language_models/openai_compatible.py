@@ -23,11 +23,18 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 from urllib.parse import urlsplit
 
 from softprompt_registry.errors import ConfigError, LanguageModelError
+from softprompt_registry.language_models.adaptations import Adaptations, remedy
 from softprompt_registry.language_models.http_limits import OpenSockets, joined_until
-from softprompt_registry.language_models.local_prompts import cut_at_stop
-from softprompt_registry.language_models.protocol import Completion, CompletionRequest, Finished, Prices
+from softprompt_registry.language_models.protocol import (
+    Completion,
+    CompletionRequest,
+    Finished,
+    Prices,
+    joined_prompt,
+)
 from softprompt_registry.language_models.provider_failures import FailureReader, retry_after_s
-from softprompt_registry.language_models.replies import CONTENT_FILTER, BadReply, read_reply
+from softprompt_registry.language_models.proxies import http_client, proxy_variable
+from softprompt_registry.language_models.replies import CONTENT_FILTER, ONLY_THOUGHTS, BadReply, read_answer, read_reply
 
 if TYPE_CHECKING:
     import openai
@@ -52,13 +59,17 @@ class OpenAICompatibleConfig:
     """Environment variable that holds the key. The key itself is never a setting."""
     endpoint: Literal["chat", "completions"] = "chat"
     """`chat` sends messages; `completions` sends plain text, for base models."""
+    send_system: bool = True
+    """False for models that refuse the system role, such as Gemma's; the system text then stands before the user's, with an
+    empty line between. This setting and the next three change by themselves, for the run, where the server says that it
+    refuses the other way; each answer's record says so."""
     max_tokens_parameter: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
     """What the chat endpoint calls the limit; OpenAI's reasoning models only take `max_completion_tokens`."""
     send_temperature: bool = True
     """False for models that refuse a temperature, such as OpenAI's reasoning models."""
     send_stop: bool = True
-    """False for models that refuse stop strings, such as OpenAI's newer reasoning models, and for those that would stop
-    within their thoughts; the answer is then cut at the first of them after it has come."""
+    """False for models that refuse stop strings, such as OpenAI's newer reasoning models, and for those that stop within
+    their thoughts; the answer is then cut at the first of them after it has come."""
     structured_output: Literal["json_schema", "json_object", "none"] = "json_schema"
     """How an answer's JSON schema is asked for: as the schema, as "some JSON", or only by the prompt's own words."""
     timeout_s: float = 60.0
@@ -141,7 +152,7 @@ class OpenAICompatibleConfig:
     def identity(self) -> str:
         """See `LanguageModel.identity`. The server is no part of it: one's own server may move to another port."""
         asked = f"{self.model} {self.endpoint} {self.structured_output} {self.send_temperature}"
-        return asked if self.send_stop else f"{asked} no stop"
+        return asked + ("" if self.send_stop else " no stop") + ("" if self.send_system else " no system")
 
     @property
     def address(self) -> str:
@@ -193,7 +204,8 @@ class OpenAICompatible:
         self._sockets = OpenSockets()
         self._client = _client(config, key, self._sockets)
         server = urlsplit(str(self._client.base_url)).netloc.rpartition("@")[2]
-        self._failures = FailureReader(config, server, key)
+        self._failures = FailureReader(config, server, key, proxy_variable(config.address))
+        self._adaptations = Adaptations(config)
         self._threads = ThreadPoolExecutor(config.max_concurrency, thread_name_prefix="language-model")
         self._closing = threading.Event()
 
@@ -250,49 +262,78 @@ class OpenAICompatible:
         return self._complete_one(request, time.monotonic() + self.config.deadline_s)
 
     def _complete_one(self, request: CompletionRequest, deadline: float) -> Completion | LanguageModelError:
-        import openai
-
         config = self.config
         backoff_s = config.initial_backoff_s
         last: LanguageModelError | None = None
-        for attempt in range(1, config.max_attempts + 1):
-            started = time.monotonic()
-            if started >= deadline:
-                break
-            timeout_s = min(config.timeout_s, deadline - started)
-            try:
-                reply = read_reply(self._send(request, timeout_s, deadline), config.endpoint)
-            except (openai.OpenAIError, BadReply, UnicodeEncodeError) as failure:
-                if getattr(failure, "code", None) == CONTENT_FILTER:  # Azure says so with status 400
-                    return Completion("", 0, 0, time.monotonic() - started, CONTENT_FILTER, attempt)
-                wait_s = max(retry_after_s(failure), self._jitter.uniform(0, backoff_s))
-                last = self._failures.explain(failure, attempt, timeout_s)
-            else:
-                self._notice_model(reply.model)
-                text, ended = (reply.text, False) if config.send_stop else _cut_here(reply.text, request.stop)
-                return Completion(
-                    text=self._failures.masked(text),
-                    prompt_tokens=reply.prompt_tokens,
-                    completion_tokens=reply.completion_tokens,
-                    latency_s=time.monotonic() - started,
-                    finish_reason="stop"
-                    if ended
-                    else reply.finish_reason and self._failures.masked(reply.finish_reason),
-                    attempts=attempt,
-                )
-            if not last.retryable:
+        attempt = 1
+        while time.monotonic() < deadline:
+            with self._adaptations.settings(deadline - time.monotonic()) as settings:
+                tried = self._try(request, settings, attempt, deadline)
+                if self._adapt(request, settings, tried):
+                    continue  # it is another request, so no try of this one is used up
+            if isinstance(tried, Completion):
+                return tried
+            failure, last = tried
+            if not last.retryable or attempt == config.max_attempts:
                 return last
-            if time.monotonic() >= deadline:
-                break
-            if attempt == config.max_attempts:
-                return last
+            wait_s = max(retry_after_s(failure), self._jitter.uniform(0, backoff_s))
             if time.monotonic() + wait_s >= deadline:
                 break  # the wait would end too late: say so now
             _log.info("waiting %.1f s before the next try: %s", wait_s, last)
             if self._closing.wait(wait_s):
                 return last
             backoff_s = min(2 * backoff_s, config.max_backoff_s)
+            attempt += 1
         return self._failures.deadline_error(last)
+
+    def _try(
+        self, request: CompletionRequest, settings: OpenAICompatibleConfig, attempt: int, deadline: float
+    ) -> Completion | tuple[Exception, LanguageModelError]:
+        """The answer, or the failure as the client raised it and as it is reported."""
+        import openai
+
+        started = time.monotonic()
+        timeout_s = min(settings.timeout_s, deadline - started)
+        try:
+            reply = read_reply(self._send(request, settings, timeout_s, deadline), settings.endpoint)
+        except (openai.OpenAIError, BadReply, UnicodeEncodeError) as failure:
+            if getattr(failure, "code", None) == CONTENT_FILTER:  # Azure says so with status 400
+                return Completion("", 0, 0, time.monotonic() - started, CONTENT_FILTER, attempt)
+            return failure, self._failures.explain(failure, attempt, timeout_s)
+        self._notice_model(reply.model)
+        if settings.send_stop:
+            text, finish_reason, raw = read_answer(reply.text, reply.finish_reason)
+        else:
+            text, finish_reason, raw = read_answer(reply.text.lstrip(), reply.finish_reason, request.stop)
+        return Completion(
+            text=self._failures.masked(text),
+            prompt_tokens=reply.prompt_tokens,
+            completion_tokens=reply.completion_tokens,
+            latency_s=time.monotonic() - started,
+            finish_reason=finish_reason and self._failures.masked(finish_reason),
+            attempts=attempt,
+            raw=raw and self._failures.masked(raw),
+            adapted=self._adaptations.of(settings),
+        )
+
+    def _adapt(
+        self,
+        request: CompletionRequest,
+        settings: OpenAICompatibleConfig,
+        tried: Completion | tuple[Exception, LanguageModelError],
+    ) -> bool:
+        """Whether the server should be asked again, since from now on it is asked in a way that suits it."""
+        import openai
+
+        if isinstance(tried, Completion):
+            if tried.finish_reason != ONLY_THOUGHTS or not (settings.send_stop and request.stop):
+                return False
+            return self._adaptations.learn("send_stop", False, "it stopped within the model's thoughts.")
+        failure, error = tried
+        if not isinstance(failure, openai.APIStatusError) or failure.status_code in (401, 403, 404, 408, 429):
+            return False
+        found = remedy(failure, request, settings)
+        return found is not None and self._adaptations.learn(*found, str(error).removesuffix(f" {error.hint}"))
 
     def _notice_model(self, served: str | None) -> None:
         """Say once if the server names another model than the one that was asked; names with a date behind are the same."""
@@ -301,7 +342,9 @@ class OpenAICompatible:
         self._served.add(served)
         _log.warning("the server was asked for model %r and says that %r answers", self.config.model, served[:100])
 
-    def _send(self, request: CompletionRequest, timeout_s: float, deadline: float) -> bytes:
+    def _send(
+        self, request: CompletionRequest, config: OpenAICompatibleConfig, timeout_s: float, deadline: float
+    ) -> bytes:
         """The body of the server's reply.
 
         The raw body is read here instead of the client's objects: the client does not check a reply, and a damaged
@@ -309,7 +352,6 @@ class OpenAICompatible:
         """
         import openai
 
-        config = self.config
         arguments: dict[str, Any] = {"model": config.model, "timeout": timeout_s}
         if config.send_temperature:
             arguments["temperature"] = request.temperature
@@ -322,14 +364,13 @@ class OpenAICompatible:
         if request.json_schema is not None and config.structured_output != "none":
             arguments["extra_body"] = {"response_format": _response_format(request.json_schema, config)}
         if config.endpoint == "completions":
-            prompt = request.prompt if request.system is None else f"{request.system}\n\n{request.prompt}"
             opening = self._client.completions.with_streaming_response.create(
-                prompt=prompt, max_tokens=request.max_tokens, **arguments
+                prompt=joined_prompt(request), max_tokens=request.max_tokens, **arguments
             )
         else:
             arguments[config.max_tokens_parameter] = request.max_tokens
             opening = self._client.chat.completions.with_streaming_response.create(
-                messages=_messages(request), **arguments
+                messages=_messages(request, config), **arguments
             )
         with opening as reply:
             try:
@@ -352,7 +393,7 @@ def _client(config: OpenAICompatibleConfig, key: str, sockets: OpenSockets) -> o
         "api_key": key,
         "max_retries": 0,
         "timeout": config.timeout_s,
-        "http_client": openai.DefaultHttpxClient(event_hooks={"request": [sockets.watch]}),
+        "http_client": http_client(config.model, config.address, {"request": [sockets.watch]}),
     }
     if config.api_version is None or config.base_url is None:
         return openai.OpenAI(base_url=config.base_url, **settings)
@@ -371,9 +412,10 @@ def _response_format(json_schema: str, config: OpenAICompatibleConfig) -> dict[s
     }
 
 
-def _messages(request: CompletionRequest) -> list[ChatCompletionMessageParam]:
-    user: list[ChatCompletionMessageParam] = [{"role": "user", "content": request.prompt}]
-    return user if request.system is None else [{"role": "system", "content": request.system}, *user]
+def _messages(request: CompletionRequest, config: OpenAICompatibleConfig) -> list[ChatCompletionMessageParam]:
+    if request.system is None or not config.send_system:
+        return [{"role": "user", "content": joined_prompt(request)}]
+    return [{"role": "system", "content": request.system}, {"role": "user", "content": request.prompt}]
 
 
 def _key_from_environment(config: OpenAICompatibleConfig) -> str:
@@ -392,11 +434,3 @@ def _key_from_environment(config: OpenAICompatibleConfig) -> str:
             hint=f"Set {config.api_key_env} again, to the key alone.",
         )
     return key
-
-
-def _cut_here(text: str, stop: tuple[str, ...]) -> tuple[str, bool]:
-    """The answer before the first stop string, for a server that was not told to stop, and whether there was one. Thoughts
-    and white space before the answer are no part of it."""
-    if not stop:
-        return text, False
-    return cut_at_stop(text.rpartition("</think>")[2].lstrip(), stop)

@@ -34,9 +34,14 @@ class CompletionRequest:
     """A JSON schema, as JSON text, that the answer must follow."""
 
 
+def joined_prompt(request: CompletionRequest) -> str:
+    """Both texts of a request as one, where there is no place for a system text."""
+    return request.prompt if request.system is None else f"{request.system}\n\n{request.prompt}"
+
+
 @dataclass(frozen=True)
 class Completion:
-    """One answer. An empty or refused answer has the text "" and says why in `finish_reason`."""
+    """One answer, without the model's thoughts. An empty or refused one has the text "" and says why in `finish_reason`."""
 
     text: str
     prompt_tokens: int
@@ -45,6 +50,10 @@ class Completion:
     """Duration of the try that succeeded, without earlier tries and the waits between them."""
     finish_reason: str | None
     attempts: int
+    raw: str | None = None
+    """What the model wrote, with its thoughts; None if `text` is all of it, but for what follows a stop string."""
+    adapted: str | None = None
+    """Settings that it was asked with in place of those given, since the model refuses these: `send_system=False`."""
 
     @property
     def is_counted(self) -> bool:

@@ -25,12 +25,14 @@ _MAX_PROVIDER_MESSAGE = 200  # characters
 class FailureReader:
     """Explains the failures of one client."""
 
-    def __init__(self, config: OpenAICompatibleConfig, server: str, key: str) -> None:
+    def __init__(self, config: OpenAICompatibleConfig, server: str, key: str, proxy: str | None = None) -> None:
         """
         Args:
             server: host and port, as errors name it.
             key: is masked wherever a provider repeats it.
+            proxy: environment variable that names the proxy on the way to the server.
         """
+        self._proxy = proxy
         self._config = config
         self._server = server
         self._key = key
@@ -70,9 +72,9 @@ class FailureReader:
                 )
             elif status in (400, 422):
                 hint = (
-                    "Check the prompt's length, max_tokens and stop against the model's limits; a model that refuses "
-                    "max_tokens or temperature needs max_tokens_parameter='max_completion_tokens' or "
-                    "send_temperature=False."
+                    "Check the prompt's length, max_tokens and stop against the model's limits; for a model that refuses the "
+                    "system role, max_tokens, a temperature or stop strings, set send_system=False, "
+                    "max_tokens_parameter='max_completion_tokens', send_temperature=False or send_stop=False."
                 )
             else:
                 hint = "The same request will fail again: check base_url and the request."
@@ -85,7 +87,7 @@ class FailureReader:
             found = f"the connection failed {self._quote(str(failure.__cause__ or failure))}".rstrip()
             hint = "Check that the server runs, that base_url is right and that the network lets you through."
         elif isinstance(failure, BadReply):
-            retryable = True
+            retryable = not failure.was_answered
             found = f"an unusable reply {self._quote(str(failure))}"
             hint = "Check that base_url leads to an OpenAI-compatible API, and read the server's log if it is yours."
         elif isinstance(failure, UnicodeEncodeError):
@@ -94,6 +96,10 @@ class FailureReader:
         else:
             found = f"{type(failure).__name__} {self._quote(str(failure))}".rstrip()
             hint = "The client refused the request: check the settings and the installed version of openai."
+        if self._proxy and (
+            isinstance(failure, openai.APIConnectionError) or getattr(failure, "status_code", 0) in (407, 502, 503, 504)
+        ):
+            hint += f" The request goes through the proxy in {self._proxy}; NO_PROXY can exempt the server from it."
         tries = "1 try" if attempt == 1 else f"{attempt} tries"
         error = LanguageModelError(
             f"asking model {config.model!r} at {self._server!r} ({tries}): found {found}.",
@@ -148,19 +154,22 @@ class FailureReader:
 
 
 def retry_after_s(failure: Exception) -> float:
-    """What the server asks to wait, given as seconds or as a date; 0 when it asks nothing that can be read."""
+    """What the server asks to wait, as milliseconds, as seconds or as a date; 0 when it asks nothing that can be read."""
     response = getattr(failure, "response", None)
-    value = "" if response is None else response.headers.get("retry-after", "")
-    try:
-        seconds = float(value)
-    except ValueError:
+    headers = {} if response is None else response.headers
+    for name, unit_s in (("retry-after-ms", 0.001), ("retry-after", 1.0)):
         try:
-            date = parsedate_to_datetime(value)
-            # The zone "-0000" gives a date without one; it means UTC.
-            seconds = (date if date.tzinfo else date.replace(tzinfo=UTC)).timestamp() - time.time()
-        except (ValueError, OverflowError):
-            return 0.0
-    return max(seconds, 0.0) if math.isfinite(seconds) else 0.0
+            seconds = float(headers.get(name, "")) * unit_s
+        except ValueError:
+            continue
+        if math.isfinite(seconds):
+            return max(seconds, 0.0)
+    try:
+        date = parsedate_to_datetime(headers.get("retry-after", ""))
+        # The zone "-0000" gives a date without one; it means UTC.
+        return max((date if date.tzinfo else date.replace(tzinfo=UTC)).timestamp() - time.time(), 0.0)
+    except (ValueError, OverflowError):
+        return 0.0
 
 
 def _secret_pattern(key: str) -> re.Pattern[str]:

@@ -71,7 +71,7 @@ class Answer:
 
     question: Question
     text: str | None
-    """As the LLM gave it, which may be empty; None if there is no answer, see `error`."""
+    """As the LLM gave it, without its thoughts; it may be empty. None if there is no answer, see `error`."""
     finish_reason: str | None = None
     """As the server said it: `stop`, `length`, `content_filter`, …"""
     prompt_tokens: int = 0
@@ -80,6 +80,10 @@ class Answer:
     """Of the try that succeeded; of an answer out of the cache that of the run that asked for it."""
     error: str | None = None
     """Why there is no answer."""
+    raw: str | None = None
+    """What the LLM wrote, with its thoughts; None if it wrote none."""
+    adapted: str | None = None
+    """Settings that it was asked with in place of those given, since the target refuses these."""
 
     @property
     def is_missing(self) -> bool:

@@ -55,6 +55,11 @@ class TargetAnswers:
         return [answer for answer in self.answers if answer.is_missing]
 
     @property
+    def adapted(self) -> list[str]:
+        """Settings that answers were asked with in place of those given, since the target refuses these."""
+        return list(dict.fromkeys(answer.adapted for answer in self.answers if answer.adapted))
+
+    @property
     def num_refused(self) -> int:
         """Questions that the server says were refused or filtered."""
         return sum(answer.finish_reason in (CONTENT_FILTER, REFUSAL) for answer in self.answers)
@@ -250,4 +255,6 @@ def _answer(question: Question, result: Completion | LanguageModelError, told: C
         result.prompt_tokens,
         result.completion_tokens,
         result.latency_s,
+        raw=result.raw,
+        adapted=result.adapted,
     )

@@ -12,7 +12,7 @@ from typing import Literal, get_args
 from softprompt_registry.dod.task import Task, TaskKind, text_key
 from softprompt_registry.errors import DataError
 from softprompt_registry.evaluation.metrics import rouge_l
-from softprompt_registry.language_models.replies import CONTENT_FILTER, REFUSAL
+from softprompt_registry.language_models.replies import CONTENT_FILTER, CUT, REFUSAL
 from softprompt_registry.portability.answers import CONDITIONS, Answer
 from softprompt_registry.text_matching import exact_match
 
@@ -26,7 +26,6 @@ HEADLINES: dict[TaskKind, str] = {"classification": "accuracy_lenient", "generat
 AnswerState = Literal["answered", "empty", "refused", "missing"]
 STATES: tuple[AnswerState, ...] = get_args(AnswerState)
 
-_CUT = "length"
 _REFUSED = (CONTENT_FILTER, REFUSAL)
 _REFUSAL = re.compile(
     r"""as \s an \s ai \b
@@ -80,7 +79,7 @@ def score_answers(answers: Iterable[Answer], tasks: Mapping[str, Task]) -> list[
 
     An empty answer scores 0, and so does a refusal: one that the server says it filtered, or one that begins as refusals
     do, unless the expected output does too. A missing answer gets no score. An answer that was cut at the length limit is
-    scored as it stands.
+    scored as it stands; of one that was cut within the model's thoughts nothing stands, so it is empty.
 
     Raises:
         DataError: an answer is about an unknown task or condition, expects a label that its task does not have, stands
@@ -133,7 +132,7 @@ def _scored(
         question.item,
         state,
         scores,
-        cut=not answer.is_missing and answer.finish_reason == _CUT,
+        cut=not answer.is_missing and answer.finish_reason == CUT,
         ambiguous=len(named) > 1,
         prompt_tokens=answer.prompt_tokens,
         completion_tokens=answer.completion_tokens,

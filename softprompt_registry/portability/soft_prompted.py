@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 from softprompt_registry.base_models.reference import require_same_base
 from softprompt_registry.errors import LanguageModelError
-from softprompt_registry.language_models.local_prompts import cut_at_stop
 from softprompt_registry.language_models.protocol import Completion, CompletionRequest, Finished
+from softprompt_registry.language_models.replies import read_answer
 
 if TYPE_CHECKING:
     from softprompt_registry.base_models.frozen import BaseModel
@@ -84,8 +84,8 @@ class SoftPrompted:
         seconds = time.monotonic() - started
         for (index, request, ids), answer in zip(rows, written, strict=True):
             kept = answer[: request.max_tokens]
-            text, stopped = cut_at_stop(base.decode(kept), request.stop)
-            ended = stopped or len(answer) < request.max_tokens
+            ended = "stop" if len(answer) < request.max_tokens else "length"
+            text, finish_reason, raw = read_answer(base.decode(kept), ended, request.stop)
             yield Finished(
                 index,
                 Completion(
@@ -94,7 +94,8 @@ class SoftPrompted:
                     prompt_tokens=soft.num_virtual_tokens + len(ids),
                     completion_tokens=len(kept),
                     latency_s=seconds,
-                    finish_reason="stop" if ended else "length",
+                    finish_reason=finish_reason,
                     attempts=1,
+                    raw=raw,
                 ),
             )

@@ -214,7 +214,9 @@ def measure(
             answers = [answer for target in found for answer in target.answers]
             known = {target.title: target.prices for target in config.targets if target.prices}
             result = measure_portability(answers, work.tasks, prices=known, seed=config.seed)
-            _record(result, answers, found, work.left_out, recorder, dataset, config)
+            if adapted := _adapted(config.targets, found):
+                recorder.params("portability", adapted)
+            _record(result, answers, found, work.left_out, recorder, dataset, config, adapted)
     not_asked = (
         () if config.conditions is not None else tuple(name for name in CONDITIONS if name not in work.conditions)
     )
@@ -360,6 +362,16 @@ def _shown(targets: Sequence[TargetConfig]) -> dict[str, Any]:
     return shown
 
 
+def _adapted(targets: Sequence[TargetConfig], found: Sequence[TargetAnswers]) -> dict[str, Any]:
+    """For the record, what targets were asked with in place of the settings given, since they refuse these."""
+    keys = {target.title: target.key for target in targets}
+    return {
+        f"targets.{keys[one.target]}.adapted": "; ".join(one.adapted)
+        for one in found
+        if one.adapted and one.target in keys
+    }
+
+
 def _without_folders(value: Any) -> Any:
     return without_folders(value) if isinstance(value, str) else value
 
@@ -386,6 +398,7 @@ def _record(
     recorder: MlflowRecorder,
     dataset: DodDataset,
     config: PortabilityConfig,
+    adapted: Mapping[str, Any],
 ) -> None:
     mlflow.log_dict({"answers": [answer.to_json() for answer in answers]}, ANSWERS)
     mlflow.log_dict(result.to_json(), RESULT)
@@ -409,7 +422,7 @@ def _record(
         recorder.figure(f"{figure.name}.png", figure.figure)
     when = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
     title = "Hard prompts at work on other LLMs"
-    settings = {**flatten(replace(config, targets=())), **_shown(config.targets)}
+    settings = {**flatten(replace(config, targets=())), **_shown(config.targets), **adapted}
     usage = {target.target: target.total for target in found}
     page = portability_page(result, answers, title=title, when=when, settings=settings, usage=usage)
     mlflow.log_text(page, "portability.html")
