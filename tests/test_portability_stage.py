@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import mlflow
 import pytest
 import torch
 from click.testing import CliRunner, Result
-from llm_server import KEY, LlmServer, Reply, chat
+from llm_server import KEY, LlmServer, Reply, chat, error_body
 from mlflow import MlflowClient
 from small_tasks import make_task
 from tiny_llm import HIDDEN_SIZE, tiny_base_model
@@ -117,6 +119,36 @@ def children(run_id: str) -> dict[tuple[str, str], dict[str, float]]:
     parent = mlflow.get_run(run_id)
     found = MlflowClient().search_runs([parent.info.experiment_id], f"tags.`mlflow.parentRunId` = '{run_id}'")
     return {(one.data.params["target"], one.data.params["condition"]): one.data.metrics for one in found}
+
+
+def test_a_target_that_thinks_and_refuses_the_system_role_scores_as_one_that_does_not(
+    evaluated: list[str], llm_server: LlmServer
+) -> None:
+    """Both kinds of tasks: labels, which are asked for with a stop string, and texts, which are not."""
+
+    def reply(body: dict[str, Any]) -> Reply:
+        prompt = body["messages"][-1]["content"]
+        if body["model"] == "plain":
+            return by_rule(prompt)
+        if body["messages"][0]["role"] == "system":
+            return Reply(400, body=error_body("System role not supported"))
+        said = by_rule(prompt).body["choices"][0]["message"]["content"]
+        return Reply(body=chat("<think>" if "stop" in body else f"<think>\nfear, joy\n</think>\n\n{said}"))
+
+    llm_server.reply_to_body = reply
+    conditions = ["-s", "conditions=[translated, ground_truth]"]
+    shown = run(*evaluated, *asking(llm_server, "plain", "thinker"), *conditions).stdout
+    assert "thinker refuses what was set, so answers were asked for with send_system=False" in shown
+    assert "plain refuses" not in shown
+    run_id = re.findall(r"run (\w{32})", shown)[-1]
+    metrics = children(run_id)
+    for name in ("portability.accuracy_lenient", "portability.accuracy_strict", "portability.rouge_l"):
+        assert metrics["thinker", "translated"][name] == metrics["plain", "translated"][name]
+    params = mlflow.get_run(run_id).data.params
+    assert "send_system=False, send_stop=False" in params["portability.targets.thinker.adapted"]
+    assert "portability.targets.plain.adapted" not in params
+    raws = {one.question.target: one.raw for one in read_portability(run_id)[1]}
+    assert raws["plain"] is None and str(raws["thinker"]).startswith("<think>\nfear, joy")
 
 
 def test_every_condition_of_every_target_is_asked_scored_and_logged(

@@ -52,7 +52,7 @@ def _writes_system(tokenizer: PreTrainedTokenizerBase, template: str) -> bool:
 
 def opened_thoughts(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
     """The tag that begins a model's thoughts, if the prompt ends with it and what is written begins within them; else ""."""
-    return "<think>" if tokenizer.decode(ids[-8:]).rstrip().endswith("<think>") else ""
+    return "<think>" if str(tokenizer.decode(ids[-8:])).rstrip().endswith("<think>") else ""
 
 
 def writes_thoughts(tokenizer: PreTrainedTokenizerBase) -> bool:
