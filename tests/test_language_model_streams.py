@@ -56,6 +56,7 @@ def test_results_come_as_they_finish(llm_server: LlmServer) -> None:
     llm_server.reply_to = lambda prompt: Reply(delay_s=0.5 if prompt == "slow" else 0)
     requests = [CompletionRequest(prompt) for prompt in ("slow", "a", "b", "c")]
     with client_of(llm_server, max_concurrency=2) as model:
+        model.complete([CompletionRequest("first")])  # is alone, since the server may refuse a part of it
         assert [finished.index for finished in model.stream(requests)] == [1, 2, 3, 0]
     with client_of(llm_server, max_concurrency=1) as model:
         assert [finished.index for finished in model.stream(requests)] == [0, 1, 2, 3]

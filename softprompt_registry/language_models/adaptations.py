@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
-_ALONE_S = 2.0
+_ALONE_S = 1.0
 """How long other requests wait for the first one. A refused one is refused at once, before anything is generated."""
 _LIMITS = ("max_tokens", "max_completion_tokens")
 _NO = (
