@@ -57,6 +57,11 @@ def ask(server: LlmServer, *requests: CompletionRequest, **settings: Any) -> lis
         return model.complete(requests)
 
 
+@pytest.mark.supports(
+    "target LLMs",
+    "system role, token limit's name, temperature or stop refused (as OpenAI, Azure, Mistral, vLLM or llama.cpp word it)",
+    "learned once, recorded as `adapted`",
+)
 @pytest.mark.parametrize(
     ("is_refused", "reply", "adapted"),
     [
@@ -156,6 +161,11 @@ def test_the_newer_name_of_the_limit_may_be_the_refused_one(llm_server: LlmServe
     assert isinstance(answer, Completion) and answer.adapted == "max_tokens_parameter='max_tokens'"
 
 
+@pytest.mark.supports(
+    "target LLMs",
+    "a server that takes neither `max_tokens` nor `max_completion_tokens`",
+    "refused, in one sentence",
+)
 def test_a_server_that_refuses_both_names_fails(llm_server: LlmServer) -> None:
     def reply(body: dict[str, Any]) -> Reply:
         name = "max_tokens" if "max_tokens" in body else "max_completion_tokens"

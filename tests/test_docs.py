@@ -30,8 +30,9 @@ def make_cli(*arguments: str, script: Path = ROOT / "docs" / "make_cli.py") -> s
     return subprocess.run([sys.executable, str(script), *arguments], capture_output=True, text=True, cwd=ROOT)
 
 
-def test_the_page_of_the_command_line_is_current() -> None:
-    finished = make_cli("--check")
+@pytest.mark.parametrize("script", ["make_cli.py", "make_supported.py"])
+def test_a_written_page_is_current(script: str) -> None:
+    finished = make_cli("--check", script=ROOT / "docs" / script)
     assert (finished.returncode, finished.stderr) == (0, "")
 
 

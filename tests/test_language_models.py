@@ -197,6 +197,11 @@ def test_latency_is_that_of_the_last_try(server: LlmServer) -> None:
     assert result.latency_s < 0.5
 
 
+@pytest.mark.supports(
+    "target LLMs",
+    "`Retry-After` in seconds or as a date, `retry-after-ms`",
+    "obeyed within the deadline",
+)
 @pytest.mark.parametrize(
     ("retry_after", "shortest_s"),
     [

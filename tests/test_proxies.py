@@ -28,6 +28,7 @@ def ask(base_url: str) -> Completion | LanguageModelError:
     return result
 
 
+@pytest.mark.supports("target LLMs", "HTTP proxies of the environment, `NO_PROXY`", "used")
 @pytest.mark.parametrize("name", ["HTTP_PROXY", "http_proxy", "ALL_PROXY"])
 def test_a_proxy_of_the_environment_is_used(llm_server: LlmServer, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setenv(name, llm_server.url.removesuffix("/v1"))
@@ -54,6 +55,11 @@ def test_a_proxy_that_is_not_on_the_way_does_no_harm(
     assert isinstance(ask(llm_server.url), Completion)
 
 
+@pytest.mark.supports(
+    "target LLMs",
+    "SOCKS proxies without `socksio`, malformed proxy addresses",
+    "refused; the variable is named, never its address",
+)
 @pytest.mark.parametrize(
     ("address", "words"),
     [

@@ -44,6 +44,11 @@ def answer_of(server: LlmServer, request: CompletionRequest = FREE, **settings: 
 THINKING = {"type": "thinking", "thinking": [{"type": "text", "text": "joy or fear?"}], "closed": True}
 
 
+@pytest.mark.supports(
+    "target LLMs",
+    "answers in parts, reasoning fields beside the answer",
+    "the text parts are the answer; the whole is kept as `raw`",
+)
 @pytest.mark.parametrize(
     ("fields", "text", "raw"),
     [
@@ -67,6 +72,11 @@ def test_an_answer_beside_thoughts(llm_server: LlmServer, fields: dict[str, Any]
     assert len(llm_server.received) == 1
 
 
+@pytest.mark.supports(
+    "target LLMs",
+    "an answer in an unreadable form",
+    "asked for once, listed as missing with the reason",
+)
 @pytest.mark.parametrize(
     "body",
     [
@@ -88,6 +98,11 @@ def test_an_answer_that_cannot_be_read_is_paid_for_once(llm_server: LlmServer, b
 # --- In the text ---
 
 
+@pytest.mark.supports(
+    "target LLMs",
+    "thoughts in tags (`<think>`, `[THINK]`, …) or gpt-oss channels",
+    "no part of an answer; an answer cut within them is empty",
+)
 @pytest.mark.parametrize(
     ("raw", "answer"),
     [
@@ -137,6 +152,11 @@ def test_the_reason_of_an_empty_answer_and_stops_behind_thoughts(
 # --- Stop strings ---
 
 
+@pytest.mark.supports(
+    "target LLMs",
+    "a stop string that stops the model within its thoughts",
+    "met once, then answers are cut here",
+)
 @pytest.mark.parametrize("in_content", [True, False])
 def test_a_stop_within_thoughts_is_met_once_and_then_left_to_us(llm_server: LlmServer, in_content: bool) -> None:
     """Bug: a server that looks for "\\n" in thoughts too gave "<think>" as every label."""
