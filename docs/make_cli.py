@@ -33,10 +33,15 @@ the command failed or refused, 2 when it was called wrongly. The settings that `
 SETTINGS_HEAD = """\
 ## Settings
 
-`--config` names a YAML file, and `-s KEY=VALUE` overrides one key of it; the value is read as YAML, and an unknown key is an
-error that lists the known ones. A file may hold several sections, of which a command reads its own; a file for one command
-may leave the heading out. A command takes the bare key (`softprompt tune -s epochs=2`), while `demo` takes the section too
-(`softprompt demo -s tuning.epochs=2`). Write `null` for None. "Paper" says what the published method used.
+`--config` names a YAML file, and `-s KEY=VALUE` overrides one key of it; an unknown key is an error that lists the known
+ones. A file may hold several sections, of which a command reads its own; a file for one command may leave the heading out. A
+command takes the bare key (`softprompt tune -s epochs=2`), while `demo` takes the section too
+(`softprompt demo -s tuning.epochs=2`). "Paper" says what the published method used.
+
+Values are read by the core schema of YAML 1.2: `true` and `false` are the only booleans, so `yes`, `no`, `on` and `off` are
+text, as are dates, `12:30` and `1_000`; `1e-4` is a number; `null` is None. Keys stay as they are written, and a key that
+stands twice is an error. With `-s`, a value that begins with a quote, `[` or `{` is YAML; any other is a number, `true`,
+`false`, `null` or text, and neither a colon nor a `#` ends that text.
 """
 
 SETTINGS = [

@@ -1,11 +1,14 @@
 """Settings: YAML and `key=value` overrides into frozen dataclasses that live beside the functions they configure.
 
-Keys are the dataclass fields and nothing more; an unknown key is an error that lists the known ones.
+Keys are the dataclass fields and nothing more; an unknown key is an error that lists the known ones. YAML is read by the
+core schema of YAML 1.2: `true` and `false` are the only booleans, `yes`, `no`, `on`, `off`, dates, `12:30` and `1_000` are
+text, `1e-4` is a number and `010` is ten.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import re
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -19,13 +22,51 @@ from softprompt_registry.errors import ConfigError
 ConfigT = TypeVar("ConfigT")
 
 
+class _Loader(yaml.SafeLoader):
+    """PyYAML reads YAML 1.1; this one has the core schema of YAML 1.2, keys as they are written, and each key once."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.tag != _MERGE:
+                key.tag = _TEXT  # a key is a name: `no`, `1.0` and `2024-10-21` stay as they are written
+                if key.value in seen:
+                    found = f"found the key {key.value!r} twice, expected each key once"
+                    raise yaml.constructor.ConstructorError(None, None, found, key.start_mark)
+                seen.add(key.value)
+        return node
+
+    def construct_int(self, node: yaml.ScalarNode) -> int:
+        text = str(self.construct_scalar(node))
+        return int(text, 0 if text.startswith(("0o", "0x")) else 10)
+
+
+_TEXT, _MERGE = "tag:yaml.org,2002:str", "tag:yaml.org,2002:merge"
+_Loader.yaml_implicit_resolvers = {}
+for _tag, _pattern in {  # https://yaml.org/spec/1.2.2/#1032-tag-resolution
+    "null": r"~|null|Null|NULL|",
+    "bool": r"true|True|TRUE|false|False|FALSE",
+    "int": r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+",
+    "float": r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+    "merge": r"<<",  # of YAML 1.1, for files that share a section by an anchor
+}.items():
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(rf"(?:{_pattern})\Z"), None)
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_int)
+_Loader.add_constructor(_MERGE, lambda _, node: node.value)  # `<<` as a value
+
+_YAML_ERRORS = (yaml.YAMLError, ValueError, RecursionError)
+"""A `ValueError` comes from a number that Python refuses, such as one of 5,000 digits."""
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
     """The mapping in a YAML file."""
     try:
-        value = yaml.safe_load(path.read_text(encoding="utf-8"))
+        with path.open("rb") as file:  # bytes, of which PyYAML takes UTF-8 and UTF-16; and its errors name the file
+            value = yaml.load(file, _Loader)
     except FileNotFoundError:
         raise ConfigError(f"reading settings: there is no file {str(path)!r}. Check the path.") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except _YAML_ERRORS as error:
         raise ConfigError(
             f"reading settings from {str(path)!r}: it is not YAML ({error}). Correct the file."
         ) from error
@@ -37,7 +78,11 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def apply_overrides(values: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """`section.key=value` strings laid over nested `values`; each value is read as YAML."""
+    """`section.key=value` strings laid over nested `values`.
+
+    A value that begins with a quote or a bracket is YAML. Any other is one word of YAML, a number, `true`, `false`, `null`
+    or text, whatever it has in it: a colon at its end makes no mapping and a `#` no comment.
+    """
     result = _copied(values)
     for override in overrides:
         path, equals, text = override.partition("=")
@@ -52,12 +97,19 @@ def apply_overrides(values: Mapping[str, Any], overrides: Sequence[str]) -> dict
             if not isinstance(place, dict):
                 raise ConfigError(f"reading the setting {override!r}: {section!r} is a value, not a section.")
         try:
-            place[key] = yaml.safe_load(text)
-        except yaml.YAMLError as error:
+            place[key] = _value_of(text.strip())
+        except _YAML_ERRORS as error:
             raise ConfigError(
                 f"reading the setting {override!r}: what follows '=' is not YAML ({error}). Quote it."
             ) from error
     return result
+
+
+def _value_of(text: str) -> Any:
+    if text.startswith(("'", '"', "[", "{")):
+        return yaml.load(text, _Loader)
+    loader: Any = _Loader("")
+    return loader.construct_document(yaml.ScalarNode(loader.resolve(yaml.ScalarNode, text, (True, False)), text))
 
 
 def _copied(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -105,17 +157,20 @@ def _converted(hint: Any, value: Any, where: str) -> Any:
         return tuple(_converted(typing.get_args(hint)[0], item, where) for item in value)
     if hint is Any:
         return value
-    if hint is float and isinstance(value, str):
-        # YAML 1.1 reads `1e-4` as text; people write learning rates that way.
-        try:
-            return float(value)
-        except ValueError:
-            pass
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
-        raise ConfigError(f"reading {where}: found {value!r}, expected {hint.__name__}.")
+        advice = f" {_ADVICE[hint]}" if hint in _ADVICE else ""
+        raise ConfigError(f"reading {where}: found {value!r}, expected {hint.__name__}.{advice}")
     return value
+
+
+_ADVICE: dict[Any, str] = {
+    bool: "Write true or false.",
+    int: "Write a whole number in digits alone.",
+    float: "Write a number, such as 0.5 or 1e-4.",
+    str: "Put it in quotes; on the command line, the value in quotes of its own: 'key=\"value\"'.",
+}
 
 
 def flatten(config: Any) -> dict[str, Any]:

@@ -74,9 +74,10 @@ def test_an_unknown_key_lists_the_known_ones() -> None:
         ({"count": "3"}, "'count': found '3', expected int"),
         ({"count": True}, "'count': found True, expected int"),
         ({"count": None}, "'count': found None, expected int"),
-        ({"word": 3}, "'word': found 3, expected str"),
+        ({"word": 3}, "'word': found 3, expected str. Put it in quotes; on the command line"),
         ({"flag": 1}, "'flag': found 1, expected bool"),
-        ({"flag": "yes"}, "'flag': found 'yes', expected bool"),
+        ({"flag": "yes"}, "'flag': found 'yes', expected bool. Write true or false."),
+        ({"count": "1_000"}, "'count': found '1_000', expected int. Write a whole number in digits alone."),
         ({"limit": "7"}, "'limit': found '7', expected int"),
         ({"kind": "three"}, "'kind': found 'three', expected one of ['one', 'two']"),
         ({"table": [1]}, "'table': found [1], expected a mapping"),
@@ -94,12 +95,70 @@ def test_a_value_of_another_type_says_where_and_what_was_expected(values: dict[s
     assert message in str(caught.value)
 
 
-def test_a_learning_rate_may_be_written_as_people_write_it(tmp_path: Path) -> None:
-    (tmp_path / "a.yaml").write_text("learning_rate: 1e-4\n")
-    values = read_yaml(tmp_path / "a.yaml")
-    assert values == {"learning_rate": "1e-4"}  # YAML 1.1 wants 1.0e-4 for a number
-    assert build_config(TuningConfig, values).learning_rate == 1e-4
-    assert build_config(TuningConfig, apply_overrides({}, ["learning_rate=2e-2"])).learning_rate == 0.02
+# What is written → what is read by the core schema of YAML 1.2 (section 10.3): in a file, in brackets and with `-s`.
+AS_WRITTEN: dict[str, Any] = {
+    **{word: word for word in ("yes", "No", "on", "OFF", "y", "N")},
+    **{
+        word: word
+        for word in ("2024-10-21", "2001-12-14t21:59:43Z", "12:30", "1_000", "0b11", "=", "<<", "1e", "0x", ".")
+    },
+    **{"true": True, "False": False, "null": None, "~": None},
+    **{"010": 10, "+7": 7, "-0": 0, "0o17": 15, "0x1F": 31},
+    **{"1e-4": 1e-4, "2E+3": 2000.0, ".5": 0.5, "1.": 1.0, "-.inf": -float("inf"), "1e4": 10000.0},
+}
+
+
+@pytest.mark.parametrize(("text", "value"), AS_WRITTEN.items())
+def test_a_value_is_what_the_user_wrote(text: str, value: Any, tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text(f"block: {text}\nflow: [{text}]\n")
+    read = read_yaml(tmp_path / "a.yaml")
+    for found in (read["block"], read["flow"][0], apply_overrides({}, [f"x={text}"])["x"]):
+        assert (found, type(found)) == (value, type(value))
+    quoted = apply_overrides({}, [f"x='{text}'", f'y="{text}"', f"z=['{text}']"])
+    assert quoted == {"x": text, "y": text, "z": [text]}
+
+
+def test_a_key_is_what_the_user_wrote(tmp_path: Path) -> None:
+    words = ("yes", "no", "true", "1", "1.0", "010", "null", "2024-10-21", "12:30")
+    table = "".join(f"  {word}: {number}\n" for number, word in enumerate(words))
+    (tmp_path / "a.yaml").write_text(f"table:\n{table}")
+    expected = {word: float(number) for number, word in enumerate(words)}
+    assert build_config(Outer, read_yaml(tmp_path / "a.yaml")).table == expected
+    flow = ", ".join(f"{word}: {number}" for number, word in enumerate(words))
+    assert build_config(Outer, apply_overrides({}, [f"table={{{flow}}}"])).table == expected
+
+
+@pytest.mark.parametrize(
+    "text", ["Which of these:", "a: b", "# 1", "C #1, C #2", "- a", "&a", "*", "!", "%", "@", "one\ntwo", "|"]
+)
+def test_an_override_without_quotes_or_brackets_is_the_text_itself(text: str) -> None:
+    assert apply_overrides({}, [f"word={text}"]) == {"word": text}
+
+
+def test_a_key_may_stand_twice_only_where_one_is_shared_by_an_anchor(tmp_path: Path) -> None:
+    path = tmp_path / "a.yaml"
+    path.write_text("inner: &a {rate: 1, word: a}\nouter: {deep: &b {<<: *a, rate: 2}}\nmore: {<<: *b, word: b}\n")
+    values = read_yaml(path)
+    assert (values["outer"], values["more"]) == ({"deep": {"rate": 2, "word": "a"}}, {"rate": 2, "word": "b"})
+    for text in ("a: 1\nb: 2\na: 3\n", "x: {a: 1, 'a': 2}", "x: {<<: {a: 1}, a: 2, a: 3}"):
+        path.write_text(text)
+        with pytest.raises(ConfigError, match="found the key 'a' twice, expected each key once") as caught:
+            read_yaml(path)
+        assert f'in "{path}", line {3 if text.startswith("a") else 1}, column' in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["9" * 5000, "[" * 1000, "!!int x"])
+def test_what_python_refuses_is_an_error_of_the_file(text: str, tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text(f"a: {text}\n")
+    with pytest.raises(ConfigError, match="it is not YAML"):
+        read_yaml(tmp_path / "a.yaml")
+    with pytest.raises(ConfigError, match="is not YAML"):
+        apply_overrides({}, [f"a=[{text}]"])
+
+
+def test_a_file_in_utf_16_is_read(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("word: café\n", encoding="utf-16")
+    assert read_yaml(tmp_path / "a.yaml") == {"word": "café"}
 
 
 def test_overrides_are_laid_over_what_is_there() -> None:
