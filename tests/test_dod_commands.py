@@ -190,11 +190,15 @@ SHOUT = Task(
 
 def test_files(tmp_path: Path, mlflow_store: str) -> None:
     folder, out = folder_of_files(tmp_path / "in"), tmp_path / "built" / "tasks.sqlite"
+    (folder / "notes.txt").write_text("not a task")
+    (folder / "mood.csv").write_text((folder / "mood.csv").read_text().replace("text 2,warm", "text 2,Warm "))
     printed = run("build-dod", "files", folder, "--out", out, "-s", "skip_bad_rows=true", "-s", "test_share=0")
     with DodStore.open(out) as store:
         digest = store.digest
     assert printed.stdout == (
         f"{out}: 2 tasks, 11 pairs, digest {digest[:12]}\ndropped 1 duplicate pairs, skipped 1 rows\n"
+        "took spellings of a label for one (label_spelling=keep leaves them): 'Warm ' as 'warm' in mood.csv\n"
+        "left out what is no task file: 'notes.txt'\n"
     )
     left = left_run("build-dod-files", "build_dod_files", out, context="built")
     assert left.data.params["build_dod_files.skip_bad_rows"] == "True"
@@ -217,6 +221,8 @@ def test_files(tmp_path: Path, mlflow_store: str) -> None:
         "pairs": 11,
         "duplicates": {"mood.csv": 1},
         "skipped_rows": {"shout.jsonl": {"empty input": 1}},
+        "respelled_labels": {"mood.csv": {"warm": {"Warm ": 1}}},
+        "left_out": ["notes.txt"],
     }
     assert [found.info.run_id for found in all_runs()][0] == told["run_id"]
 

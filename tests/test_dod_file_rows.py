@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import gzip
 from pathlib import Path
 
@@ -27,13 +28,13 @@ from softprompt_registry.errors import DataError
             "t.csv",
             b"text;label\na;b\n",
             "t.csv, line 1: found the columns ['text;label'] without ['input', 'output']; expected ['input', 'output'], "
-            "separated by commas if this is CSV. Add a header, or name the right columns in the config.",
+            "separated by commas. Add a header, or name the right columns in the config.",
         ),
         (
             "t.csv",
             b"",
             "t.csv, line 1: found the columns [] without ['input', 'output']; expected ['input', 'output'], separated by "
-            "commas if this is CSV. Add a header, or name the right columns in the config.",
+            "commas. Add a header, or name the right columns in the config.",
         ),
         (
             "t.csv",
@@ -148,8 +149,54 @@ from softprompt_registry.errors import DataError
         ),
         (
             "t.csv",
-            HEAD + b'"a,ok\n' + b"b,ok\n" * 40_000,
-            "t.csv, line 3: found broken quotes (field larger than field",
+            HEAD + b"x" * (2**24 + 1) + b",ok\n",
+            "t.csv, line 3: found a cell of more than 16,777,216 characters; expected shorter ones. Shorten it, or close the "
+            "quotes: an open quote makes one cell of all that follows.",
+        ),
+        (
+            "t.csv",
+            "input,output\na,b\n".encode("utf-16-le"),
+            "t.csv, line 1: found NUL bytes, as UTF-16 has them; expected UTF-8 text. Save the file as UTF-8.",
+        ),
+        (
+            "t.tsv",
+            HEAD,
+            "t.tsv, line 1: found the columns ['input,output'] without ['input', 'output']; expected ['input', 'output'], "
+            "separated by tabs. Add a header, or name the right columns in the config.",
+        ),
+        (
+            "t.tsv",
+            b"input\toutput\na\tb\tc\n",
+            "t.tsv, line 2: found 3 cells; expected 2, as in the header ['input', 'output']. "
+            "Put quotes around a cell that has a tab in it.",
+        ),
+        (
+            "t.json",
+            b'{"input": ["x"], "output": ["y"]}',
+            't.json, row 1: found a JSON dict; expected one list of objects. Write [{"input": …, "output": …}, …].',
+        ),
+        (
+            "t.json",
+            GOOD + GOOD,
+            "t.json, row 1: found broken JSON (Extra data: line 2 column 1 (char 34)); expected one list of objects. "
+            "Correct the file, or call it .jsonl if each of its lines is an object.",
+        ),
+        (
+            "t.json",
+            b'[{"input": "x", "output": "y"}, {"input": "x"}]',
+            "t.json, row 2: found no 'output' among ['input']; expected 'input' and 'output'. "
+            "Add it, or name the right column in the config.",
+        ),
+        (
+            "t.json",
+            b'["x"]',
+            't.json, row 1: found a JSON str; expected an object in braces. Write {"input": …, "output": …}.',
+        ),
+        ("t.json", b"[" * 100_000, "t.json, row 1: found broken JSON (maximum recursion depth exceeded"),
+        (
+            "t.json.gz",
+            GOOD,
+            "t.json.gz, row 1: found a file that cannot be read (Not a gzipped file (b'{\"')); expected a",
         ),
         ("t.csv", HEAD[:13], "t.csv: found no usable rows; expected at least one pair. Fill the file or remove it."),
         ("t.jsonl", b"\n \n", "t.jsonl: found no usable rows; expected at least one pair. Fill the file or remove it."),
@@ -166,7 +213,7 @@ from softprompt_registry.errors import DataError
         (
             "t.parquet",
             parquet_bytes([{"input": "a", "label": "b"}]),
-            "t.parquet, row 1: found the columns ['input', 'label'] without ['output']; expected ['input', 'output'], ",
+            "t.parquet, row 1: found the columns ['input', 'label'] without ['output']; expected ['input', 'output']. ",
         ),
         ("t.parquet", b"input,output\n", "t.parquet, row 1: found a file that cannot be read (Parquet magic bytes not"),
         ("t.parquet", parquet_bytes(ROWS)[:-9], "t.parquet, row 1: found a file that cannot be read ("),
@@ -195,17 +242,23 @@ def test_duplicate_parquet_column_and_bytes_that_are_not_text(tmp_path: Path) ->
     twice = pyarrow.table([["a"], ["b"], ["c"]], names=["input", "output", "input"])
     pyarrow.parquet.write_table(twice, tmp_path / "a.parquet")
     broken = pyarrow.array([b"fine", b"caf\xe9", None]).view(pyarrow.string())
-    pyarrow.parquet.write_table(pyarrow.table({"input": broken, "output": ["x", "y", "z"]}), tmp_path / "b.parquet")
+    outputs = pyarrow.array(["x", "y", "z"])
+    for name, column in (("b", broken), ("c", broken.dictionary_encode())):
+        pyarrow.parquet.write_table(pyarrow.table({"input": column, "output": outputs}), tmp_path / f"{name}.parquet")
+    unusable = [
+        "row 2: found characters in 'input' that are not Unicode; expected UTF-8 text. Save the file as UTF-8.",
+        "row 3: found an empty 'input'; expected some text. Fill it or remove the row.",
+    ]
     assert problems(tmp_path) == [
         "a.parquet, row 1: found columns ['input'] twice; expected each column once. Remove or rename one.",
-        "b.parquet, row 2: found characters in 'input' that are not Unicode; expected UTF-8 text. Save the file as UTF-8.",
-        "b.parquet, row 3: found an empty 'input'; expected some text. Fill it or remove the row.",
+        *(f"{name}.parquet, {fault}" for name in "bc" for fault in unusable),
     ]
 
 
 def test_label_that_the_record_does_not_know(tmp_path: Path) -> None:
     record = jsonl_bytes([{"name": "t", "labels": ["no", "yes"]}])
-    assert problems(tmp_path, None, tasks__jsonl=record, t__csv=b"input,output\na,yes\nb,Yes\n") == [
+    config = FilesConfig(label_spelling="keep")
+    assert problems(tmp_path, config, tasks__jsonl=record, t__csv=b"input,output\na,yes\nb,Yes\n") == [
         "t.csv, line 3: found output 'Yes'; expected one of the task's labels ['no', 'yes']. "
         "Correct it, or the labels in 'tasks.jsonl'."
     ]
@@ -283,7 +336,8 @@ def test_no_task_files(tmp_path: Path) -> None:
         build(tmp_path)
     assert str(error.value) == (
         f"building a DoD from the files in {str(tmp_path)!r}: found 'notes.txt', 'tasks.jsonl'; expected at least one "
-        "task file that ends in .csv, .csv.gz, .jsonl, .jsonl.gz, .parquet. Add task files or correct the path."
+        "task file that ends in .csv, .csv.gz, .tsv, .tsv.gz, .jsonl, .jsonl.gz, .ndjson, .ndjson.gz, .json, .json.gz, "
+        ".parquet. Add task files or correct the path."
     )
     with pytest.raises(DataError, match="there is no such folder; expected one with a file per task"):
         build_dod_from_files(tmp_path / "x", tmp_path / "y.dod", config=FilesConfig())
@@ -309,6 +363,21 @@ def test_stops_at_twenty_problems(tmp_path: Path) -> None:
 
 
 # Skipping
+
+
+def test_a_long_cell_is_no_bad_row(tmp_path: Path) -> None:
+    """Python's own limit is 131,072 characters; a lower one that other code has set does not matter."""
+    before = csv.field_size_limit(1000)
+    try:
+        long = "x" * 131_073
+        content = f'input,output\n{long},ok\n"{long}\n2",ok\nlast,ok\n'.encode()
+        for config in (FilesConfig(), FilesConfig(skip_bad_rows=True)):
+            report, tasks = build(tmp_path, config, t__csv=content, u__tsv=content.replace(b",", b"\t"))
+            assert report.skipped_rows == {}
+            for task in tasks.values():
+                assert [pair.input for pair in task.pairs] == [long, f"{long}\n2", "last"]
+    finally:
+        csv.field_size_limit(before)
 
 
 def test_skipped_rows_are_counted_by_file_and_reason(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import json
 import subprocess
 import sys
 from collections import Counter
@@ -14,9 +15,10 @@ from typing import Any, Self
 import pyarrow
 import pyarrow.parquet
 import pytest
-from task_files import HEAD, NO_SPLITS, ROWS, Row, build, csv_bytes, jsonl_bytes, parquet_bytes
+from task_files import HEAD, NO_SPLITS, ROWS, Row, build, csv_bytes, jsonl_bytes, parquet_bytes, problems
 
 from softprompt_registry.dod.files import FilesConfig, build_dod_from_files
+from softprompt_registry.dod.store import DodStore
 from softprompt_registry.dod.task import Pair, Task
 from softprompt_registry.errors import ConfigError, DataError
 from softprompt_registry.recording import NullRecorder
@@ -30,6 +32,12 @@ def test_all_formats_give_the_same_digest(tmp_path: Path, rows: list[Row]) -> No
         "moods__csv": csv_bytes(rows),
         "moods__CSV": csv_bytes(rows),
         "moods__csv__gz": gzip.compress(csv_bytes(rows)),
+        "moods__tsv": csv_bytes(rows, "\t"),
+        "moods__tsv__gz": gzip.compress(csv_bytes(rows, "\t")),
+        "moods__json": json.dumps(rows, indent=2).encode(),
+        "moods__json__gz": gzip.compress(b"\xef\xbb\xbf" + json.dumps(rows).encode()),
+        "moods__ndjson": jsonl_bytes(rows),
+        "moods__ndjson__gz": gzip.compress(jsonl_bytes(rows)),
         "moods__jsonl": jsonl_bytes(rows),
         "moods__jsonl__gz": gzip.compress(jsonl_bytes(rows)),
         "moods__parquet": parquet_bytes(rows),
@@ -105,16 +113,29 @@ class ProgressRecorder(NullRecorder):
         self.notes.append(note)
 
 
-def test_other_files_are_ignored_and_progress_is_told(tmp_path: Path) -> None:
-    (tmp_path / "sub").mkdir()
-    for name in ("README.md", ".hidden.csv", "sub/c.csv", "out.dod"):
-        (tmp_path / name).write_text("not a task")
+def test_other_files_are_left_out_and_listed_and_progress_is_told(tmp_path: Path) -> None:
+    for folder in ("sub", "data.csv", ".git"):
+        (tmp_path / folder).mkdir()
+    for name in ("README.md", ".hidden.csv", "sub/c.csv", "tasks.jsonl", "x.dod.audit.html"):
+        (tmp_path / name).write_text("")
     (tmp_path / "b.csv").write_bytes(csv_bytes(ROWS))
     (tmp_path / "a.jsonl").write_bytes(jsonl_bytes([{"input": "x", "output": "a long free text"}]))
     recorder = ProgressRecorder()
-    report = build_dod_from_files(tmp_path, tmp_path / "new" / "x.dod", config=FilesConfig(), recorder=recorder)
-    assert (report.tasks, report.pairs) == (2, 9)
-    assert recorder.notes == ["a", "b"]
+    for _ in range(2):  # the DoD itself and what belongs to it are not listed
+        report = build_dod_from_files(
+            tmp_path, tmp_path / "x.dod", config=FilesConfig(), overwrite=True, recorder=recorder
+        )
+        assert (report.tasks, report.pairs, report.left_out) == (2, 9, ("README.md", "data.csv/", "sub/"))
+    assert recorder.notes == ["a", "b"] * 2
+    with DodStore.open(report.path) as store:
+        counts = store.metadata()["build"]["counts"]
+    assert counts == {
+        "duplicates": 0,
+        "skipped_rows": {},
+        "rows_with_respelled_labels": 0,
+        "left_out": 3,
+        "names_left_out": ["README.md", "data.csv/", "sub/"],
+    }
 
 
 # Kind, labels, splits, draws
@@ -219,6 +240,67 @@ def test_duplicates_are_dropped_and_counted(tmp_path: Path) -> None:
     report, tasks = build(tmp_path, None, t__csv=csv_bytes(rows))
     assert tasks["t"].pairs == (Pair("same", "x"), Pair("same", "y"))
     assert report.duplicates == {"t.csv": 2} and report.pairs == 2
+
+
+# Spellings of a label
+
+
+def test_spellings_of_a_label_are_one_label(tmp_path: Path) -> None:
+    outputs = ["Good"] * 4 + ["good ", "GOOD", "good"] + ["so  so"] * 3 + ["So so"] + ["cafe\u0301", "caf\u00e9"] * 2
+    report, tasks = build(tmp_path, None, t__jsonl=jsonl_bytes(rows_with(outputs)))
+    assert tasks["t"].kind == "classification" and tasks["t"].labels == ("Good", "caf\u00e9", "so so")
+    assert [pair.output for pair in tasks["t"].pairs] == ["Good"] * 7 + ["so so"] * 4 + ["caf\u00e9"] * 4
+    assert report.respelled_labels == {
+        "t.jsonl": {
+            "Good": {"GOOD": 1, "good": 1, "good ": 1},
+            "so so": {"So so": 1, "so  so": 3},
+            "caf\u00e9": {"cafe\u0301": 2},
+        }
+    }
+    with DodStore.open(report.path) as store:
+        assert store.metadata()["build"]["counts"]["rows_with_respelled_labels"] == 9
+    config = FilesConfig(label_spelling="keep")
+    record = jsonl_bytes([{"name": "t", "kind": "classification"}])
+    report, tasks = build(tmp_path, config, tasks__jsonl=record)
+    assert set(tasks["t"].labels) == set(outputs) and report.respelled_labels == {}
+
+
+@pytest.mark.parametrize(
+    ("outputs", "labels"),
+    [
+        (["a", "b"] * 4 + ["A", "B"] * 4, ("A", "B")),  # equally frequent: the first in the alphabet
+        (["x", "X", "X "] * 4, ("X", "x")),  # nothing but case tells them apart
+        ([" x", "y\t"] * 4, ("x", "y")),
+    ],
+)
+def test_which_spelling_stands(outputs: list[str], labels: tuple[str, ...], tmp_path: Path) -> None:
+    _, tasks = build(tmp_path, None, t__jsonl=jsonl_bytes(rows_with(outputs)))
+    assert tasks["t"].labels == labels
+
+
+def test_a_record_says_how_its_labels_are_spelled(tmp_path: Path) -> None:
+    record = jsonl_bytes([{"name": "t", "labels": ["YES", "no", "A", "a"]}])
+    rows = jsonl_bytes(rows_with(["yes", "Yes", "no", "A", "a"]))
+    report, tasks = build(tmp_path, None, tasks__jsonl=record, t__jsonl=rows)
+    assert [pair.output for pair in tasks["t"].pairs] == ["YES", "YES", "no", "A", "a"]
+    assert report.respelled_labels == {"t.jsonl": {"YES": {"Yes": 1, "yes": 1}}}
+    bad = jsonl_bytes(rows_with(["yes", " a"]))  # which of the two it is cannot be told
+    (found,) = problems(tmp_path / "bad", None, tasks__jsonl=record, t__jsonl=bad)
+    assert found.startswith("t.jsonl, line 2: found output ' a'; expected one of the task's labels")
+
+
+def test_texts_of_a_generation_task_stay_as_they_are(tmp_path: Path) -> None:
+    outputs = ["Paris", "paris ", "a text of many words"]
+    report, tasks = build(tmp_path, None, t__jsonl=jsonl_bytes(rows_with(outputs)))
+    assert [pair.output for pair in tasks["t"].pairs] == outputs and report.respelled_labels == {}
+
+
+def test_pairs_that_became_equal_are_duplicates(tmp_path: Path) -> None:
+    rows = [{"input": "same", "output": output, "split": split} for output, split in (("x", "train"), ("X ", "test"))]
+    rows += [{"input": f"text {n}", "output": "xy"[n % 2], "split": "test"} for n in range(8)]
+    report, tasks = build(tmp_path, None, t__jsonl=jsonl_bytes(rows))
+    assert tasks["t"].pairs[:2] == (Pair("same", "x", "train"), Pair("text 0", "x", "test"))
+    assert report.duplicates == {"t.jsonl": 1} and report.pairs == 9
 
 
 # The output

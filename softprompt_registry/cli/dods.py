@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -68,7 +69,7 @@ def build_dod() -> None:
 def build_dod_files(
     folder: Path, out: Path, overwrite: bool, config: Path | None, overrides: tuple[str, ...], as_json: bool
 ) -> None:
-    """From a folder with one CSV, JSONL or Parquet file per task, each with the columns input and output.
+    """From a folder with one CSV, TSV, JSON, JSONL or Parquet file per task, each with the columns input and output.
 
     \b
     Example:
@@ -91,6 +92,15 @@ def build_dod_files(
     _say_built(report.path, report.tasks, report.pairs, report.digest)
     skipped = sum(sum(reasons.values()) for reasons in report.skipped_rows.values())
     click.echo(f"dropped {sum(report.duplicates.values())} duplicate pairs, skipped {skipped} rows")
+    if report.respelled_labels:
+        shown = [
+            f"{', '.join(map(repr, others))} as {label!r} in {name}"
+            for name, labels in report.respelled_labels.items()
+            for label, others in labels.items()
+        ]
+        click.echo(f"took spellings of a label for one (label_spelling=keep leaves them): {_first(shown, '; ')}")
+    if report.left_out:
+        click.echo(f"left out what is no task file: {_first([*map(repr, report.left_out)], ', ')}")
 
 
 @build_dod.command("classification")
@@ -424,6 +434,10 @@ def _tokenizer(base_model: str | None) -> PreTrainedTokenizerBase:
 
 def _say_built(path: Path, tasks: int, pairs: int, digest: str) -> None:
     click.echo(f"{path}: {tasks} tasks, {pairs} pairs, digest {digest[:12]}")
+
+
+def _first(texts: Sequence[str], separator: str) -> str:
+    return separator.join(texts[:8]) + (f" and {len(texts) - 8} more" if len(texts) > 8 else "")
 
 
 def _say_refused(refused: Any) -> None:

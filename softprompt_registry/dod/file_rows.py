@@ -1,7 +1,7 @@
-"""The rows of a task file, whatever its format: CSV and JSON Lines line by line, Parquet in batches.
+"""The rows of a task file, whatever its format: CSV, TSV and JSON Lines line by line, Parquet in batches, JSON as a whole.
 
 Each reader yields (number, row) pairs, where the row is a dict by column or the `Fault` that kept it from being one.
-The number is what an editor shows: the line on which the row starts, or in Parquet the row counted from 1.
+The number is what an editor shows: the line on which the row starts, or in Parquet and JSON the row counted from 1.
 """
 
 from __future__ import annotations
@@ -15,10 +15,13 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, Any, Literal, cast
 
-ENDINGS = (".csv", ".csv.gz", ".jsonl", ".jsonl.gz", ".parquet")
+_TEXT_ENDINGS = (".csv", ".tsv", ".jsonl", ".ndjson", ".json")
+ENDINGS = (*(ending + gz for ending in _TEXT_ENDINGS for gz in ("", ".gz")), ".parquet")
 PARQUET_BATCH_ROWS = 1024
+MAX_CELL_CHARACTERS = 2**24
+"""Longest cell of a CSV file. A bound, since a quote that is never closed makes the rest of a file one cell."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,15 @@ def ending_of(name: str) -> str | None:
     return None
 
 
+def unit_of(path: Path) -> str:
+    """What the numbers of a file's rows count."""
+    return "row" if _format_of(path) in (".parquet", ".json") else "line"
+
+
+def _format_of(path: Path) -> str:
+    return (ending_of(path.name) or "").lower().removesuffix(".gz")
+
+
 def is_text(value: object) -> bool:
     """Whether a value is a string with more than white space in it that UTF-8 can hold (a lone surrogate cannot)."""
     return isinstance(value, str) and bool(value.strip()) and _fits_utf8(value)
@@ -60,11 +72,15 @@ def _fits_utf8(text: str) -> bool:
 
 def rows_of(path: Path, columns: Sequence[str]) -> Rows:
     """The rows of a task file; `columns` are those that a CSV header or a Parquet schema must have."""
-    ending = (ending_of(path.name) or "").lower()
-    if ending == ".parquet":
-        return _parquet_rows(path, columns)
-    if ending.startswith(".csv"):
-        return _csv_rows(path, columns)
+    match _format_of(path):
+        case ".parquet":
+            return _parquet_rows(path, columns)
+        case ".csv":
+            return _csv_rows(path, columns, "comma")
+        case ".tsv":
+            return _csv_rows(path, columns, "tab")
+        case ".json":
+            return _json_rows(path)
     return jsonl_rows(path)
 
 
@@ -82,8 +98,10 @@ def _open_bytes(path: Path) -> IO[bytes]:
     return cast(IO[bytes], gzip.open(path, "rb")) if path.name.lower().endswith(".gz") else path.open("rb")
 
 
-def _column_fault(found: Sequence[str], needed: Sequence[str]) -> Fault | None:
+def _column_fault(found: Sequence[str], needed: Sequence[str], separator: str | None = None) -> Fault | None:
     """What is wrong with the columns of a whole file."""
+    if "\0" in "".join(found):
+        return Fault("not UTF-8", "NUL bytes, as UTF-16 has them", "UTF-8 text", "Save the file as UTF-8.", fatal=True)
     twice = [name for name, count in Counter(found).items() if count > 1]
     if twice:
         return Fault(
@@ -94,7 +112,7 @@ def _column_fault(found: Sequence[str], needed: Sequence[str]) -> Fault | None:
         return Fault(
             "missing column",
             f"the columns {list(found)} without {missing}",
-            f"{list(needed)}, separated by commas if this is CSV",
+            f"{list(needed)}{f', separated by {separator}s' if separator else ''}",
             "Add a header, or name the right columns in the config.",
             fatal=True,
         )
@@ -104,15 +122,18 @@ def _column_fault(found: Sequence[str], needed: Sequence[str]) -> Fault | None:
 _BAD_UTF8 = Fault("not UTF-8", "bytes that are not UTF-8", "UTF-8 text", "Save the file as UTF-8.")
 
 
-def _csv_rows(path: Path, columns: Sequence[str]) -> Rows:
+def _csv_rows(path: Path, columns: Sequence[str], separator: Literal["comma", "tab"]) -> Rows:
     start = 1
+    # Python's limit of 131,072 characters holds for the whole process, so it is raised once and never lowered under another
+    # reader. A number beyond a C long, which has 32 bits on Windows, would be refused.
+    csv.field_size_limit(max(csv.field_size_limit(), MAX_CELL_CHARACTERS))
     try:
         # surrogateescape keeps a bad byte inside its cell, so that only its row is lost and not the whole file.
         with (
             _open_bytes(path) as raw,
             io.TextIOWrapper(raw, encoding="utf-8-sig", errors="surrogateescape", newline="") as text,
         ):
-            reader = csv.reader(text, strict=True)
+            reader = csv.reader(text, strict=True, delimiter="," if separator == "comma" else "\t")
             header: list[str] | None = None
             while True:
                 start = reader.line_num + 1
@@ -124,7 +145,7 @@ def _csv_rows(path: Path, columns: Sequence[str]) -> Rows:
                     # An error on a later line than the row's first is a quote that was never closed: where the next row
                     # starts is then unknown.
                     fatal = reader.line_num > start or header is None
-                    yield start, _bad_quotes(error, fatal=fatal)
+                    yield start, _bad_cells(error, fatal=fatal)
                     if fatal:
                         return
                     continue
@@ -133,7 +154,7 @@ def _csv_rows(path: Path, columns: Sequence[str]) -> Rows:
                 readable = _fits_utf8("".join(cells))
                 if header is None:
                     header = cells
-                    fault = _column_fault(header, columns) if readable else replace(_BAD_UTF8, fatal=True)
+                    fault = _column_fault(header, columns, separator) if readable else replace(_BAD_UTF8, fatal=True)
                     if fault is not None:
                         yield start, fault
                         return
@@ -146,19 +167,27 @@ def _csv_rows(path: Path, columns: Sequence[str]) -> Rows:
                             "wrong number of cells",
                             f"{len(cells)} cell{'s' if len(cells) > 1 else ''}",
                             f"{len(header)}, as in the header {header}",
-                            "Put quotes around a cell that has a comma in it.",
+                            f"Put quotes around a cell that has a {separator} in it.",
                         ),
                     )
                 else:
                     yield start, dict(zip(header, cells, strict=True))
-            fault = _column_fault(header or [], columns)
+            fault = _column_fault(header or [], columns, separator)
             if fault is not None:  # no header at all
                 yield start, fault
     except (OSError, EOFError, zlib.error) as error:
         yield start, _unreadable(error, "CSV")
 
 
-def _bad_quotes(error: csv.Error, *, fatal: bool) -> Fault:
+def _bad_cells(error: csv.Error, *, fatal: bool) -> Fault:
+    if str(error).startswith("field larger than field limit"):
+        return Fault(
+            "cell too long",
+            f"a cell of more than {csv.field_size_limit():,} characters",
+            "shorter ones",
+            "Shorten it, or close the quotes: an open quote makes one cell of all that follows.",
+            fatal=fatal,
+        )
     return Fault(
         "broken quotes",
         f"broken quotes ({error})",
@@ -182,6 +211,9 @@ def _unique_keys(items: Iterable[tuple[str, Any]]) -> dict[str, Any]:
     return result
 
 
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # which some editors write
+
+
 def jsonl_rows(path: Path) -> Rows:
     """The objects of a JSON Lines file; empty lines are left out."""
     line = 0
@@ -189,30 +221,54 @@ def jsonl_rows(path: Path) -> Rows:
         with _open_bytes(path) as file:
             for line, raw in enumerate(file, start=1):
                 if line == 1:
-                    raw = raw.removeprefix(b"\xef\xbb\xbf")  # the byte order mark that some editors write
+                    raw = raw.removeprefix(_BYTE_ORDER_MARK)
                 if raw.strip():
-                    yield line, _json_object(raw)
+                    yield line, _object(_json_value(raw, "one JSON object on the line", "Correct the line."))
     except (OSError, EOFError, zlib.error) as error:
         yield line + 1, _unreadable(error, "JSON Lines")
 
 
-def _json_object(raw: bytes) -> dict[str, Any] | Fault:
+def _json_rows(path: Path) -> Rows:
+    """The objects of a JSON file that is one list of them."""
     try:
-        value = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique_keys)
+        with _open_bytes(path) as file:
+            raw = file.read().removeprefix(_BYTE_ORDER_MARK)
+    except (OSError, EOFError, zlib.error) as error:
+        yield 1, _unreadable(error, "JSON")
+        return
+    wanted, advice = "one list of objects", "Correct the file, or call it .jsonl if each of its lines is an object."
+    value = _json_value(raw, wanted, advice)
+    if isinstance(value, Fault):
+        yield 1, replace(value, fatal=True)
+    elif not isinstance(value, list):
+        found = f"a JSON {type(value).__name__}"
+        yield 1, Fault("not a list", found, wanted, 'Write [{"input": …, "output": …}, …].', fatal=True)
+    else:
+        for number, item in enumerate(value, start=1):
+            yield number, _object(item)
+
+
+def _json_value(raw: bytes, expected: str, advice: str) -> Any:
+    """The value, or the `Fault` that it has."""
+    try:
+        return json.loads(raw.decode("utf-8"), object_pairs_hook=_unique_keys)
     except UnicodeDecodeError:
         return _BAD_UTF8
     except _DuplicateKey as error:
         return Fault("duplicate column", f"the key {str(error)!r} twice", "each key once", "Remove one of them.")
     except (ValueError, RecursionError) as error:
-        return Fault("broken JSON", f"broken JSON ({error})", "one JSON object on the line", "Correct the line.")
-    if not isinstance(value, dict):
-        return Fault(
-            "not an object",
-            f"a JSON {type(value).__name__}",
-            "an object in braces",
-            'Write {"input": …, "output": …}.',
-        )
-    return value
+        return Fault("broken JSON", f"broken JSON ({error})", expected, advice)
+
+
+def _object(value: Any) -> dict[str, Any] | Fault:
+    if isinstance(value, dict | Fault):
+        return value
+    return Fault(
+        "not an object",
+        f"a JSON {type(value).__name__}",
+        "an object in braces",
+        'Write {"input": …, "output": …}.',
+    )
 
 
 def _parquet_rows(path: Path, columns: Sequence[str]) -> Rows:
@@ -238,9 +294,13 @@ def _parquet_rows(path: Path, columns: Sequence[str]) -> Rows:
 
 
 def _arrow_values(column: Any) -> list[Any]:
+    import pyarrow
+
     try:
         return list(column.to_pylist())
     except UnicodeDecodeError:  # a writer put other bytes into a string column; keep the loss to its rows
+        if isinstance(column, pyarrow.DictionaryArray):
+            column = column.dictionary_decode()
         return [
             value.as_buffer().to_pybytes().decode("utf-8", "surrogateescape") if value.is_valid else None
             for value in column

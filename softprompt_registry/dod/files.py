@@ -1,22 +1,23 @@
-"""A DoD from a folder of files: one CSV, JSON Lines or Parquet file per task, and optionally `tasks.jsonl` beside them.
+"""A DoD from a folder of files: one CSV, TSV, JSON, JSON Lines or Parquet file per task, and optionally `tasks.jsonl`.
 
-`<task>.csv`, `<task>.jsonl` (each also with `.gz`) and `<task>.parquet` have the columns `input` and `output`, and may
-have `split` (train, validation or test). `tasks.jsonl` has one object per task: `name`, and optionally `kind`, `split`,
-`labels`, `hard_prompts` and `source`. What a record does not say is inferred, always in the same way, so that the same
-files and the same config give the same digest. The readers of the three formats are in `file_rows.py`.
+`<task>.csv`, `.tsv`, `.json`, `.jsonl`, `.ndjson` (each also with `.gz`) and `.parquet` have the columns `input` and
+`output`, and may have `split` (train, validation or test). `tasks.jsonl` has one object per task: `name`, and optionally
+`kind`, `split`, `labels`, `hard_prompts` and `source`. What a record does not say is inferred, always in the same way, so
+that the same files and the same config give the same digest. The readers of the formats are in `file_rows.py`.
 """
 
 from __future__ import annotations
 
 import random
+import unicodedata
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 from softprompt_registry.config import flatten
-from softprompt_registry.dod.file_rows import ENDINGS, Fault, ending_of, is_text, jsonl_rows, rows_of
+from softprompt_registry.dod.file_rows import ENDINGS, Fault, ending_of, is_text, jsonl_rows, rows_of, unit_of
 from softprompt_registry.dod.store import dod_written_whole, require_free
 from softprompt_registry.dod.task import (
     PAIR_SPLITS,
@@ -30,6 +31,7 @@ from softprompt_registry.dod.task import (
     draw_task_split,
     seed_of,
     split_pairs_by_input,
+    text_key,
 )
 from softprompt_registry.errors import ConfigError, DataError
 from softprompt_registry.recording import NullRecorder, Recorder
@@ -38,6 +40,8 @@ RECORDS_FILE = "tasks.jsonl"
 RECORD_KEYS = ("name", "kind", "split", "labels", "hard_prompts", "source")
 MAX_PROBLEMS = 20
 """A build stops at this many problems and reports them together."""
+MAX_NOTED_FILES = 20
+"""Names of files left out that a DoD's metadata keeps."""
 MAX_LABEL_WORDS = 3
 MIN_PAIRS_PER_LABEL = 4
 
@@ -47,11 +51,14 @@ class FilesConfig:
     """How a folder of files becomes a DoD."""
 
     input_column: str = "input"
-    """Column (CSV, Parquet) or key (JSON Lines) that holds the text that goes in."""
+    """Column (CSV, TSV, Parquet) or key (JSON, JSON Lines) that holds the text that goes in."""
     output_column: str = "output"
     """Column or key that holds the text that should come out."""
     max_labels: int = 20
     """Without a record, a task with more distinct outputs than this is a generation task."""
+    label_spelling: Literal["unify", "keep"] = "unify"
+    """`unify`: outputs of a classification task that differ only in case, white space or Unicode form are one label, in the
+    spelling of the task's record, else in the most frequent one. `keep`: each is a label of its own."""
     test_share: float = 0.0
     """Share of tasks, from 0 to 1, that `seed` sends to the test split when their record names no split; adding a task
     moves no other."""
@@ -95,6 +102,10 @@ class FilesReport:
     """File name → dropped rows whose input and output had occurred in that file before; only files that have any."""
     skipped_rows: Mapping[str, Mapping[str, int]]
     """File name → reason → number of rows left out by `skip_bad_rows`."""
+    respelled_labels: Mapping[str, Mapping[str, Mapping[str, int]]]
+    """File name → label → other spelling of it in the file → number of rows, by `label_spelling`."""
+    left_out: tuple[str, ...]
+    """Names of the files that are no task files, and of subfolders, these with a slash; without hidden ones."""
 
 
 def build_dod_from_files(
@@ -108,7 +119,7 @@ def build_dod_from_files(
     """Read every task file in `folder` and write the DoD `out`, whole or not at all.
 
     The DoD grows in `<out>.building` and takes its name in one step at the end; an existing `out` stays as it is until
-    then. Files without a known ending, hidden files and subfolders are ignored.
+    then. Subfolders and files without a known ending are left out and listed in the report; hidden ones are ignored.
 
     Args:
         folder: the task files and, optionally, `tasks.jsonl`.
@@ -123,33 +134,50 @@ def build_dod_from_files(
     doing = f"building a DoD from the files in {str(folder)!r}"
     require_free(out, doing, overwrite=overwrite)  # before a folder full of problems is read
     problems = _Problems(folder, skip_bad_rows=config.skip_bad_rows)
-    files = _task_files(folder, problems)
+    files, left_out = _task_files(folder, out, problems)
     records = _read_records(folder / RECORDS_FILE, files, problems)
     duplicates: dict[str, int] = {}
+    respelled: dict[str, dict[str, dict[str, int]]] = {}
     num_pairs = 0
     recorder = recorder or NullRecorder()
     with dod_written_whole(out, doing, overwrite=overwrite) as store:
         with recorder.progress("task files", len(files)) as bar:
             for name, path in files.items():
-                task, dropped = _read_task(name, path, records.get(name, _Record()), config, problems)
+                task, dropped, others = _read_task(name, path, records.get(name, _Record()), config, problems)
                 if dropped:
                     duplicates[path.name] = dropped
+                if others:
+                    respelled[path.name] = others
                 bar.advance(1, name)
                 if task is None or problems.found:
                     continue  # read on, to report the problems of all files at once
                 store.add_task(task)
                 num_pairs += len(task.pairs)
         problems.raise_if_any()
-        store.set_metadata("build", {"builder": "files", "settings": flatten(config)})
-        digest = store.digest
-    return FilesReport(
-        path=out,
-        digest=digest,
-        tasks=len(files),
-        pairs=num_pairs,
-        duplicates=duplicates,
-        skipped_rows={name: dict(reasons) for name, reasons in problems.skipped.items()},
-    )
+        report = FilesReport(
+            path=out,
+            digest=store.digest,
+            tasks=len(files),
+            pairs=num_pairs,
+            duplicates=duplicates,
+            skipped_rows={name: dict(reasons) for name, reasons in problems.skipped.items()},
+            respelled_labels=respelled,
+            left_out=left_out,
+        )
+        store.set_metadata("build", {"builder": "files", "settings": flatten(config), "counts": _counts(report)})
+    return report
+
+
+def _counts(report: FilesReport) -> dict[str, Any]:
+    """What a DoD's metadata says of its build; the whole is in the report."""
+    labels = [spellings for of_file in report.respelled_labels.values() for spellings in of_file.values()]
+    return {
+        "duplicates": sum(report.duplicates.values()),
+        "skipped_rows": dict(sum(map(Counter, report.skipped_rows.values()), Counter[str]())),
+        "rows_with_respelled_labels": sum(sum(spellings.values()) for spellings in labels),
+        "left_out": len(report.left_out),
+        "names_left_out": list(report.left_out[:MAX_NOTED_FILES]),
+    }
 
 
 class _Problems:
@@ -189,18 +217,25 @@ class _Problems:
         )
 
 
-def _task_files(folder: Path, problems: _Problems) -> dict[str, Path]:
-    """Task name → its file, in the order of the names."""
+def _task_files(folder: Path, out: Path, problems: _Problems) -> tuple[dict[str, Path], tuple[str, ...]]:
+    """Task name → its file, in the order of the names; and what else there is, but for hidden files and `out` itself."""
     if not folder.is_dir():
         raise DataError(
             f"building a DoD from the files in {str(folder)!r}: there is no such folder; expected one with a file per "
             "task. Correct the path."
         )
-    names = sorted(path.name for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
+    there = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+    names = [path.name if path.is_file() else f"{path.name}/" for path in there]
+    is_outs_folder = out.parent.resolve() == folder.resolve()
     files: dict[str, Path] = {}
+    left_out = []
     for name in names:
         ending = ending_of(name)
-        if ending is None or name == RECORDS_FILE:
+        if name == RECORDS_FILE:
+            continue
+        if ending is None:
+            if not (is_outs_folder and name.startswith(out.name)):  # with its journal and its audit
+                left_out.append(name)
             continue
         task = name[: -len(ending)]
         if task in files:
@@ -219,7 +254,7 @@ def _task_files(folder: Path, problems: _Problems) -> dict[str, Path]:
             f"building a DoD from the files in {str(folder)!r}: found {shown}{', …' if len(names) > 8 else ''}; "
             f"expected at least one task file that ends in {', '.join(ENDINGS)}. Add task files or correct the path."
         )
-    return dict(sorted(files.items()))
+    return dict(sorted(files.items())), tuple(left_out)
 
 
 @dataclass(frozen=True)
@@ -294,34 +329,47 @@ def _record_fault(row: Mapping[str, Any], files: Collection[str], seen: Collecti
 
 def _read_task(
     name: str, path: Path, record: _Record, config: FilesConfig, problems: _Problems
-) -> tuple[Task | None, int]:
-    """The task in `path`, or None if it has problems, and the number of dropped duplicates."""
+) -> tuple[Task | None, int, dict[str, dict[str, int]]]:
+    """The task in `path`, or None if it has problems; the number of dropped duplicates; label → other spelling → rows."""
     found_before = len(problems.found)
     splits: dict[tuple[str, str], str | None] = {}  # (input, output) → split; a dict keeps the order of the file
+    rows_with: Counter[str] = Counter()
     duplicates = 0
     file_has_splits: bool | None = None  # as the first usable row says
-    unit = "row" if path.name.lower().endswith(".parquet") else "line"
+    unify = config.label_spelling == "unify"
+    label_of = _labels_by_key(record.labels) if unify else {}
     for line, row in rows_of(path, (config.input_column, config.output_column)):
-        fault = row if isinstance(row, Fault) else _row_fault(row, record.labels, file_has_splits, config)
+        fault = row if isinstance(row, Fault) else _row_fault(row, record.labels, label_of, file_has_splits, config)
         if fault is not None:
-            problems.add_row(path, f"{unit} {line}", fault)
+            problems.add_row(path, f"{unit_of(path)} {line}", fault)
             continue
         row = cast(dict[str, Any], row)
         split = row.get("split")
         file_has_splits = split is not None
         pair = (row[config.input_column], row[config.output_column])
+        rows_with[pair[1]] += 1
         duplicates += pair in splits
         splits.setdefault(pair, split)
     if len(problems.found) > found_before:
-        return None, duplicates
+        return None, duplicates, {}
     if not splits:
         fault = Fault("no pairs", "no usable rows", "at least one pair", "Fill the file or remove it.")
         problems.add(path.name, fault)
-        return None, duplicates
+        return None, duplicates, {}
 
-    kind = record.kind or _infer_kind(splits, config.max_labels)
+    spelling = _unified(rows_with, record.labels) if unify else {output: output for output in rows_with}
+    unified: dict[tuple[str, str], str | None] = {}
+    for (text, output), split in splits.items():
+        unified.setdefault((text, spelling[output]), split)
+    kind = record.kind or _infer_kind(unified, config.max_labels)
     labels: tuple[str, ...] = ()
+    others: dict[str, dict[str, int]] = {}
     if kind == "classification":
+        duplicates += len(splits) - len(unified)
+        splits = unified
+        for output, label in sorted(spelling.items()):
+            if output != label:
+                others.setdefault(label, {})[output] = rows_with[output]
         labels = record.labels or tuple(sorted({output for _, output in splits}))
     pairs = _draw(splits, kind, config.max_pairs_per_task, seed_of("pairs", config.seed, name))
     if file_has_splits:
@@ -341,14 +389,48 @@ def _read_task(
         )
     except DataError as error:
         problems.found.append(f"{path.name}: {error}")
-        return None, duplicates
-    return task, duplicates
+        return None, duplicates, others
+    return task, duplicates, others
+
+
+def _labels_by_key(labels: Sequence[str]) -> dict[str, str]:
+    """What spellings of a label have in common → the label, where that is one."""
+    keys = Counter(map(text_key, labels))
+    return {text_key(label): label for label in labels if keys[text_key(label)] == 1}
+
+
+def _unified(rows_with: Mapping[str, int], labels: Sequence[str]) -> dict[str, str]:
+    """Output → label: one of the record's, else the most frequent spelling of what outputs have in common.
+
+    What differs in case may be two labels after all: where only one would be left, case counts.
+    """
+    if labels:
+        label_of = _labels_by_key(labels)
+        return {output: output if output in labels else label_of[text_key(output)] for output in rows_with}
+    for key in (text_key, _tidy):
+        spellings: dict[str, Counter[str]] = {}
+        for output, rows in rows_with.items():
+            spellings.setdefault(key(output), Counter())[_tidy(output)] += rows
+        if len(spellings) > 1:
+            break
+    # Of equally frequent ones the first in the alphabet, so that the order of the rows does not matter.
+    chosen = {common: max(sorted(counts), key=counts.__getitem__) for common, counts in spellings.items()}
+    return {output: chosen[key(output)] for output in rows_with}
+
+
+def _tidy(text: str) -> str:
+    """A text with single spaces, in composed form (NFC)."""
+    return " ".join(unicodedata.normalize("NFC", text).split())
 
 
 def _row_fault(
-    row: Mapping[str, Any], labels: Collection[str], file_has_splits: bool | None, config: FilesConfig
+    row: Mapping[str, Any],
+    labels: Collection[str],
+    label_of: Mapping[str, str],
+    file_has_splits: bool | None,
+    config: FilesConfig,
 ) -> Fault | None:
-    """What is wrong with one row, or None."""
+    """What is wrong with one row, or None; `label_of` knows other spellings of `labels`."""
     for column in (config.input_column, config.output_column):
         if column not in row:
             return Fault(
@@ -369,7 +451,7 @@ def _row_fault(
                 "not UTF-8", f"characters in {column!r} that are not Unicode", "UTF-8 text", "Save the file as UTF-8."
             )
     output = row[config.output_column]
-    if labels and output not in labels:
+    if labels and output not in labels and text_key(output) not in label_of:
         return Fault(
             "unknown label",
             f"output {output!r}",

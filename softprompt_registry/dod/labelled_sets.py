@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from softprompt_registry.dod.file_rows import Fault, is_text, rows_of
+from softprompt_registry.dod.file_rows import Fault, is_text, rows_of, unit_of
 from softprompt_registry.dod.store import DodStore
 from softprompt_registry.dod.task import Pair, PairSplit, Task
 from softprompt_registry.errors import ConfigError, DataError
@@ -142,12 +142,8 @@ def read_file(known: LabelledSet, path: Path, doing: str) -> SplitRows:
     return labelled_rows(known, label, cells, f"{doing}: {path.name!r}, {unit_of(path)}")
 
 
-def unit_of(path: Path) -> str:
-    return "row" if path.name.lower().endswith(".parquet") else "line"
-
-
 def column_names(path: Path) -> list[str]:
-    """A file's columns (in JSON Lines the keys of its first object); empty where it cannot be read."""
+    """A file's columns (in JSON the keys of its first object); empty where it cannot be read."""
     if path.name.lower().endswith(".parquet"):
         import pyarrow
         import pyarrow.parquet

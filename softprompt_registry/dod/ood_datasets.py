@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from softprompt_registry.config import flatten
-from softprompt_registry.dod.file_rows import ENDINGS, ending_of
+from softprompt_registry.dod.file_rows import ENDINGS, ending_of, unit_of
 from softprompt_registry.dod.labelled_sets import (
     SPLITS,
     LabelledSet,
@@ -23,7 +23,6 @@ from softprompt_registry.dod.labelled_sets import (
     labelled_task,
     note_build,
     read_file,
-    unit_of,
 )
 from softprompt_registry.dod.store import dod_written_whole, require_free
 from softprompt_registry.dod.task import PairSplit
@@ -64,7 +63,7 @@ class OodConfig:
     """How the files of the two sets are read, and how many pairs each gets."""
 
     reviews_text_column: str = "text"
-    """Column (CSV, Parquet) or key (JSON Lines) of a review."""
+    """Column (CSV, TSV, Parquet) or key (JSON, JSON Lines) of a review."""
     reviews_label_column: str | None = None
     """Column of its label; None takes `label` or else `deceptive`."""
     reviews_labels: dict[str, str] = field(default_factory=dict)
