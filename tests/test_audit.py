@@ -190,6 +190,18 @@ ALONE: dict[str, tuple[tuple[Task, ...], str, tuple[str, ...], Example]] = {
         ("crafts",),
         Example("crafts", "Sample 0 of crafts", "2 train; output pottery | weaving"),
     ),
+    "label_spellings": (
+        (
+            dataclasses.replace(
+                CRAFTS, pairs=pairs_about("crafts", ("pottery", "Pottery ")), labels=("pottery", "Pottery ")
+            ),
+            MEALS,
+            SHOUT,
+        ),
+        "2 labels of one task that differ only in case, white space or Unicode form from another",
+        ("crafts",),
+        Example("crafts", "", "'Pottery ' 4, 'pottery' 4"),
+    ),
     "repeated_inputs": (
         (changed(CRAFTS, 2, input="Sample 0 of crafts"), MEALS, SHOUT),
         "1 input repeated within one task with the same output",
@@ -226,6 +238,12 @@ ALONE: dict[str, tuple[tuple[Task, ...], str, tuple[str, ...], Example]] = {
         ("shout",),
         Example("shout", "Sample 0 of shout", "2 train; output HEY | HO"),
     ),
+    "near_duplicates": (
+        (CRAFTS, MEALS, changed(SHOUT, 5, input="“Sample 0”, of-shout!")),
+        "2 inputs of one task that differ only in punctuation or spacing from another",
+        ("shout",),
+        Example("shout", "Sample 0 of shout", "1 train and 1 validation; output HEY"),
+    ),
     "other_labels_in_inputs": (
         (changed(CRAFTS, 0, input="Beside the weavers"), MEALS, SHOUT),
         "1 input with the word of another label of the task",
@@ -246,7 +264,8 @@ def test_a_finding_alone(code: str, tmp_path: Path) -> None:
     tasks, title, concerned, example = ALONE[code]
     audit = audit_of(tmp_path, *tasks)
     (finding,) = audit.findings
-    assert (finding.code, finding.title, finding.count, finding.tasks) == (code, title, 1, concerned)
+    count = int(title.split()[0])
+    assert (finding.code, finding.title, finding.count, finding.tasks) == (code, title, count, concerned)
     assert finding.examples == (example,)
     severity = FINDING_KINDS[code].severity
     assert [audit.number_of(each) for each in SEVERITIES] == [int(severity == each) for each in SEVERITIES]
@@ -255,6 +274,14 @@ def test_a_finding_alone(code: str, tmp_path: Path) -> None:
     rows = {row.name: (row.errors, row.warnings) for row in audit.rows}
     expected = (int(severity == "error"), int(severity == "warning"))
     assert rows == {task.name: expected if task.name in concerned else (0, 0) for task in tasks}
+
+
+def test_what_makes_inputs_near_duplicates(tmp_path: Path) -> None:
+    """Punctuation does, and symbols and the marks that are part of a letter do not."""
+    inputs = ("I like it.", "i like it!!", "3 + 4", "3 < 4", "काम", "कम", "?", "!", "so good 😀", "so good 😡")
+    task = Task("t", "generation", tuple(Pair(text, "x") for text in inputs), hard_prompts=("p",))
+    findings = {f.code: f.count for f in audit_of(tmp_path, task).findings}
+    assert findings == {"near_duplicates": 2, "tasks_without_validation_pairs": 1, "tasks_without_test_pairs": 1}
 
 
 def test_a_copy_of_a_task(tmp_path: Path) -> None:
@@ -371,7 +398,7 @@ def test_order_of_tasks_and_pairs_does_not_matter(tmp_path: Path) -> None:
     turned = [dataclasses.replace(task, pairs=task.pairs[::-1]) for task in tasks[::-1]]
     config = dataclasses.replace(CONFIG, max_examples=2)
     audit, other = (audit_of(tmp_path / name, *some, config=config) for name, some in (("a", tasks), ("b", turned)))
-    assert len(audit.findings) == 22
+    assert len(audit.findings) == 24
     assert dataclasses.replace(other, path=audit.path) == audit
     for number, same in enumerate((audit, other)):
         write_audit_page(same, tmp_path / f"{number}.html")
@@ -406,7 +433,7 @@ def test_json_is_small_and_kept_in_the_dod(tmp_path: Path) -> None:
     long = "雨" * 300
     tasks = [dataclasses.replace(task, name=f"{n}{long}{task.name}") for n in range(8) for task in messy_tasks()]
     audit = audit_of(tmp_path, *tasks, config=dataclasses.replace(CONFIG, max_examples=100))
-    assert len(audit.findings) == 22
+    assert len(audit.findings) == 24
     record = audit.to_json()
     assert len(json.dumps(record, ensure_ascii=False).encode()) < 200_000
     assert str(tmp_path) not in json.dumps(record)
@@ -455,7 +482,7 @@ def test_page_shows_everything_and_believes_no_text(page_of: Callable[..., Page]
     assert "<script>alert('&')</script>" in page.text  # as text
     assert (page.count("script"), page.count("b"), page.count("style")) == (0, 0, 1)
     assert page.count("figure") == page.count("svg") == 4
-    assert page.count("article") == 22
+    assert page.count("article") == 24
     assert page.count("tbody") == 1
     assert (tmp_path / "page.html").stat().st_size < 1_000_000
     assert str(tmp_path) not in page.text
@@ -480,7 +507,7 @@ def test_page_needs_nothing_beside_it_and_is_accessible(page_of: Callable[..., P
 def test_page_of_a_clean_dod_and_of_generation_only(page_of: Callable[..., Page], tmp_path: Path) -> None:
     page = page_of(*CLEAN)
     assert "Good to use." in page.text
-    assert "22 checks without a finding" in page.text
+    assert "24 checks without a finding" in page.text
     assert "hard prompts longer than 300 tokens: it needs a tokenizer" in page.text
     assert (page.count("article"), page.count("table")) == (0, 0)
     (tmp_path / "made.dod").unlink()

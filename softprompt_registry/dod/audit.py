@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import statistics
+import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -171,6 +172,7 @@ class _Reading:
         for pair in task.pairs:
             places.setdefault(text_key(pair.input), []).append(pair)
         self._inputs.add(places)
+        self._read_near_duplicates(task, places)
         several = "contradictions" if task.kind == "classification" else "several_outputs"
         counts: Counter[str] = Counter()
         for pairs in places.values():
@@ -182,14 +184,23 @@ class _Reading:
             for code in codes or ["repeated_inputs"]:  # counted as repeated only where nothing is worse about it
                 counts[code] += 1
                 self._found(code, [task.name])
-                where = " and ".join(f"{sum(p.split == s for p in pairs)} {s}" for s in PAIR_SPLITS if s in splits)
-                shown = " | ".join(excerpt(output) for output in sorted(outputs)[:4])
-                self._example(code, len(pairs), task.name, min(p.input for p in pairs), f"{where}; output {shown}")
+                self._example(code, len(pairs), task.name, min(p.input for p in pairs), _splits_and_outputs(pairs))
         self._rows[-1] |= {
             "leaks": counts["leaks_between_splits"],
             "contradictions": counts["contradictions"],
             "repeated": counts["repeated_inputs"],
         }
+
+    def _read_near_duplicates(self, task: Task, places: Mapping[str, list[Pair]]) -> None:
+        alike: dict[str, list[str]] = {}
+        for key in places:
+            alike.setdefault(key.translate(_NO_PUNCTUATION), []).append(key)
+        for letters, keys in alike.items():
+            if len(keys) > 1 and letters:  # without letters a text is punctuation alone, which is then what it says
+                self._found("near_duplicates", [task.name], len(keys))
+                pairs = [pair for key in keys for pair in places[key]]
+                first = min(pair.input for pair in pairs)
+                self._example("near_duplicates", len(keys), task.name, first, _splits_and_outputs(pairs))
 
     def _read_lengths(self, task: Task) -> None:
         lengths = [pair.num_tokens for pair in task.pairs]
@@ -258,6 +269,15 @@ class _Reading:
             held_out = sorted(held_out_words().intersection(words_of(label)))
             if task.split == "train" and held_out:
                 self._note_task("held_out_labels", task, f"label {label!r}: {', '.join(held_out)}")
+        spellings: dict[str, list[str]] = {}
+        for label in task.labels:
+            spellings.setdefault(text_key(label), []).append(label)
+        for labels in spellings.values():
+            if len(labels) > 1:
+                counts = Counter(pair.output for pair in task.pairs)
+                detail = ", ".join(f"{label!r} {counts[label]:,}" for label in sorted(labels))
+                self._found("label_spellings", [task.name], len(labels))
+                self._example("label_spellings", len(labels), task.name, "", detail)
         sides = self._label_sets.setdefault(frozenset(map(text_key, task.labels)), {"train": [], "test": []})
         sides[task.split].append(task.name)
 
@@ -471,6 +491,24 @@ class _SameRoots(dict[str, frozenset[str]]):
 
 
 _NOTHING: frozenset[str] = frozenset()
+
+
+class _NoPunctuation(dict[int, int | None]):
+    """Takes punctuation and white space out of a text by `str.translate`. Symbols (+ < = 😀) stay: they tell texts apart."""
+
+    def __missing__(self, code: int) -> int | None:
+        self[code] = None if unicodedata.category(chr(code))[0] in "PZ" else code
+        return self[code]
+
+
+_NO_PUNCTUATION = _NoPunctuation()
+
+
+def _splits_and_outputs(pairs: Sequence[Pair]) -> str:
+    """ "2 train and 1 validation; output x | y"."""
+    splits: Counter[str] = Counter(pair.split for pair in pairs)
+    where = " and ".join(f"{splits[split]} {split}" for split in PAIR_SPLITS if splits[split])
+    return f"{where}; output {' | '.join(map(excerpt, sorted({pair.output for pair in pairs})[:4]))}"
 
 
 def _telling_words(label: str) -> frozenset[str]:

@@ -117,6 +117,13 @@ FINDING_KINDS: dict[str, FindingKind] = {
         "with several labels within one task",
         "At most one of the labels can be predicted. Keep the right one.",
     ),
+    "label_spellings": FindingKind(
+        "warning",
+        "label",
+        "of one task that differ only in case, white space or Unicode form from another",
+        "One label counts as several, and a soft prompt is tuned and scored on its spelling. Write it in one way, as "
+        "`build-dod files` does by default.",
+    ),
     "repeated_inputs": FindingKind(
         "warning",
         "input",
@@ -165,6 +172,13 @@ FINDING_KINDS: dict[str, FindingKind] = {
         "input",
         "with several outputs within one generation task",
         "Fine where a task has more than one good answer.",
+    ),
+    "near_duplicates": FindingKind(
+        "note",
+        "input",
+        "of one task that differ only in punctuation or spacing from another",
+        "Fine where punctuation is what the task asks about. Else the text weighs double, and one in another split was "
+        "seen in training.",
     ),
     "other_labels_in_inputs": FindingKind(
         "note",
