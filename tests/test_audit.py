@@ -13,9 +13,10 @@ from typing import Any
 
 import pytest
 
-from softprompt_registry.dod.audit import AuditConfig, _SameRoots, _SharedTexts, audit_dod
+from softprompt_registry.dod.audit import AuditConfig, audit_dod
 from softprompt_registry.dod.audit_findings import FINDING_KINDS, SEVERITIES, Audit, Example, excerpt
 from softprompt_registry.dod.audit_page import audit_figures, write_audit_page
+from softprompt_registry.dod.audit_texts import SameRoots, SharedTexts
 from softprompt_registry.dod.store import DodStore, note_in_dod
 from softprompt_registry.dod.task import Pair, Task
 from softprompt_registry.dod.vocabulary import same_root
@@ -360,7 +361,7 @@ def test_same_roots_are_those_of_the_vocabulary() -> None:
         "musicians music worse worst bad badly happiness happily unhappy dying died dice artery arts carp carpets ran run "
         "runner mice lie ugly skies mu café über"
     ).split()
-    roots = _SameRoots(labels)
+    roots = SameRoots(labels)
     for word in words:
         assert roots[word] == {label for label in labels if same_root(label, word)}, word
     assert (
@@ -369,7 +370,7 @@ def test_same_roots_are_those_of_the_vocabulary() -> None:
 
 
 def test_shared_texts_by_side() -> None:
-    texts = _SharedTexts()
+    texts = SharedTexts()
     for several in (["a", "b", "c"], ["a", "d"], ["a", "c", "e"], []):
         texts.add(several)
     both, one, per_task = texts.compare([False, False, True, False], max_examples=1)

@@ -7,14 +7,12 @@ findings depend on the content alone: not on the order of tasks and pairs, and n
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import statistics
-import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from softprompt_registry.config import flatten
 from softprompt_registry.dod.audit_findings import (
@@ -30,15 +28,12 @@ from softprompt_registry.dod.audit_findings import (
     plural,
     what_is_found,
 )
+from softprompt_registry.dod.audit_texts import NO_PUNCTUATION, SameRoots, SharedTexts, hash_of, telling_words
 from softprompt_registry.dod.store import DodStore
 from softprompt_registry.dod.task import PAIR_SPLITS, TASK_SPLITS, Pair, Task, TaskSplit, text_key
-from softprompt_registry.dod.vocabulary import MIN_ROOT_LETTERS, held_out_words, inflections, stem, words_of
+from softprompt_registry.dod.vocabulary import held_out_words, words_of
 from softprompt_registry.errors import ConfigError, DataError
 from softprompt_registry.recording import NullRecorder, Recorder
-
-if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
 
 
 @dataclass(frozen=True)
@@ -120,7 +115,7 @@ class _Reading:
         self._tasks: dict[str, set[str]] = defaultdict(set)
         self._examples: dict[str, list[tuple[float, Example]]] = defaultdict(list)
         self._rows: list[dict[str, Any]] = []
-        self._inputs, self._hard_prompts = _SharedTexts(), _SharedTexts()
+        self._inputs, self._hard_prompts = SharedTexts(), SharedTexts()
         self._label_sets: dict[frozenset[str], dict[TaskSplit, list[str]]] = {}
         self._lengths: dict[str, Counter[int]] = {side: Counter() for side in TASK_SPLITS}
         self._num_hard_prompts = self._counted_in_words = 0
@@ -194,7 +189,7 @@ class _Reading:
     def _read_near_duplicates(self, task: Task, places: Mapping[str, list[Pair]]) -> None:
         alike: dict[str, list[str]] = {}
         for key in places:
-            alike.setdefault(key.translate(_NO_PUNCTUATION), []).append(key)
+            alike.setdefault(key.translate(NO_PUNCTUATION), []).append(key)
         for letters, keys in alike.items():
             if len(keys) > 1 and letters:  # without letters a text is punctuation alone, which is then what it says
                 self._found("near_duplicates", [task.name], len(keys))
@@ -282,8 +277,8 @@ class _Reading:
         sides[task.split].append(task.name)
 
     def _read_label_words(self, task: Task) -> None:
-        needed = {label: _telling_words(label) for label in task.labels}
-        roots = _SameRoots({word for words in needed.values() for word in words})
+        needed = {label: telling_words(label) for label in task.labels}
+        roots = SameRoots({word for words in needed.values() for word in words})
         own = other = 0
         examples: list[tuple[str, str, str]] = []
         for pair in task.pairs:
@@ -330,7 +325,7 @@ class _Reading:
                     among = sorted(names[task] for task in tasks)
                     task = store.task(among[0])
                     texts = [p.input for p in task.pairs] if shared is self._inputs else task.hard_prompts
-                    text = min(text for text in texts if _hash(text_key(text)) == digest)
+                    text = min(text for text in texts if hash_of(text_key(text)) == digest)
                     self._example(
                         code, len(tasks), task.name, text, f"{plural(len(among), 'task')}; {_by_side(among, side_of)}"
                     )
@@ -410,116 +405,11 @@ class _Reading:
         )
 
 
-@dataclass(frozen=True)
-class _Shared:
-    """Texts that several tasks have: how many, which tasks, and of those in most tasks the hash and the tasks."""
-
-    count: int
-    tasks: list[int]
-    examples: list[tuple[int, list[int]]]
-
-
-class _SharedTexts:
-    """Finds texts that several tasks have by 8-byte hashes; among 3 million texts two meet by chance once in 4 million."""
-
-    def __init__(self) -> None:
-        self._hashes: list[NDArray[np.uint64]] = []
-
-    def add(self, texts: Iterable[str]) -> None:
-        """The different texts of the next task."""
-        import numpy as np
-
-        self._hashes.append(np.fromiter(map(_hash, texts), np.uint64))
-
-    def compare(
-        self, test_side: Sequence[bool], max_examples: int
-    ) -> tuple[_Shared, _Shared, list[tuple[int, int, int]]]:
-        """What tasks on both sides have, what several tasks on one side have, and per task the number of each and of all
-        its texts."""
-        import numpy as np
-
-        sizes = np.array([len(hashes) for hashes in self._hashes])
-        hashes = np.concatenate(self._hashes)
-        self._hashes.clear()
-        # `np.unique` of them all would be shorter, and hold twice as many arrays of this length.
-        ordered = np.sort(hashes)
-        twice = np.unique(ordered[1:][ordered[1:] == ordered[:-1]])
-        del ordered
-        several = np.searchsorted(twice, hashes) != np.searchsorted(twice, hashes, side="right")
-        hashes, tasks = hashes[several], np.repeat(np.arange(len(sizes), dtype=np.int32), sizes)[several]
-        hashes, group = np.unique(hashes, return_inverse=True)
-        tested = np.array(test_side)[tasks]
-        on_test = np.bincount(group, weights=tested, minlength=len(hashes))
-        on_train = np.bincount(group, minlength=len(hashes)) - on_test
-        both_sides = ((on_test > 0) & (on_train > 0))[group]
-        one_side = np.where(tested, on_test[group], on_train[group]) > 1
-
-        def shared(chosen: NDArray[np.bool_]) -> _Shared:
-            groups, num_tasks = np.unique(group[chosen], return_counts=True)
-            widest = groups[np.lexsort((hashes[groups], -num_tasks))][:max_examples]
-            examples = [(int(hashes[number]), tasks[chosen & (group == number)].tolist()) for number in widest]
-            return _Shared(len(groups), np.unique(tasks[chosen]).tolist(), examples)
-
-        counts = (np.bincount(tasks[chosen], minlength=len(sizes)).tolist() for chosen in (both_sides, one_side))
-        return shared(both_sides), shared(one_side), list(zip(*counts, sizes.tolist(), strict=True))
-
-
-class _SameRoots(dict[str, frozenset[str]]):
-    """Word → those of a few label words that `same_root` holds for, with one stem instead of a call for each of them."""
-
-    def __init__(self, label_words: Iterable[str]) -> None:
-        self._by_form: dict[str, set[str]] = defaultdict(set)
-        self._by_beginning: dict[str, list[tuple[str, str]]] = defaultdict(list)
-        for label_word in label_words:
-            for form in inflections(label_word):
-                self._by_form[form].add(label_word)
-            self._by_beginning[stem(label_word)[:MIN_ROOT_LETTERS]].append((stem(label_word), label_word))
-        self._initials = {word[0] for word in (*self._by_form, *self._by_beginning)}
-
-    def __missing__(self, word: str) -> frozenset[str]:
-        if word[0] not in self._initials:  # stemming changes ends only, and most words need none
-            self[word] = _NOTHING
-            return _NOTHING
-        found = set(self._by_form.get(word, ()))
-        root = stem(word)
-        for other, label_word in self._by_beginning.get(root[:MIN_ROOT_LETTERS], ()):
-            shorter, longer = sorted((root, other), key=len)
-            if shorter == longer or (len(shorter) >= MIN_ROOT_LETTERS and longer.startswith(shorter)):
-                found.add(label_word)
-        self[word] = frozenset(found) or _NOTHING
-        return self[word]
-
-
-_NOTHING: frozenset[str] = frozenset()
-
-
-class _NoPunctuation(dict[int, int | None]):
-    """Takes punctuation and white space out of a text by `str.translate`. Symbols (+ < = 😀) stay: they tell texts apart."""
-
-    def __missing__(self, code: int) -> int | None:
-        self[code] = None if unicodedata.category(chr(code))[0] in "PZ" else code
-        return self[code]
-
-
-_NO_PUNCTUATION = _NoPunctuation()
-
-
 def _splits_and_outputs(pairs: Sequence[Pair]) -> str:
     """ "2 train and 1 validation; output x | y"."""
     splits: Counter[str] = Counter(pair.split for pair in pairs)
     where = " and ".join(f"{splits[split]} {split}" for split in PAIR_SPLITS if splits[split])
     return f"{where}; output {' | '.join(map(excerpt, sorted({pair.output for pair in pairs})[:4]))}"
-
-
-def _telling_words(label: str) -> frozenset[str]:
-    """The words that a text with this label in it must have all; single letters ("A") say nothing."""
-    words = {word for word in words_of(label) if len(word) > 1}
-    return frozenset({word for word in words if len(word) > 2} or words)
-
-
-def _hash(text: str) -> int:
-    """For comparing within one audit; nothing stores it."""
-    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")
 
 
 def _by_side(names: Sequence[str], side_of: Mapping[str, str]) -> str:
