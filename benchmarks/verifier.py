@@ -34,7 +34,7 @@ from softprompt_registry.base_models.frozen import BaseModel
 from softprompt_registry.base_models.loading import load_base_model
 from softprompt_registry.dod.store import DodStore
 from softprompt_registry.dod.task import Pair, Task
-from softprompt_registry.soft_prompts.encoding import encode_pair
+from softprompt_registry.soft_prompts.encoding import RowEncoder, encode_inside
 from softprompt_registry.soft_prompts.soft_prompt import SoftPrompt, SoftPromptRecord
 from softprompt_registry.verbalization.verification import Verification
 from softprompt_registry.verbalization.verifier import Verifier, VerifierConfig
@@ -81,17 +81,18 @@ def _instruction(task: Task) -> str:
 def row_by_row(base: BaseModel, work: Work, config: VerifierConfig, rows: Sequence[int]) -> dict[int, float]:
     """Mean log-likelihood per target token of chosen rows; row r is pair r % pairs of condition r // pairs."""
     template = work.soft_prompt.record.template
+    encoder = RowEncoder.of(base, work.soft_prompt.record)
     soft = work.soft_prompt.embeddings.to(base.device, base.dtype)[None]  # (1, K, D)
     embed = base.model.get_input_embeddings()
     scores = {}
     with torch.no_grad():
         for row in rows:
             condition, number = divmod(row, len(work.pairs))
-            encoded, _ = encode_pair(base, template, work.pairs[number], config.max_pair_tokens)
+            encoded, _ = encoder.pair(template, work.pairs[number], config.max_pair_tokens)
             prompt, target = encoded.prompt, encoded.target
             if condition > 1:
                 text = encoded.prompt[len(base.bos) :]
-                prompt = [*base.bos, *base.tokenize(work.texts[condition - 2]), *base.tokenize("\n"), *text]
+                prompt = [*base.bos, *base.tokenize(work.texts[condition - 2]), *encode_inside(base, "\n"), *text]
             ids = torch.tensor([[*prompt, *target]], device=base.device)  # (1, N)
             if condition == 1:
                 logits = base.model(inputs_embeds=torch.cat([soft, embed(ids)], dim=1), use_cache=False).logits

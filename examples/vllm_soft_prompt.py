@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from softprompt_registry.base_models.frozen import BaseModel
+from softprompt_registry.soft_prompts.encoding import RowEncoder
 from softprompt_registry.soft_prompts.soft_prompt import SoftPrompt
 
 if TYPE_CHECKING:
@@ -34,8 +35,8 @@ if TYPE_CHECKING:
 
 
 def prompt_embeddings(base_model: BaseModel, soft_prompt: SoftPrompt, text: str) -> torch.Tensor:
-    """(K + T, D) in the base model's dtype: the soft tokens, and behind them BOS and `text`, the filled template."""
-    ids = [*base_model.bos, *base_model.tokenize(text)]
+    """(K + T, D) in the base model's dtype: the soft tokens, and behind them `text`, the filled template, as in tuning."""
+    ids = RowEncoder.of(base_model, soft_prompt.record).text(text)
     soft = soft_prompt.embeddings.to(base_model.device)  # (K, D)
     joined = base_model.join(soft[None], [ids], pad_side="right").inputs_embeds[0]
     return joined.detach().cpu()

@@ -29,6 +29,7 @@ from softprompt_registry.base_models.loading import load_base_model_for
 from softprompt_registry.base_models.reference import BaseModelRef
 from softprompt_registry.dod.task import fill_template
 from softprompt_registry.errors import ArtifactError, ConfigError, DataError, RegistryError
+from softprompt_registry.soft_prompts.encoding import RowEncoder
 
 if TYPE_CHECKING:
     from softprompt_registry.soft_prompts.soft_prompt import SoftPrompt
@@ -320,8 +321,9 @@ def soft_prompt_from_base64(text: str, row: int, base_model: BaseModelRef) -> So
 
 
 def _prompt_ids(base: BaseModel, soft_prompt: SoftPrompt, text: str, row: int, max_new_tokens: int) -> list[int]:
-    """BOS and the filled template, as in tuning. An input that is too long is refused, not cut: its end may matter."""
-    ids = base.bos + base.tokenize(fill_template(soft_prompt.record.template or "{x}", text))
+    """The filled template, encoded as in tuning. An input that is too long is refused, not cut: its end may matter."""
+    filled = fill_template(soft_prompt.record.template or "{x}", text)
+    ids = RowEncoder.of(base, soft_prompt.record).text(filled)
     room = base.max_positions - soft_prompt.num_virtual_tokens - max_new_tokens
     if len(ids) > room:
         raise DataError(

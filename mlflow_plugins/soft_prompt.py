@@ -11,7 +11,7 @@ from mlflow.models.model import ModelInfo
 from mlflow.models.signature import ModelSignature
 
 from mlflow_plugins import flavor_parts
-from softprompt_registry.soft_prompts.soft_prompt import FORMAT_VERSION, SoftPrompt
+from softprompt_registry.soft_prompts.soft_prompt import SoftPrompt
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -45,7 +45,7 @@ def save_model(
         artifact.record.base_model,
         num_virtual_tokens=artifact.num_virtual_tokens,
         digest=artifact.id,
-        format_version=FORMAT_VERSION,
+        format_version=artifact.record.format_version,
     )
     flavor_parts.save(
         FLAVOR_NAME,

@@ -61,11 +61,13 @@ def require_free_folder(folder: Path, doing: str) -> None:
         raise ArtifactError(f"{doing}: {str(folder)!r} exists already; expected a new folder. Choose another one.")
 
 
-def check_format_version(record: dict[str, Any], supported: int, what: str) -> None:
+def check_format_version(record: dict[str, Any], supported: int | tuple[int, ...], what: str) -> None:
     found = record.get("format_version")
-    if found != supported:
+    known = supported if isinstance(supported, tuple) else (supported,)
+    if found not in known:
         raise ArtifactError(
-            f"reading {what}: its format_version is {found!r}; this version of softprompt-registry reads {supported}. "
+            f"reading {what}: its format_version is {found!r}; this version of softprompt-registry reads "
+            f"{' and '.join(map(str, known))}. "
             "Use the version that wrote it, or make it again."
         )
 

@@ -327,8 +327,8 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "no header": (lambda folder: (folder / "bank.json").unlink(), "bank.json' is missing"),
     "cut header": (replaced_file("bank.json", None), "bank.json' is not JSON"),
     "header of version 3": (
-        lambda folder: edit_json(folder / "bank.json", format_version=3),
-        "its format_version is 3; this version of softprompt-registry reads 2",
+        lambda folder: edit_json(folder / "bank.json", format_version=4),
+        "its format_version is 4; this version of softprompt-registry reads 1 and 2 and 3",
     ),
     **{
         f"header without {key}": (

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from softprompt_registry.base_models.frozen import BaseModel
 from softprompt_registry.dod.task import Pair, Task
-from softprompt_registry.soft_prompts.encoding import encode_pair
+from softprompt_registry.soft_prompts.encoding import RowEncoder
 from softprompt_registry.soft_prompts.progress import initial_embeddings
 from softprompt_registry.soft_prompts.tuning import TuningConfig, tune_soft_prompts
 
@@ -65,7 +65,9 @@ def base_model() -> BaseModel:
 @pytest.fixture(scope="module")
 def rows(baselines: Any, base_model: BaseModel) -> list[Any]:
     def encoded(task: Task, split: Any) -> list[tuple[list[int], list[int]]]:
-        pairs = [encode_pair(base_model, task.template, pair, 92)[0] for pair in task.pairs_of(split)]
+        pairs = [
+            RowEncoder.of_new_prompts(base_model).pair(task.template, pair, 92)[0] for pair in task.pairs_of(split)
+        ]
         return [(pair.prompt, pair.target) for pair in pairs]
 
     return [

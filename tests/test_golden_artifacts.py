@@ -1,13 +1,14 @@
 """Artifacts of every format version, as written on the day it was fixed; they must load for ever.
 
-`python tests/test_golden_artifacts.py` writes the current ones anew, which only a new format version may need: version 2 of
-the bank and version 1 of all others. The bank of version 1 in `data/v1/bank` was written by 0.1.0, and nothing writes it any
-more.
+`python tests/test_golden_artifacts.py` writes the current ones anew, which only a new format version may need: versions 1 and
+2 of the soft prompt, 2 and 3 of the bank, and 1 of all others. The bank of version 1 in `data/v1/bank` was written by 0.1.0,
+and nothing writes it any more.
 """
 
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,16 +16,20 @@ import torch
 from safetensors.torch import load_file
 from tiny_llm import tiny_base_model
 
+from softprompt_registry.base_models.frozen import LAYOUT_WITHOUT_BOS
 from softprompt_registry.dod.store import DodStore
 from softprompt_registry.dod.task import Pair, Task
+from softprompt_registry.errors import ArtifactError
 from softprompt_registry.soft_prompts.bank import BankWriter, SoftPromptBank
 from softprompt_registry.soft_prompts.soft_prompt import SoftPrompt, SoftPromptRecord, soft_prompt_from_bytes
-from softprompt_registry.storage import folder_written_whole
+from softprompt_registry.storage import check_format_version, folder_written_whole
 from softprompt_registry.translators.training import TranslatorConfig, train_translator
 from softprompt_registry.translators.translator import Translator, read_record
 
 FOLDER = Path(__file__).parent / "data" / "v1"
 BANK = Path(__file__).parent / "data" / "v2" / "bank"
+SOFT_PROMPT_2 = Path(__file__).parent / "data" / "v2" / "soft_prompt"
+BANK_3 = Path(__file__).parent / "data" / "v3" / "bank"
 TASKS = {
     name: Task(name, "classification", (Pair("a", labels[0]), Pair("b", labels[1])), labels)
     for name, labels in {"colours": ("red", "blue"), "sizes": ("big", "small")}.items()
@@ -57,6 +62,15 @@ def golden_prompts() -> list[SoftPrompt]:
     ]
 
 
+def in_other_layouts() -> list[SoftPrompt]:
+    """What a reader of version 1 would misunderstand: one without a BOS, one encoded as one text."""
+    first, second = golden_prompts()
+    return [
+        replace(first, record=replace(first.record, layout=LAYOUT_WITHOUT_BOS)),
+        replace(second, record=replace(second.record, encoding=2)),
+    ]
+
+
 def write_bank(prompts: list[SoftPrompt]) -> SoftPromptBank:
     """Two shards, added last first, one start for both, one task that failed."""
     with folder_written_whole(BANK) as partial, BankWriter(partial, rows_per_shard=1) as writer:
@@ -72,6 +86,8 @@ def write() -> None:
     prompts[0].save(FOLDER / "soft_prompt")
     (FOLDER / "payload.safetensors").write_bytes(prompts[0].to_bytes())
     bank = write_bank(prompts)
+    in_other_layouts()[0].save(SOFT_PROMPT_2)
+    SoftPromptBank.save(in_other_layouts(), BANK_3)
     config = TranslatorConfig(lora_rank=1, target_modules=("q_proj",), epochs=1, validation_share=0.0)
     train_translator(tiny_base_model(), bank, TASKS, config, FOLDER / "translator")
     with DodStore.create(FOLDER / "dod.sqlite") as store:
@@ -85,6 +101,19 @@ def test_soft_prompt() -> None:
     assert soft_prompt.record.labels == ("red", "blue")
     assert soft_prompt.record.metrics == {"label_accuracy": 0.75}
     assert soft_prompt.id == golden_prompts()[0].id
+
+
+def test_soft_prompt_and_bank_in_other_layouts() -> None:
+    expected = [prompt.record for prompt in in_other_layouts()]
+    assert SoftPrompt.load(SOFT_PROMPT_2).record == expected[0]
+    payload = (SOFT_PROMPT_2 / "soft_prompt.safetensors").read_bytes()
+    assert soft_prompt_from_bytes(payload, tiny_base_model().ref).record.layout == LAYOUT_WITHOUT_BOS
+    bank = SoftPromptBank(BANK_3)
+    assert bank.header["format_version"] == 3 and [member.record for member in bank] == expected
+    # Readers of version 1, and of version 2 of the bank, put other tokens behind these: they refuse by the number.
+    for folder, name, version in ((SOFT_PROMPT_2, "soft_prompt.json", 1), (BANK_3, "bank.json", 2)):
+        with pytest.raises(ArtifactError, match=f"its format_version is {version + 1}; .* reads {version}"):
+            check_format_version(json.loads((folder / name).read_text()), version, "it")
 
 
 def test_payload() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,9 +14,11 @@ import transformers
 from softprompt_registry.base_models.frozen import BaseModel
 from softprompt_registry.base_models.loading import PACKAGED_MODELS, load_base_model, quiet_transformers
 from softprompt_registry.dod.store import DodStore
+from softprompt_registry.dod.task import fill_template
 from softprompt_registry.sample import build_sample_dod
-from softprompt_registry.soft_prompts.encoding import encode_pair
+from softprompt_registry.soft_prompts.encoding import RowEncoder, encode_inside
 from softprompt_registry.soft_prompts.performance import Trial, measure
+from softprompt_registry.soft_prompts.soft_prompt import AS_ONE_TEXT, ENCODED_APART
 from softprompt_registry.soft_prompts.tuning import TuningConfig, tune_soft_prompts
 
 pytestmark = pytest.mark.slow
@@ -47,6 +50,23 @@ def test_the_converted_copy_gives_the_logits_of_the_gguf_file(base_model: BaseMo
         assert torch.equal(original(ids).logits, base_model.model(ids).logits)
 
 
+def test_its_token_ids_are_those_of_prompt_and_target_apart(base_model: BaseModel, tmp_path: Path) -> None:
+    encoder = RowEncoder.of_new_prompts(base_model)
+    assert encoder.encoding == ENCODED_APART
+    as_one_text = replace(encoder, encoding=AS_ONE_TEXT)
+    with DodStore.open(build_sample_dod(tmp_path / "sample.sqlite")) as store:
+        tasks = [store.task(name) for name in store.task_names()]
+    for task in tasks:
+        for pair in task.pairs:
+            row, _ = as_one_text.pair(task.template, pair, 256)
+            assert row.prompt == base_model.bos + base_model.tokenize(fill_template(task.template, pair.input))
+            assert row.target == [*base_model.tokenize(f" {pair.output}"), base_model.eos_id]
+            assert as_one_text.pair(task.template, pair, 20) == encoder.pair(task.template, pair, 20)
+        for label in task.labels:
+            assert as_one_text.label(task.template, label) == (0, base_model.tokenize(f" {label}"))
+    assert encode_inside(base_model, "\n") == base_model.tokenize("\n")
+
+
 def test_a_soft_prompt_teaches_a_task_that_the_bare_model_cannot_do(base_model: BaseModel, tmp_path: Path) -> None:
     with DodStore.open(build_sample_dod(tmp_path / "sample.sqlite")) as store:
         task = store.task("rooms")
@@ -64,7 +84,7 @@ def test_a_soft_prompt_teaches_a_task_that_the_bare_model_cannot_do(base_model: 
     )
     bank = tune_soft_prompts(base_model, [task], config, tmp_path / "bank")
     pairs = task.pairs_of("test")
-    prompts = [encode_pair(base_model, task.template, pair, 256)[0].prompt for pair in pairs]
+    prompts = [RowEncoder.of_new_prompts(base_model).pair(task.template, pair, 256)[0].prompt for pair in pairs]
     outputs = [pair.output for pair in pairs]
     bare, tuned = (
         measure(base_model, [Trial(task, None, prompts, outputs)], max_new_tokens=8, tokens_per_forward=1024),

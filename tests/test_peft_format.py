@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import peft
 import pytest
 import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
-from tiny_llm import tiny_base_model
+from tiny_llm import bos_writing_tokenizer, sentencepiece_tokenizer, tiny_base_model, tiny_tokenizer
+from tokenizers import processors
 
-from softprompt_registry.base_models.frozen import BaseModel
+from softprompt_registry.base_models.frozen import LAYOUT_WITHOUT_BOS, SEQUENCE_LAYOUT, BaseModel
 from softprompt_registry.base_models.loading import load_base_model
 from softprompt_registry.cli import main
+from softprompt_registry.dod.task import Pair
 from softprompt_registry.errors import ArtifactError, BaseModelMismatch
-from softprompt_registry.soft_prompts.peft_format import export_peft, import_peft
-from softprompt_registry.soft_prompts.soft_prompt import SoftPrompt, SoftPromptRecord
+from softprompt_registry.soft_prompts.encoding import RowEncoder, encoding_for
+from softprompt_registry.soft_prompts.peft_format import export_peft, import_peft, what_peft_does_otherwise
+from softprompt_registry.soft_prompts.soft_prompt import LAYOUTS, SoftPrompt, SoftPromptRecord
 
 TEXT = "a fine day at the sea"
 
@@ -72,7 +79,7 @@ def test_ours_gives_the_same_logits_through_peft(base_model: BaseModel, tmp_path
 def test_out_and_in_loses_nothing(base_model: BaseModel, tmp_path: Path) -> None:
     soft_prompt = soft_prompt_of(base_model)
     export_peft(soft_prompt, tmp_path / "adapter")
-    again = import_peft(tmp_path / "adapter", base_model.ref, task="another name")
+    again = import_peft(tmp_path / "adapter", base_model, task="another name")
     assert again.record == soft_prompt.record and again.id == soft_prompt.id
     assert again.initial_embeddings is not None and soft_prompt.initial_embeddings is not None
     assert torch.equal(again.initial_embeddings, soft_prompt.initial_embeddings)
@@ -100,7 +107,7 @@ def trained_by_peft(folder: Path, base_model: BaseModel) -> torch.Tensor:
 
 def test_an_adapter_trained_by_peft_becomes_a_soft_prompt(base_model: BaseModel, tmp_path: Path) -> None:
     embeddings = trained_by_peft(tmp_path / "theirs", base_model)
-    soft_prompt = import_peft(tmp_path / "theirs", base_model.ref, task="sea", labels=("calm", "rough"))
+    soft_prompt = import_peft(tmp_path / "theirs", base_model, task="sea", labels=("calm", "rough"))
     assert torch.equal(soft_prompt.embeddings, embeddings) and soft_prompt.initial_embeddings is None
     assert soft_prompt.record.ground_truth == "calm, rough"
     found = our_logits(base_model, soft_prompt.embeddings)
@@ -116,7 +123,7 @@ def test_an_exported_prompt_that_was_trained_further_keeps_no_old_numbers(
     export_peft(soft_prompt, tmp_path / "adapter")
     path = tmp_path / "adapter" / "adapter_model.safetensors"
     save_file({"prompt_embeddings": load_file(path)["prompt_embeddings"] + 0.5}, path)
-    again = import_peft(tmp_path / "adapter", base_model.ref, task="weather")
+    again = import_peft(tmp_path / "adapter", base_model, task="weather")
     torch.testing.assert_close(again.embeddings, soft_prompt.embeddings + 0.5)
     assert again.record.metrics == {} and again.record.labels == ("wet", "dry") and again.initial_embeddings is None
 
@@ -124,10 +131,10 @@ def test_an_exported_prompt_that_was_trained_further_keeps_no_old_numbers(
 def test_another_base_model_is_refused(base_model: BaseModel, tmp_path: Path) -> None:
     export_peft(soft_prompt_of(base_model), tmp_path / "adapter")
     with pytest.raises(BaseModelMismatch, match="belongs to base model"):
-        import_peft(tmp_path / "adapter", tiny_base_model(seed=1).ref, task="x")
+        import_peft(tmp_path / "adapter", tiny_base_model(seed=1), task="x")
     trained_by_peft(tmp_path / "theirs", base_model)
     with pytest.raises(ArtifactError, match="D=32"):
-        import_peft(tmp_path / "theirs", tiny_base_model(hidden_size=32).ref, task="x")
+        import_peft(tmp_path / "theirs", tiny_base_model(hidden_size=32), task="x")
 
 
 @pytest.mark.parametrize(
@@ -145,14 +152,14 @@ def test_other_adapters_are_refused(
     path = tmp_path / "theirs" / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     with pytest.raises(ArtifactError, match=words):
-        import_peft(tmp_path / "theirs", base_model.ref, task="x")
+        import_peft(tmp_path / "theirs", base_model, task="x")
 
 
 def test_a_pickled_adapter_is_not_opened(base_model: BaseModel, tmp_path: Path) -> None:
     trained_by_peft(tmp_path / "theirs", base_model)
     (tmp_path / "theirs" / "adapter_model.safetensors").rename(tmp_path / "theirs" / "adapter_model.bin")
     with pytest.raises(ArtifactError, match="Pickled adapters .* are not opened"):
-        import_peft(tmp_path / "theirs", base_model.ref, task="x")
+        import_peft(tmp_path / "theirs", base_model, task="x")
 
 
 def test_by_commands(tiny_folder: Path, tmp_path: Path) -> None:
@@ -165,6 +172,135 @@ def test_by_commands(tiny_folder: Path, tmp_path: Path) -> None:
     assert result["record"]["kind"] == "classification" and result["record"]["labels"] == ["calm", "rough"]
     again = CliRunner().invoke(main, [*arguments, "--label", "calm", "--label", "rough"])
     assert again.exit_code == 1 and "exists already" in again.stderr
+    assert result["record"]["layout"] == LAYOUT_WITHOUT_BOS  # the tokenizer writes no BOS
     exported = CliRunner().invoke(main, ["export-peft", str(tmp_path / "ours"), "--out", str(tmp_path / "back")])
-    assert exported.exit_code == 0 and "task sea" in exported.stdout
-    assert import_peft(tmp_path / "back", base_model.ref, task="x").id == result["id"]
+    assert exported.exit_code == 0 and "task sea" in exported.stdout and exported.stderr == ""
+    assert import_peft(tmp_path / "back", base_model, task="x").id == result["id"]
+    arguments[3] = str(tmp_path / "with_bos")
+    assert CliRunner().invoke(main, [*arguments, "--layout", "bos"]).exit_code == 0
+    exported = CliRunner().invoke(main, ["export-peft", arguments[3], "--out", str(tmp_path / "noted")])
+    assert exported.exit_code == 0 and "put the BOS ('<bos>') before each text" in exported.stderr
+
+
+# PEFT's own loss -------------------------------------------------------------------------------------------------------
+
+PAIRS = (Pair("a fine day", "calm"), Pair("wind", "rough"), Pair("hardly a wave", "calm"))
+
+
+def model_with(tokenizer: Any) -> BaseModel:
+    return tiny_base_model(tokenizer=tokenizer)
+
+
+def rows_of_peft(tokenizer: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Ids, mask and labels (B, T), as a user of PEFT makes them: the tokenizer's ids of whole texts, the prompts masked."""
+    rows, labels = [], []
+    for pair in PAIRS:
+        prompt = tokenizer(f"Sentence: {pair.input} Label:")["input_ids"]
+        ids = [*tokenizer(f"Sentence: {pair.input} Label: {pair.output}")["input_ids"], 1]
+        rows.append(torch.tensor(ids))
+        labels.append(torch.tensor([-100] * len(prompt) + ids[len(prompt) :]))
+    pad = torch.nn.utils.rnn.pad_sequence
+    mask = pad([torch.ones_like(row) for row in rows], batch_first=True)
+    return pad(rows, batch_first=True), mask, pad(labels, batch_first=True, padding_value=-100)
+
+
+def peft_loss(model: Any, tokenizer: Any) -> torch.Tensor:
+    ids, mask, labels = rows_of_peft(tokenizer)
+    loss: torch.Tensor = model(input_ids=ids, attention_mask=mask, labels=labels).loss
+    return loss
+
+
+def our_loss(base: BaseModel, soft_prompt: SoftPrompt) -> float:
+    encoder = RowEncoder.of(base, soft_prompt.record)
+    rows = [encoder.pair(soft_prompt.record.template, pair, 200)[0] for pair in PAIRS]
+    soft = soft_prompt.embeddings.expand(len(rows), -1, -1)
+    with torch.no_grad():
+        scores = base.score_targets(soft, [row.prompt for row in rows], [row.target for row in rows])
+    return float(-scores.log_likelihood.sum() / scores.num_tokens.sum())
+
+
+TOKENIZERS = pytest.mark.parametrize(
+    ("make_tokenizer", "layout"),
+    [
+        (tiny_tokenizer, LAYOUT_WITHOUT_BOS),
+        (bos_writing_tokenizer, SEQUENCE_LAYOUT),
+        (lambda: sentencepiece_tokenizer("llama2", ("calm", "rough", "Label")), LAYOUT_WITHOUT_BOS),
+    ],
+    ids=["writes no BOS", "writes a BOS", "writes a space"],
+)
+
+
+@TOKENIZERS
+def test_after_import_our_loss_is_the_loss_of_peft(
+    make_tokenizer: Callable[[], Any], layout: str, tmp_path: Path
+) -> None:
+    base = model_with(make_tokenizer())
+    with torch.random.fork_rng():
+        torch.manual_seed(5)
+        config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+        model = peft.get_peft_model(model_with(make_tokenizer()).model, config)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-2)
+    losses = []
+    for _ in range(5):
+        loss = peft_loss(model, base.tokenizer)
+        losses.append(loss.item())
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.save_pretrained(tmp_path / "theirs")
+    with torch.no_grad():
+        found = peft_loss(model, base.tokenizer).item()
+    assert found < losses[0]
+    soft_prompt = import_peft(
+        tmp_path / "theirs", base, task="sea", kind="classification", template="Sentence: {x} Label:"
+    )
+    assert soft_prompt.record.layout == layout
+    assert our_loss(base, soft_prompt) == pytest.approx(found, rel=1e-5)
+    # What was done before: the other layout, without a word.
+    other = next(other for other in LAYOUTS if other != layout)
+    named = import_peft(tmp_path / "theirs", base, task="sea", template="Sentence: {x} Label:", layout=other)
+    assert named.record.layout == other and abs(our_loss(base, named) - found) > 1e-3
+
+
+@TOKENIZERS
+def test_an_exported_prompt_has_our_loss_in_peft(
+    make_tokenizer: Callable[[], Any], layout: str, tmp_path: Path
+) -> None:
+    base = model_with(make_tokenizer())
+    soft_prompt = soft_prompt_of(base)
+    encoding = encoding_for(base.tokenizer)
+    soft_prompt = replace(soft_prompt, record=replace(soft_prompt.record, layout=layout, encoding=encoding))
+    export_peft(soft_prompt, tmp_path / "adapter")
+    model = peft.PeftModel.from_pretrained(model_with(make_tokenizer()).model, str(tmp_path / "adapter"))
+    with torch.no_grad():
+        assert peft_loss(model, base.tokenizer).item() == pytest.approx(our_loss(base, soft_prompt), rel=1e-5)
+    assert what_peft_does_otherwise(soft_prompt.record, base.tokenizer) is None
+
+
+def test_where_peft_gives_another_layout_it_is_said(tmp_path: Path) -> None:
+    record = soft_prompt_of(tiny_base_model()).record
+    assert re.search(
+        r"tuned in the layout \[soft tokens\]\[BOS\]\[text\].* gives \[soft tokens\]\[text\].* put the BOS \('<bos>'\)",
+        str(what_peft_does_otherwise(record, tiny_tokenizer())),
+    )
+    without = replace(record, layout=LAYOUT_WITHOUT_BOS)
+    assert "add_special_tokens=False" in str(what_peft_does_otherwise(without, bos_writing_tokenizer()))
+    # A tokenizer that writes something else, as GLM's does: neither layout.
+    other = tiny_tokenizer()
+    other.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<eos> <bos> $A", special_tokens=[("<bos>", 0), ("<eos>", 1)]
+    )
+    assert "other special tokens" in str(what_peft_does_otherwise(record, other))
+    trained_by_peft(tmp_path / "theirs", tiny_base_model())
+    with pytest.raises(ArtifactError, match="other special tokens than the BOS .* Name the layout"):
+        import_peft(tmp_path / "theirs", model_with(other), task="x")
+    assert import_peft(tmp_path / "theirs", model_with(other), task="x", layout=SEQUENCE_LAYOUT)
+
+
+def test_a_prompt_of_ours_that_peft_trained_further_has_the_layout_of_peft(tmp_path: Path) -> None:
+    base = tiny_base_model()
+    export_peft(soft_prompt_of(base), tmp_path / "adapter")
+    assert import_peft(tmp_path / "adapter", base, task="x").record.layout == SEQUENCE_LAYOUT  # unchanged: its own
+    path = tmp_path / "adapter" / "adapter_model.safetensors"
+    save_file({"prompt_embeddings": load_file(path)["prompt_embeddings"] + 0.5}, path)
+    assert import_peft(tmp_path / "adapter", base, task="x").record.layout == LAYOUT_WITHOUT_BOS

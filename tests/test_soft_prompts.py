@@ -99,8 +99,10 @@ def test_a_damaged_folder_says_which_file(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match=r"found the tensors \['weights'\], expected one called 'embeddings'"):
         SoftPrompt.load(folder)
     tensors.write_bytes(whole)
-    edit_json(folder / "soft_prompt.json", format_version=2)
-    with pytest.raises(ArtifactError, match="its format_version is 2; this version of softprompt-registry reads 1"):
+    edit_json(folder / "soft_prompt.json", format_version=3)
+    with pytest.raises(
+        ArtifactError, match="its format_version is 3; this version of softprompt-registry reads 1 and 2"
+    ):
         SoftPrompt.load(folder)
 
 

@@ -30,7 +30,7 @@ from softprompt_registry.dod.task import Pair, Task, fill_template
 from softprompt_registry.errors import ArtifactError, BusyError, DataError
 from softprompt_registry.recording import NullRecorder, ProgressBar
 from softprompt_registry.soft_prompts.bank import SoftPromptBank
-from softprompt_registry.soft_prompts.encoding import EncodedPair, choose_pairs, encode_pair
+from softprompt_registry.soft_prompts.encoding import EncodedPair, RowEncoder, choose_pairs
 from softprompt_registry.soft_prompts.fleet import train_step
 from softprompt_registry.soft_prompts.performance import Trial, choose_labels, generate_answers, measure
 from softprompt_registry.soft_prompts.progress import initial_embeddings
@@ -200,7 +200,7 @@ def test_each_gradient_is_that_of_the_tasks_own_mean_loss(base: BaseModel) -> No
 
 
 def validation_loss(base: BaseModel, soft_prompt: SoftPrompt, task: Task) -> float:
-    pairs = [encode_pair(base, task.template, pair, 76)[0] for pair in task.pairs_of("validation")]
+    pairs = [RowEncoder.of_new_prompts(base).pair(task.template, pair, 76)[0] for pair in task.pairs_of("validation")]
     with torch.no_grad():
         scores = base.score_targets(
             torch.stack([soft_prompt.embeddings] * len(pairs)), [p.prompt for p in pairs], [p.target for p in pairs]
@@ -281,7 +281,7 @@ def test_a_start_is_made_of_vocabulary_embeddings_shared_or_own(base: BaseModel)
 
 
 def test_the_end_token_is_the_last_target(base: BaseModel) -> None:
-    pair, cut = encode_pair(base, "Sentence: {x} Label:", Pair("so {x} it is", "joy"), 200)
+    pair, cut = RowEncoder.of_new_prompts(base).pair("Sentence: {x} Label:", Pair("so {x} it is", "joy"), 200)
     assert not cut
     assert pair.prompt[0] == 0 and base.decode(pair.prompt) == "Sentence: so {x} it is Label:"
     assert pair.target[-1] == base.eos_id and base.eos_id not in pair.target[:-1]
@@ -293,18 +293,18 @@ def test_the_end_token_is_the_last_target(base: BaseModel) -> None:
 def test_a_long_input_gives_way_and_its_target_never_does(base: BaseModel, template: str) -> None:
     """What is left of the input stands in the template just as a whole one does (a space was once doubled there)."""
     text, output = "abcdefghij" * 5, "a long target"
-    whole, _ = encode_pair(base, template, Pair(text, output), 1000)
+    whole, _ = RowEncoder.of_new_prompts(base).pair(template, Pair(text, output), 1000)
     length = len(whole.prompt) + len(whole.target)
-    assert encode_pair(base, template, Pair(text, output), length) == (whole, False)
+    assert RowEncoder.of_new_prompts(base).pair(template, Pair(text, output), length) == (whole, False)
     for room in (length - 1, length - 20, length - 49):
-        short, cut = encode_pair(base, template, Pair(text, output), room)
+        short, cut = RowEncoder.of_new_prompts(base).pair(template, Pair(text, output), room)
         assert cut and short.target == whole.target
         assert len(short.prompt) + len(short.target) == room
         assert base.decode(short.prompt) == fill_template(template, text[: 50 - (length - room)])
 
 
 def test_a_target_longer_than_the_room_is_still_whole(base: BaseModel) -> None:
-    pair, cut = encode_pair(base, "Sentence: {x} Label:", Pair("abc", "x" * 100), 60)
+    pair, cut = RowEncoder.of_new_prompts(base).pair("Sentence: {x} Label:", Pair("abc", "x" * 100), 60)
     assert cut and base.decode(pair.target) == " " + "x" * 100
 
 

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 SEQUENCE_LAYOUT = "[soft tokens][BOS][text][EOS]"
+LAYOUT_WITHOUT_BOS = "[soft tokens][text][EOS]"
 _HEAD_SETTINGS = ("final_logit_softcapping", "logits_scaling", "logit_scale", "output_multiplier_scale")
 """Config entries of models whose logits are more than `lm_head(hidden)`; those take the full forward pass."""
 
@@ -92,8 +93,17 @@ class BaseModel:
     def eos_id(self) -> int:
         return int(self.tokenizer.eos_token_id)
 
-    def decode(self, ids: Sequence[int]) -> str:
+    def decode(self, ids: Sequence[int], after: Sequence[int] = ()) -> str:
+        """The text of `ids`, without special tokens.
+
+        Args:
+            after: what they were written behind. Alone, many tokenizers drop the space that a text begins with.
+        """
         text: str = self.tokenizer.decode(list(ids), skip_special_tokens=True)
+        if after:
+            before, whole = self.decode(after), self.decode([*after, *ids])
+            # Where a character is spread over both, neither text begins the other.
+            return whole.removeprefix(before) if whole.startswith(before) else text
         return text
 
     def prefixes(self, soft_prompts: torch.Tensor, lead: Sequence[int] = ()) -> Prefixes | None:

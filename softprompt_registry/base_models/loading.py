@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from softprompt_registry.base_models.frozen import BaseModel
-from softprompt_registry.base_models.reference import BaseModelRef, reference_of, require_same_base
+from softprompt_registry.base_models.reference import BaseModelRef, reference_of, require_same_base, tokenizer_digest
 from softprompt_registry.errors import BaseModelError
 
 if TYPE_CHECKING:
@@ -113,14 +113,27 @@ def load_tokenizer(reference: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def find_tokenizer_for(ref: BaseModelRef) -> PreTrainedTokenizerBase | None:
+    """The tokenizer of the base model that an artifact names, as `load_base_model_for` finds it; None if it is not there."""
+    try:
+        tokenizer = load_tokenizer(_reference_for(ref))
+    except BaseModelError:
+        return None
+    return tokenizer if tokenizer_digest(tokenizer) == ref.tokenizer_sha256 else None
+
+
 def load_base_model_for(ref: BaseModelRef, *, override: str | None = None, dtype: DType | None = None) -> BaseModel:
     """The base model that an artifact names, from `override`, else the environment, else the artifact's own name."""
-    reference = override or os.environ.get(BASE_MODEL_VARIABLE) or ref.name
-    if reference == ref.name and ref.revision and not reference.startswith(("packaged:", "local:")):
-        reference = f"{ref.name}@{ref.revision}"
     if dtype is None:
         dtype = "bfloat16" if ref.dtype == "bfloat16" else "float32"
-    return load_base_model(reference, dtype=dtype, expected=ref)
+    return load_base_model(_reference_for(ref, override), dtype=dtype, expected=ref)
+
+
+def _reference_for(ref: BaseModelRef, override: str | None = None) -> str:
+    reference = override or os.environ.get(BASE_MODEL_VARIABLE) or ref.name
+    if reference == ref.name and ref.revision and not reference.startswith(("packaged:", "local:")):
+        return f"{ref.name}@{ref.revision}"
+    return reference
 
 
 def _first_line(error: Exception) -> str:

@@ -99,6 +99,11 @@ def tune(
 @click.option("--template", default="{x}", show_default=True, help="Frame of the inputs, with {x} for the input.")
 @click.option("--label", "labels", multiple=True, help="A label of the task; may be given several times.")
 @click.option("--ground-truth", default="", help="What a perfect verbalization says, where known.")
+@click.option(
+    "--layout",
+    type=click.Choice(["bos", "no-bos"]),
+    help="Whether it was trained with a BOS behind the soft tokens. Default: as the base model's tokenizer writes texts.",
+)
 @with_base_model
 @with_json
 def import_peft_command(
@@ -108,6 +113,7 @@ def import_peft_command(
     template: str,
     labels: tuple[str, ...],
     ground_truth: str,
+    layout: str | None,
     base_model: str | None,
     dtype: DType | None,
     as_json: bool,
@@ -118,21 +124,29 @@ def import_peft_command(
     Example:
       softprompt import-peft my-adapter --out my-soft-prompt --task reviews --label good --label bad
     """
+    from softprompt_registry.base_models.frozen import LAYOUT_WITHOUT_BOS, SEQUENCE_LAYOUT
     from softprompt_registry.soft_prompts.peft_format import import_peft
     from softprompt_registry.storage import require_free_folder
 
     require_free_folder(out, f"importing PEFT adapter {str(adapter)!r}")
-    ref = open_base_model(base_model, dtype).ref
-    kind = "classification" if labels else "generation"
+    loaded = open_base_model(base_model, dtype)
     soft_prompt = import_peft(
-        adapter, ref, task=task, kind=kind, template=template, labels=labels, ground_truth=ground_truth
+        adapter,
+        loaded,
+        task=task,
+        kind="classification" if labels else "generation",
+        template=template,
+        labels=labels,
+        ground_truth=ground_truth,
+        layout={"bos": SEQUENCE_LAYOUT, "no-bos": LAYOUT_WITHOUT_BOS, None: None}[layout],
     )
     soft_prompt.save(out)
     if as_json:
         print_json({"soft_prompt": str(out), "id": soft_prompt.id, "record": soft_prompt.record.to_json()})
         return
     click.echo(
-        f"soft prompt {out}: task {soft_prompt.record.task}, K={soft_prompt.num_virtual_tokens}, base model {ref}"
+        f"soft prompt {out}: task {soft_prompt.record.task}, K={soft_prompt.num_virtual_tokens}, layout "
+        f"{soft_prompt.record.layout}, base model {loaded.ref}"
     )
 
 
@@ -147,9 +161,10 @@ def export_peft_command(soft_prompt: str, out: Path, as_json: bool) -> None:
     Example:
       softprompt export-peft "bank#instruments" --out adapter
     """
+    from softprompt_registry.base_models.loading import find_tokenizer_for
     from softprompt_registry.errors import ArtifactError
     from softprompt_registry.registry.artifacts import find_soft_prompts
-    from softprompt_registry.soft_prompts.peft_format import export_peft
+    from softprompt_registry.soft_prompts.peft_format import export_peft, what_peft_does_otherwise
 
     found = find_soft_prompts(soft_prompt)
     if len(found) != 1:
@@ -157,7 +172,14 @@ def export_peft_command(soft_prompt: str, out: Path, as_json: bool) -> None:
             f"exporting {soft_prompt!r}: it holds {len(found)} soft prompts; expected one. Name a member as bank#task."
         )
     export_peft(found[0], out)
+    record = found[0].record
+    tokenizer = find_tokenizer_for(record.base_model)
+    note = what_peft_does_otherwise(record, tokenizer) if tokenizer is not None else None
     if as_json:
-        print_json({"adapter": str(out), "id": found[0].id})
+        print_json({"adapter": str(out), "id": found[0].id, "layout": record.layout, "note": note})
         return
-    click.echo(f"PEFT adapter {out}: task {found[0].record.task}, base model {found[0].record.base_model}")
+    click.echo(f"PEFT adapter {out}: task {record.task}, layout {record.layout}, base model {record.base_model}")
+    if note:
+        click.echo(f"note: {note}", err=True)
+    elif tokenizer is None:
+        click.echo("note: without the base model's tokenizer it is not known whether PEFT gives that layout.", err=True)

@@ -7,10 +7,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from typing import TYPE_CHECKING
 
+from softprompt_registry.base_models.frozen import SEQUENCE_LAYOUT
 from softprompt_registry.base_models.reference import require_same_base
 from softprompt_registry.errors import LanguageModelError
 from softprompt_registry.language_models.protocol import Completion, CompletionRequest, Finished
 from softprompt_registry.language_models.replies import read_answer
+from softprompt_registry.soft_prompts.encoding import RowEncoder
 
 if TYPE_CHECKING:
     from softprompt_registry.base_models.frozen import BaseModel
@@ -18,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class SoftPrompted:
-    """Answers greedily with one soft prompt before each request's prompt: `[soft tokens][BOS][prompt]`.
+    """Answers greedily with one soft prompt before each request's prompt, in the soft prompt's own layout.
 
     A request's prompt is the filled template that the soft prompt was tuned in; it has no system text. Paper: its soft
     prompts were tuned without an end token and ran on to the length limit, which cost them most of their score; these end
@@ -38,7 +40,10 @@ class SoftPrompted:
         self._soft_prompt = soft_prompt
         self._batch_size = batch_size
         self.name = base_model.ref.name
+        self._encoder = RowEncoder.of(base_model, soft_prompt.record)
         self.identity = f"soft prompt {soft_prompt.id} on {base_model.ref.fingerprint} {base_model.ref.dtype}"
+        if self._encoder.layout != SEQUENCE_LAYOUT:
+            self.identity += f" {self._encoder.layout}"
 
     def close(self) -> None:
         """Nothing of its own to free."""
@@ -58,7 +63,7 @@ class SoftPrompted:
         base, soft = self._base_model, self._soft_prompt
         rows: list[tuple[int, CompletionRequest, list[int]]] = []
         for index, request in batch:
-            ids = [*base.bos, *base.tokenize(request.prompt)]
+            ids = self._encoder.text(request.prompt)
             room = base.max_positions - soft.num_virtual_tokens - request.max_tokens
             if request.system is not None or len(ids) > room:
                 found = "a system text" if request.system is not None else f"{len(ids)} tokens"

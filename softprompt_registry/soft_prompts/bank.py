@@ -31,7 +31,7 @@ from softprompt_registry.storage import (
     write_json,
 )
 
-FORMAT_VERSION = 2
+FORMAT_VERSIONS = (1, 2, 3)
 HEADER_FILE = "bank.json"
 ROWS_PER_SHARD = 256
 """84 MB at K = 20 and D = 4096."""
@@ -52,7 +52,7 @@ class SoftPromptBank:
         if self.header.get("format_version") == 1:
             self._members = OneFileMembers(folder, self._what)
         else:
-            check_format_version(self.header, FORMAT_VERSION, self._what)
+            check_format_version(self.header, FORMAT_VERSIONS, self._what)
         with complete_record(self._what):
             self.base_model = BaseModelRef.from_json(self.header["base_model"])
             self.digest = str(self.header["digest"])
@@ -232,7 +232,7 @@ class BankWriter:
             write_json(
                 self.folder / HEADER_FILE,
                 {
-                    "format_version": FORMAT_VERSION,
+                    "format_version": self._format_version(),
                     **{key: value for key, value in self._shared.items() if key != "first"},
                     "num_soft_prompts": len(ids),
                     "num_failed": num_failed,
@@ -240,6 +240,13 @@ class BankWriter:
                     "digest": digest_of_json(ids),
                 },
             )
+
+    def _format_version(self) -> int:
+        """3 where a reader of version 2 would put other tokens behind a member (`SoftPromptRecord.format_version`)."""
+        base_model = self._shared["base_model"] if self._shared else {}
+        records = (json.loads(text) for (text,) in self._all("SELECT record FROM members"))
+        versions = {SoftPromptRecord.from_json({**r, "base_model": base_model}).format_version for r in records}
+        return 2 if versions == {1} else 3
 
     def _initial_row(self, soft_prompt: SoftPrompt, shared: dict[str, Any]) -> int | None:
         """Where the start of its tuning is stored; prompts that started from the same numbers share them."""

@@ -1,12 +1,21 @@
-"""Pairs of a task as token ids, ready to be tuned on."""
+"""Texts of a soft prompt as token ids: the pairs it is tuned on, and all that is later put behind it."""
 
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
-from softprompt_registry.base_models.frozen import BaseModel
+from softprompt_registry.base_models.frozen import SEQUENCE_LAYOUT, BaseModel
 from softprompt_registry.dod.task import Pair, PairSplit, Task, fill_template
+from softprompt_registry.soft_prompts.soft_prompt import AS_ONE_TEXT, ENCODED_APART
+
+if TYPE_CHECKING:
+    from softprompt_registry.soft_prompts.soft_prompt import SoftPromptRecord
+
+_SOME_TEXT = "x"
+"""Stands for an input where only what follows it matters."""
 
 
 @dataclass(frozen=True)
@@ -14,7 +23,7 @@ class EncodedPair:
     """A pair as token ids."""
 
     prompt: list[int]
-    """BOS and the filled template."""
+    """BOS, where the layout has it, and the filled template."""
     target: list[int]
     """One space, the output and EOS. Paper: its general prompts were trained without EOS and ran on; ours end."""
 
@@ -24,23 +33,124 @@ class EncodedPair:
         return len(self.prompt) + len(self.target)
 
 
-def encode_pair(base_model: BaseModel, template: str, pair: Pair, max_tokens: int) -> tuple[EncodedPair, bool]:
-    """Token ids of a pair, and whether its input had to be cut to fit `max_tokens` (prompt and target together).
+@dataclass(frozen=True)
+class RowEncoder:
+    """How texts become the rows of one soft prompt."""
 
-    Paper: it cut at 64 tokens from the right, label included; here the input gives way, the target never does.
+    base_model: BaseModel
+    layout: str
+    """Of the soft prompt's record, as is the encoding."""
+    encoding: int
+
+    @classmethod
+    def of(cls, base_model: BaseModel, record: SoftPromptRecord) -> RowEncoder:
+        """As the soft prompt was tuned."""
+        return cls(base_model, record.layout, record.encoding)
+
+    @classmethod
+    def of_new_prompts(cls, base_model: BaseModel) -> RowEncoder:
+        """As soft prompts are tuned here."""
+        return cls(base_model, SEQUENCE_LAYOUT, encoding_for(base_model.tokenizer))
+
+    @property
+    def bos(self) -> list[int]:
+        """What stands between the soft tokens and the text: the BOS id or nothing."""
+        return self.base_model.bos if self.layout == SEQUENCE_LAYOUT else []
+
+    def text(self, text: str) -> list[int]:
+        """Token ids of a whole text behind the soft tokens."""
+        return [*self.bos, *self.base_model.tokenize(text)]
+
+    def pair(self, template: str, pair: Pair, max_tokens: int) -> tuple[EncodedPair, bool]:
+        """Token ids of a pair, and whether its input had to be cut to fit `max_tokens` (prompt and target together).
+
+        Paper: it cut at 64 tokens from the right, label included; here the input gives way, the target never does.
+        """
+        filled = fill_template(template, pair.input)
+        prompt = self.base_model.tokenize(filled)
+        dropped, target = self._target(filled, pair.output)
+        target = [*target, self.base_model.eos_id]
+        kept, cut = self._cut(template, pair.input, prompt, max_tokens - len(target), dropped)
+        return EncodedPair([*self.bos, *kept], target), cut
+
+    def prompt(self, template: str, text: str, max_tokens: int) -> tuple[list[int], bool]:
+        """Token ids of a filled template to be answered, and whether its input had to be cut.
+
+        `max_tokens` has room for the shortest answer too, of two tokens.
+        """
+        prompt = self.base_model.tokenize(fill_template(template, text))
+        kept, cut = self._cut(template, text, prompt, max_tokens - 2, 0)
+        return [*self.bos, *kept], cut
+
+    def label(self, template: str, label: str) -> tuple[int, list[int]]:
+        """Token ids of a target without EOS, and how many tokens at the end of each prompt give way to it."""
+        return self._target(fill_template(template, _SOME_TEXT), label)
+
+    def _target(self, filled: str, output: str) -> tuple[int, list[int]]:
+        if self.encoding == ENCODED_APART:
+            return 0, self.base_model.tokenize(f" {output}")
+        return encode_behind(self.base_model, filled, f" {output}")
+
+    def _cut(self, template: str, text: str, prompt: list[int], room: int, dropped: int) -> tuple[list[int], bool]:
+        """A filled template without its last `dropped` tokens; if more than `room` are left, its input is cut."""
+        room -= len(self.bos)
+        end = len(prompt) - dropped
+        if end <= room:
+            return prompt[:end], False
+        before, after = template.split("{x}")
+        # Most tokenizers join a space to the word after it, so the one before the input goes with the input.
+        space = " " if before.endswith(" ") else ""
+        head = self.base_model.tokenize(before.removesuffix(space))
+        if self.encoding == ENCODED_APART:
+            middle, tail = self.base_model.tokenize(space + text), self.base_model.tokenize(after)
+        else:
+            # Of the whole text's own tokens: each part alone would begin as a text does.
+            tail = encode_inside(self.base_model, after)
+            first = _num_common(head, prompt)
+            last = max(len(prompt) - _num_common(tail[::-1], prompt[::-1]), first)
+            head, middle, tail = prompt[:first], prompt[first : min(last, end)], prompt[last:end]
+        return [*head, *middle[: max(room - len(head) - len(tail), 1)], *tail], True
+
+
+def encode_behind(base_model: BaseModel, before: str, text: str) -> tuple[int, list[int]]:
+    """Token ids of `text` where it stands behind `before` in one text.
+
+    Encoded alone, a text gets a space of its own from tokenizers such as Llama 2's. A token that belongs to both texts is
+    counted to the second.
+
+    Returns:
+        How many of the tokens of `before` alone, the last ones, give way; and the ids.
     """
-    target = [*base_model.tokenize(f" {pair.output}"), base_model.eos_id]
-    whole = base_model.bos + base_model.tokenize(fill_template(template, pair.input))
-    if len(whole) + len(target) <= max_tokens:
-        return EncodedPair(whole, target), False
-    before, after = template.split("{x}")
-    # Most tokenizers join a space to the word after it, so the one before the input goes with the input.
-    space = " " if before.endswith(" ") else ""
-    head = base_model.bos + base_model.tokenize(before.removesuffix(space))
-    tail = base_model.tokenize(after)
-    room = max_tokens - len(head) - len(tail) - len(target)
-    text = base_model.tokenize(space + pair.input)
-    return EncodedPair([*head, *text[: max(room, 1)], *tail], target), True
+    alone, whole = base_model.tokenize(before), base_model.tokenize(before + text)
+    kept = _num_common(alone, whole)
+    return len(alone) - kept, whole[kept:]
+
+
+def encode_inside(base_model: BaseModel, text: str) -> list[int]:
+    """Token ids of a text where it stands behind another one, whose last token it must not be joined with."""
+    return encode_behind(base_model, _SOME_TEXT, text)[1]
+
+
+def encoding_for(tokenizer: Any) -> int:
+    """The `encoding` of soft prompts that are tuned with this tokenizer.
+
+    The first for a tokenizer that puts nothing before a text: there both give the same ids.
+    """
+
+    def ids(text: str) -> list[int]:
+        found: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+        return found
+
+    parts = (("a", " good"), ("a:", " good"), ("a", ":"))
+    return ENCODED_APART if all(ids(a) + ids(b) == ids(a + b) for a, b in parts) else AS_ONE_TEXT
+
+
+def _num_common(some: Sequence[int], others: Sequence[int]) -> int:
+    """How many first tokens agree."""
+    for place, (one, other) in enumerate(zip(some, others, strict=False)):
+        if one != other:
+            return place
+    return min(len(some), len(others))
 
 
 def choose_pairs(task: Task, split: PairSplit, limit: int | None, seed: int) -> list[Pair]:

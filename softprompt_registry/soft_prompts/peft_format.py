@@ -10,8 +10,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from softprompt_registry.base_models.reference import BaseModelRef, require_same_base
+from softprompt_registry.base_models.frozen import LAYOUT_WITHOUT_BOS, SEQUENCE_LAYOUT, BaseModel
+from softprompt_registry.base_models.reference import require_same_base
 from softprompt_registry.errors import ArtifactError
+from softprompt_registry.soft_prompts.encoding import encoding_for
 from softprompt_registry.soft_prompts.soft_prompt import RECORD_FILE, SoftPrompt, SoftPromptRecord
 from softprompt_registry.storage import folder_written_whole, read_json, require_free_folder, write_json
 
@@ -23,8 +25,8 @@ TENSOR_NAME = "prompt_embeddings"
 def export_peft(soft_prompt: SoftPrompt, folder: Path) -> None:
     """Write a soft prompt as a PEFT adapter.
 
-    PEFT puts the soft tokens before all that its tokenizer makes of a text: with a tokenizer that begins with the BOS that
-    is our layout, [soft tokens][BOS][text]; otherwise the BOS has to be put before the text.
+    PEFT puts the soft tokens before all that its tokenizer makes of a text; `what_peft_does_otherwise` says where that is
+    not the soft prompt's layout.
 
     Raises:
         ArtifactError: `folder` exists.
@@ -53,13 +55,14 @@ def export_peft(soft_prompt: SoftPrompt, folder: Path) -> None:
 
 def import_peft(
     folder: Path,
-    base_model: BaseModelRef,
+    base_model: BaseModel,
     *,
     task: str,
     kind: str = "generation",
     template: str = "{x}",
     labels: tuple[str, ...] = (),
     ground_truth: str = "",
+    layout: str | None = None,
 ) -> SoftPrompt:
     """A soft prompt from a PEFT adapter folder.
 
@@ -67,6 +70,7 @@ def import_peft(
         base_model: what the adapter was trained on; an adapter only has a name for it, which says nothing of the weights.
         task, kind, template, labels, ground_truth: what is known about its task. For a folder that `export_peft` wrote, and
             whose adapter was not changed since, its own record counts instead, down to where tuning started.
+        layout: one of `LAYOUTS`, that it was trained in; None takes the one that PEFT gives with this tokenizer.
 
     Raises:
         ArtifactError: not a prompt-tuning adapter for a causal LLM in safetensors, or of another hidden size.
@@ -96,15 +100,16 @@ def import_peft(
     embeddings = tensors[TENSOR_NAME].to(torch.float32)
     if (folder / RECORD_FILE).is_file():
         own = SoftPrompt.load(folder)
-        require_same_base(f"importing {what}", "the adapter", own.record.base_model, "the base model", base_model)
+        require_same_base(f"importing {what}", "the adapter", own.record.base_model, "the base model", base_model.ref)
         if torch.equal(own.embeddings, embeddings):
             return own
         # Trained further elsewhere: the record's numbers are those of before.
-        return SoftPrompt(embeddings, None, replace(own.record, metrics={}, tuning={"imported_from": "PEFT"}))
+        known = replace(own.record, metrics={}, tuning={"imported_from": "PEFT"})
+        return SoftPrompt(embeddings, None, _as_trained_by_peft(known, base_model, layout))
     record = SoftPromptRecord(
         task=task,
         kind=kind,
-        base_model=base_model,
+        base_model=base_model.ref,
         template=template,
         labels=labels,
         ground_truth=ground_truth or ", ".join(labels),
@@ -113,7 +118,50 @@ def import_peft(
             "peft_base_model": str(config.get("base_model_name_or_path") or "").rsplit("/", 1)[-1],
         },
     )
-    return SoftPrompt(embeddings, None, record)
+    return SoftPrompt(embeddings, None, _as_trained_by_peft(record, base_model, layout))
+
+
+def peft_layout(tokenizer: Any) -> str | None:
+    """The layout of rows in PEFT with this tokenizer; None where it is none of ours.
+
+    PEFT puts the soft tokens before all that the tokenizer makes of a text, and some tokenizers write a BOS and some do not.
+    """
+    text: list[int] = tokenizer("x", add_special_tokens=False)["input_ids"]
+    whole: list[int] = tokenizer("x")["input_ids"]
+    before = whole[: whole.index(text[0])]
+    bos = [] if tokenizer.bos_token_id is None else [int(tokenizer.bos_token_id)]
+    if before == bos:  # without a BOS both are one
+        return SEQUENCE_LAYOUT
+    return None if before else LAYOUT_WITHOUT_BOS
+
+
+def what_peft_does_otherwise(record: SoftPromptRecord, tokenizer: Any) -> str | None:
+    """What PEFT with this tokenizer puts behind a soft prompt, if not what it was tuned with, and what to do."""
+    found = peft_layout(tokenizer)
+    if found == record.layout:
+        return None
+    if record.layout == LAYOUT_WITHOUT_BOS:
+        advice = "tokenize with add_special_tokens=False"
+    elif found is None:
+        advice = "tokenize with add_special_tokens=False and put the BOS before each text"
+    else:
+        advice = f"put the BOS ({tokenizer.bos_token!r}) before each text"
+    does = "writes other special tokens before a text" if found is None else f"gives {found}"
+    return (
+        f"soft prompt {record.task!r} was tuned in the layout {record.layout}, but PEFT with this tokenizer {does}: "
+        f"in PEFT, {advice}."
+    )
+
+
+def _as_trained_by_peft(record: SoftPromptRecord, base_model: BaseModel, layout: str | None) -> SoftPromptRecord:
+    """A record with the layout and the encoding of rows that PEFT made."""
+    layout = layout or peft_layout(base_model.tokenizer)
+    if layout is None:
+        raise ArtifactError(
+            f"importing soft prompt {record.task!r} from PEFT: the tokenizer of {base_model.ref} writes other special tokens "
+            f"than the BOS before a text; expected none, or the BOS alone. Name the layout that it was trained in (--layout)."
+        )
+    return replace(record, layout=layout, encoding=encoding_for(base_model.tokenizer))
 
 
 def _check_config(config: dict[str, Any], what: str) -> None:

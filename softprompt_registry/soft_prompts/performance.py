@@ -6,12 +6,13 @@ Rows of different tasks share forward passes, each with the soft prompt of its o
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from softprompt_registry.base_models.frozen import BaseModel
 from softprompt_registry.base_models.prefixes import PrefixRows, shared_lead
 from softprompt_registry.dod.task import Task
+from softprompt_registry.soft_prompts.encoding import RowEncoder
 from softprompt_registry.soft_prompts.token_budget import pieces
 from softprompt_registry.text_matching import exact_match
 
@@ -102,12 +103,13 @@ def choose_labels(base_model: BaseModel, trials: Sequence[Trial], tokens_per_for
 
     num_soft = _num_soft(trials)
     choices = [[""] * len(trial.prompts) if trial.task.kind == "classification" else [] for trial in trials]
-    label_ids = [[base_model.tokenize(f" {label}") for label in trial.task.labels] for trial in trials]
+    label_ids = [_label_ids(base_model, trial.task) for trial in trials]
     single: list[int] = []
     several: list[int] = []
     for index, trial in enumerate(trials):
         if trial.task.kind == "classification" and trial.prompts:
-            (single if all(len(ids) == 1 for ids in label_ids[index]) else several).append(index)
+            each_one_token = all(given_way == 0 and len(ids) == 1 for given_way, ids in label_ids[index])
+            (single if each_one_token else several).append(index)
     with torch.no_grad():
         soft_of = _soft_rows(base_model, trials)
         for piece in pieces(_rows(trials, single), _length(num_soft), tokens_per_forward):
@@ -118,12 +120,12 @@ def choose_labels(base_model: BaseModel, trials: Sequence[Trial], tokens_per_for
             last = torch.full_like(rows, joined.inputs_embeds.shape[1] - 1)
             logits = base_model.logits_at(joined, rows, last)  # (rows, V)
             for row, scores in zip(piece, logits, strict=True):
-                best = int(scores[[ids[0] for ids in label_ids[row.trial]]].argmax())
+                best = int(scores[[ids[0] for _, ids in label_ids[row.trial]]].argmax())
                 choices[row.trial][row.number] = trials[row.trial].task.labels[best]
         spread = [
-            _LabelRow(row, label, ids)
+            _LabelRow(replace(row, prompt=row.prompt[: len(row.prompt) - given_way]), label, ids)
             for row in _rows(trials, several)
-            for label, ids in enumerate(label_ids[row.trial])
+            for label, (given_way, ids) in enumerate(label_ids[row.trial])
         ]
         scored: dict[tuple[int, int], dict[int, float]] = {}
         for part in pieces(spread, lambda row: num_soft + len(row.row.prompt) + len(row.ids) + 1, tokens_per_forward):
@@ -158,7 +160,13 @@ def _length(beside: int) -> Callable[[_Row], int]:
 def _answer_cap(base_model: BaseModel, task: Task, max_new_tokens: int) -> int:
     if task.kind != "classification":
         return max_new_tokens
-    return min(max_new_tokens, 2 + max(len(base_model.tokenize(f" {label}")) for label in task.labels))
+    return min(max_new_tokens, 2 + max(len(ids) for _, ids in _label_ids(base_model, task)))
+
+
+def _label_ids(base_model: BaseModel, task: Task) -> list[tuple[int, list[int]]]:
+    """Of each label how many tokens at the end of a prompt give way to it, and its token ids."""
+    encoder = RowEncoder.of_new_prompts(base_model)
+    return [encoder.label(task.template, label) for label in task.labels]
 
 
 SoftOf = Callable[[Sequence[int]], "torch.Tensor | PrefixRows | None"]

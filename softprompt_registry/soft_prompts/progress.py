@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from softprompt_registry.base_models.frozen import BaseModel
 from softprompt_registry.dod.task import Pair, PairSplit, Task
 from softprompt_registry.fingerprints import digest_of_json
-from softprompt_registry.soft_prompts.encoding import EncodedPair, choose_pairs, encode_pair
+from softprompt_registry.soft_prompts.encoding import EncodedPair, RowEncoder, choose_pairs
 from softprompt_registry.soft_prompts.soft_prompt import SoftPrompt, SoftPromptRecord
 
 if TYPE_CHECKING:
@@ -70,10 +70,11 @@ def encode_task(base_model: BaseModel, task: Task, config: TuningConfig) -> Enco
         "validation": choose_pairs(task, "validation", config.max_validation_pairs, config.seed),
         "test": choose_pairs(task, "test", config.max_test_pairs, config.seed),
     }
+    encoder = RowEncoder.of_new_prompts(base_model)
     encoded: dict[PairSplit, list[EncodedPair]] = {}
     truncated = 0
     for split, pairs in chosen.items():
-        rows = [encode_pair(base_model, task.template, pair, room) for pair in pairs]
+        rows = [encoder.pair(task.template, pair, room) for pair in pairs]
         encoded[split] = [row for row, _ in rows]
         truncated += sum(cut for _, cut in rows)
     longest = config.num_virtual_tokens + max(row.num_tokens for rows in encoded.values() for row in rows)
@@ -134,6 +135,7 @@ def finished_prompt(
 ) -> SoftPrompt:
     """The soft prompt of the best epoch, with the record of how it was made."""
     task = progress.task
+    encoder = RowEncoder.of_new_prompts(base_model)
     record = SoftPromptRecord(
         task=task.name,
         kind=task.kind,
@@ -154,5 +156,7 @@ def finished_prompt(
             "validation_losses": progress.validation_losses,
         },
         metrics={"validation_loss": progress.best_loss, **measured},
+        layout=encoder.layout,
+        encoding=encoder.encoding,
     )
     return SoftPrompt(progress.best, progress.initial, record)

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from softprompt_registry.base_models.frozen import SEQUENCE_LAYOUT
+from softprompt_registry.base_models.frozen import LAYOUT_WITHOUT_BOS, SEQUENCE_LAYOUT
 from softprompt_registry.base_models.reference import BaseModelRef
 from softprompt_registry.dod.task import TASK_KINDS
 from softprompt_registry.errors import ArtifactError
@@ -23,7 +23,10 @@ from softprompt_registry.storage import (
 if TYPE_CHECKING:
     import torch
 
-FORMAT_VERSION = 1
+FORMAT_VERSIONS = (1, 2)
+LAYOUTS = (SEQUENCE_LAYOUT, LAYOUT_WITHOUT_BOS)
+ENCODED_APART, AS_ONE_TEXT = 1, 2
+"""Encodings: the ids of the filled template and those of the target, or the ids of both as one text."""
 MAX_TEMPLATE_CHARACTERS = 500
 """Of a payload's template; a longer one is left out."""
 TENSORS_FILE = "soft_prompt.safetensors"
@@ -47,9 +50,28 @@ class SoftPromptRecord:
     tuning: dict[str, Any] = field(default_factory=dict)
     metrics: dict[str, float] = field(default_factory=dict)
     layout: str = SEQUENCE_LAYOUT
+    """One of `LAYOUTS`: what stands between the soft tokens and the text."""
+    encoding: int = ENCODED_APART
+    """How the text of a pair became token ids. Records from before it was written have the first."""
+
+    def __post_init__(self) -> None:
+        if self.layout not in LAYOUTS or self.encoding not in (ENCODED_APART, AS_ONE_TEXT):
+            raise ArtifactError(
+                f"reading soft prompt {self.task!r}: its layout is {self.layout!r} and its encoding {self.encoding!r}; "
+                f"expected one of {', '.join(map(repr, LAYOUTS))} and {ENCODED_APART} or {AS_ONE_TEXT}. Use the version "
+                "of softprompt-registry that wrote it."
+            )
+
+    @property
+    def format_version(self) -> int:
+        """2 where a reader of version 1, which knows one layout and one encoding, would put other tokens behind it."""
+        return 1 if (self.layout, self.encoding) == (SEQUENCE_LAYOUT, ENCODED_APART) else 2
 
     def to_json(self) -> dict[str, Any]:
-        return {**asdict(self), "labels": list(self.labels), "base_model": self.base_model.to_json()}
+        record = {**asdict(self), "labels": list(self.labels), "base_model": self.base_model.to_json()}
+        if self.format_version == 1:
+            del record["encoding"]  # a file of version 1 is what it was
+        return record
 
     @classmethod
     def from_json(cls, record: dict[str, Any]) -> SoftPromptRecord:
@@ -96,9 +118,8 @@ class SoftPrompt:
 
         with folder_written_whole(folder) as partial:
             save_file(self._tensors(), partial / TENSORS_FILE, metadata=self._header())
-            write_json(
-                partial / RECORD_FILE, {"format_version": FORMAT_VERSION, **self._shape(), **self.record.to_json()}
-            )
+            version = {"format_version": self.record.format_version}
+            write_json(partial / RECORD_FILE, {**version, **self._shape(), **self.record.to_json()})
 
     @classmethod
     def load(cls, folder: Path) -> SoftPrompt:
@@ -107,7 +128,7 @@ class SoftPrompt:
         from safetensors.torch import load_file
 
         stored = read_json(folder / RECORD_FILE, "a soft prompt")
-        check_format_version(stored, FORMAT_VERSION, f"soft prompt {str(folder)!r}")
+        check_format_version(stored, FORMAT_VERSIONS, f"soft prompt {str(folder)!r}")
         with complete_record(f"soft prompt {str(folder)!r}"):
             record = SoftPromptRecord.from_json(stored)
         try:
@@ -137,13 +158,16 @@ class SoftPrompt:
         return {"K": self.num_virtual_tokens, "D": int(self.embeddings.shape[1])}
 
     def _header(self) -> dict[str, str]:
-        return {
+        header = {
             "format": "softprompt",
-            "format_version": str(FORMAT_VERSION),
+            "format_version": str(self.record.format_version),
             "base_fingerprint": self.record.base_model.fingerprint,
             "base_model": self.record.base_model.name,
             "task": self.record.task,
         }
+        if self.record.format_version == 1:
+            return header
+        return header | {"layout": self.record.layout, "encoding": str(self.record.encoding)}
 
 
 def check_tensor_names(names: Iterable[str], what: str) -> None:
@@ -197,11 +221,11 @@ def soft_prompt_from_bytes(payload: bytes, base: BaseModelRef) -> SoftPrompt:
             "Send that file, base64-encoded."
         ) from error
     check_tensor_names(tensors, what)
-    version = header.get("format_version", str(FORMAT_VERSION))
-    if version != str(FORMAT_VERSION):
+    version = header.get("format_version", "1")
+    if version not in map(str, FORMAT_VERSIONS):
         raise ArtifactError(
             f"reading {what}: its format_version is {version[:20]!r}; this version of softprompt-registry reads "
-            f"{FORMAT_VERSION}. Save it with this version."
+            f"{' and '.join(map(str, FORMAT_VERSIONS))}. Save it with this version."
         )
     found = header.get("base_fingerprint")
     if found is None:
@@ -222,12 +246,15 @@ def soft_prompt_from_bytes(payload: bytes, base: BaseModelRef) -> SoftPrompt:
     task = str(header.get("task", "unnamed"))[:200] or "unnamed"
     kind = str(header.get("kind"))
     template = str(header.get("template", ""))
+    encoding = str(header.get("encoding", ENCODED_APART))[:20]
     record = SoftPromptRecord(
         task=task,
         kind=kind if kind in TASK_KINDS else "unknown",
         base_model=base,
         # Of no use without the place of the input, and from elsewhere: nothing to fail about.
         template=template if template.count("{x}") == 1 and len(template) <= MAX_TEMPLATE_CHARACTERS else "",
+        layout=str(header.get("layout", SEQUENCE_LAYOUT))[:100],
+        encoding=int(encoding) if encoding.isdecimal() else 0,
     )
     return SoftPrompt(embeddings, None, record)
 

@@ -141,7 +141,7 @@ class ScaleAndBias:
             scores = base.score_targets(soft, heads, [[*row, base.eos_id] for row in rows])
         means = (scores.log_likelihood / scores.num_tokens).tolist()
         return [
-            Translation((prefill + base.decode(row)).strip(), prefill, mean)
+            Translation((prefill + base.decode(row, after=head)).strip(), prefill, mean)
             for row, mean in zip(rows, means, strict=True)
         ]
 

@@ -198,7 +198,7 @@ class Translator:
             scores = base.score_targets(soft, [head] * len(rows), [[*row, base.eos_id] for row in rows])
         means = (scores.log_likelihood / scores.num_tokens).tolist()
         return [
-            Translation((prefill + base.decode(row)).strip(), prefill, mean)
+            Translation((prefill + base.decode(row, after=head)).strip(), prefill, mean)
             for row, mean in zip(rows, means, strict=True)
         ]
 

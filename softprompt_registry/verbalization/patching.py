@@ -24,6 +24,7 @@ from softprompt_registry.base_models.growing_cache import growing_cache
 from softprompt_registry.base_models.layers import decoder_layers, hidden_of, with_hidden
 from softprompt_registry.base_models.prefixes import Prefixes
 from softprompt_registry.errors import ConfigError
+from softprompt_registry.soft_prompts.encoding import encode_inside
 
 if TYPE_CHECKING:
     import torch
@@ -117,10 +118,10 @@ def read_examples(kind: str, folder: str | Path | None = None) -> list[str]:
 def target_prompt(base_model: BaseModel, examples: Sequence[str]) -> TargetPrompt:
     """The examples joined by " | ", then " |", in the base model's tokens.
 
-    The placeholder is the token of " x", or the last one where the tokenizer needs several.
+    The placeholder is the token of " x" within a text, or the last one where the tokenizer needs several.
     """
     text = " | ".join(examples) + " |"
-    return TargetPrompt((*base_model.bos, *base_model.tokenize(text)), base_model.tokenize(PLACEHOLDER)[-1])
+    return TargetPrompt((*base_model.bos, *base_model.tokenize(text)), encode_inside(base_model, PLACEHOLDER)[-1])
 
 
 def source_states(base_model: BaseModel, soft_prompts: torch.Tensor) -> torch.Tensor:

@@ -21,7 +21,7 @@ from softprompt_registry.base_models.frozen import BaseModel
 from softprompt_registry.base_models.reference import require_same_base
 from softprompt_registry.dod.task import Pair
 from softprompt_registry.errors import BaseModelError, ConfigError, DataError
-from softprompt_registry.soft_prompts.encoding import encode_pair
+from softprompt_registry.soft_prompts.encoding import RowEncoder, encode_inside
 from softprompt_registry.soft_prompts.performance import soft_rows
 from softprompt_registry.soft_prompts.soft_prompt import SoftPrompt
 from softprompt_registry.soft_prompts.token_budget import TokenBudget, pieces, tokens_that_fit
@@ -160,12 +160,13 @@ class Verifier:
     ) -> Verification:
         """Score texts by how the base model acts under them, beside the soft prompt and no prompt on the same items.
 
-        What the base model reads; each part is made into token ids apart from the others, so that what follows a candidate
-        is the same tokens as without one:
+        What the base model reads; what follows a candidate is the same tokens as without one:
 
             no prompt     [BOS][filled template][answer]
             soft prompt   [soft tokens][BOS][filled template][answer]
             candidate     [BOS][candidate][line break][filled template][answer]
+
+        The soft prompt's layout decides whether there is a BOS, in all of them.
 
         With pairs an answer is one space, the pair's output and EOS. With inputs alone it is what the model under the soft
         prompt says greedily, with EOS where it ends before `max_answer_tokens`. White space around a candidate is left
@@ -206,10 +207,11 @@ class Verifier:
         for reading in readings.values():
             numbers.setdefault(reading.ids, len(numbers) + 1)  # SOFT_PROMPT has no text
         with torch.no_grad():
-            beginnings = self._beginnings(soft_prompt, [ids for ids in numbers if ids])
+            encoder = RowEncoder.of(self.base_model, record)
+            beginnings = self._beginnings(soft_prompt, encoder.bos, [ids for ids in numbers if ids])
             room = self.base_model.max_positions - max(map(len, beginnings))
             if pairs:
-                found = self._pairs(pairs, template, room, doing, balanced=record.kind == "classification")
+                found = self._pairs(encoder, pairs, template, room, doing, balanced=record.kind == "classification")
             else:
                 found = self._answered_inputs(soft_prompt, inputs, template, room, doing)
             scores = self._budget.run(lambda tokens: self._scores(beginnings, found.items, evidence, tokens))
@@ -266,7 +268,7 @@ class Verifier:
         count = self.config.fewest_orders if self.config.orders is None else self.config.orders
         if not count or math.factorial(min(length, 20)) - 1 < count:
             return None
-        _, own = self._beginnings(soft_prompt, [])
+        _, own = self._beginnings(soft_prompt, RowEncoder.of(self.base_model, soft_prompt.record).bos, [])
         others = [
             torch.cat([own[list(order)], own[length:]]) for order in _other_orders(length, count, self.config.seed)
         ]
@@ -281,38 +283,47 @@ class Verifier:
             DataError: a pair that would be used does not fit into the base model's context, or has no text.
         """
         record = soft_prompt.record
-        longest = max(soft_prompt.num_virtual_tokens, self._candidate_limit + len(self.base_model.tokenize("\n")))
-        room = self.base_model.max_positions - longest - len(self.base_model.bos)
+        encoder = RowEncoder.of(self.base_model, record)
+        longest = max(soft_prompt.num_virtual_tokens, self._candidate_limit + len(self._line_break))
+        room = self.base_model.max_positions - longest - len(encoder.bos)
         doing = f"verifying texts for soft prompt {record.task!r}"
-        self._pairs(pairs, record.template, room, doing, balanced=record.kind == "classification")
+        self._pairs(encoder, pairs, record.template, room, doing, balanced=record.kind == "classification")
 
     @property
     def _candidate_limit(self) -> int:
         return max(min(self.config.max_candidate_tokens, self.base_model.max_positions // 2), 1)
+
+    @property
+    def _line_break(self) -> list[int]:
+        return encode_inside(self.base_model, "\n")
 
     def _read(self, text: str) -> _Reading:
         limit = self._candidate_limit
         ids = self.base_model.tokenize(text.strip())
         if not ids:
             return _Reading((), False)
-        return _Reading((*ids[:limit], *self.base_model.tokenize("\n")), len(ids) > limit)
+        return _Reading((*ids[:limit], *self._line_break), len(ids) > limit)
 
-    def _beginnings(self, soft_prompt: SoftPrompt, candidates: Sequence[Sequence[int]]) -> list[torch.Tensor]:
+    def _beginnings(
+        self, soft_prompt: SoftPrompt, first: Sequence[int], candidates: Sequence[Sequence[int]]
+    ) -> list[torch.Tensor]:
         """(N, D) of each condition: no prompt, the soft prompt, the candidates."""
         import torch
 
         base = self.base_model
-        bos = embedded(base, base.bos)  # (1, D), or (0, D) for a tokenizer without BOS
+        bos = embedded(base, first)  # (1, D), or (0, D) without BOS
         soft = torch.cat([soft_prompt.embeddings.to(bos), bos])  # (K + 1, D)
-        return [bos, soft, *(embedded(base, [*base.bos, *ids]) for ids in candidates)]
+        return [bos, soft, *(embedded(base, [*first, *ids]) for ids in candidates)]
 
-    def _pairs(self, pairs: Sequence[Pair], template: str, room: int, doing: str, *, balanced: bool) -> _Items:
+    def _pairs(
+        self, encoder: RowEncoder, pairs: Sequence[Pair], template: str, room: int, doing: str, *, balanced: bool
+    ) -> _Items:
         places = in_turn(pairs, self.config.max_pairs, balanced=balanced)
         items, truncated = [], 0
         for place in places:
             limit = min(self.config.max_pair_tokens, room)
-            encoded, cut = encode_pair(self.base_model, template, pairs[place], limit)
-            items.append(Item(encoded.prompt[len(self.base_model.bos) :], encoded.target))
+            encoded, cut = encoder.pair(template, pairs[place], limit)
+            items.append(Item(encoded.prompt[len(encoder.bos) :], encoded.target))
             truncated += cut
             self._check(items[-1].text, len(items[-1].target), room, f"{doing} with pair {place}")
         return _Items(items, places, truncated)
@@ -322,18 +333,19 @@ class Verifier:
     ) -> _Items:
         """Inputs with what the model under the soft prompt answers."""
         base, cap = self.base_model, self.config.max_answer_tokens
+        encoder = RowEncoder.of(base, soft_prompt.record)
         prompts, truncated = [], 0
         for place, text in enumerate(inputs[: self.config.max_probe_inputs]):
             limit = min(self.config.max_pair_tokens, room) - cap
-            encoded, cut = encode_pair(base, template, Pair(text, ""), limit)
-            prompts.append(encoded.prompt)
+            prompt, cut = encoder.prompt(template, text, limit)
+            prompts.append(prompt)
             truncated += cut
-            self._check(encoded.prompt[len(base.bos) :], cap, room, f"{doing} with input {place}")
+            self._check(prompt[len(encoder.bos) :], cap, room, f"{doing} with input {place}")
         answers = self._budget.run(lambda tokens: self._answers(soft_prompt, prompts, tokens))
         items = []
         for prompt, answer in zip(prompts, answers, strict=True):
             ended = [base.eos_id] if len(answer) < cap else []
-            items.append(Item(prompt[len(base.bos) :], [*answer, *ended]))
+            items.append(Item(prompt[len(encoder.bos) :], [*answer, *ended]))
         return _Items(items, list(range(len(items))), truncated)
 
     def _answers(self, soft_prompt: SoftPrompt, prompts: Sequence[Sequence[int]], tokens: int) -> list[list[int]]:

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from softprompt_registry.dod.task import TEMPLATES, Pair
-from softprompt_registry.soft_prompts.encoding import encode_pair
+from softprompt_registry.dod.task import TEMPLATES
+from softprompt_registry.soft_prompts.encoding import RowEncoder
 from softprompt_registry.soft_prompts.soft_prompt import SoftPrompt
 from softprompt_registry.verbalization.abstention import AbstentionRule
 from softprompt_registry.verbalization.evidence import TriedOn
@@ -110,7 +110,8 @@ def _sureness(verifier: Verifier, soft_prompt: SoftPrompt, inputs: Sequence[str]
     base, config = verifier.base_model, verifier.config
     room = base.max_positions - soft_prompt.num_virtual_tokens - config.max_answer_tokens - 1
     limit = min(config.max_pair_tokens, room)
-    prompts = [encode_pair(base, template, Pair(text, ""), limit)[0].prompt for text in inputs]
+    encoder = RowEncoder.of(base, soft_prompt.record)
+    prompts = [encoder.prompt(template, text, limit)[0] for text in inputs]
     soft = soft_prompt.embeddings.to(base.device).expand(len(prompts), -1, -1)  # (B, K, D)
     with torch.no_grad():
         answers = base.generate(soft, prompts, max_new_tokens=config.max_answer_tokens)

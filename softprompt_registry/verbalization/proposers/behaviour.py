@@ -10,7 +10,7 @@ from softprompt_registry.base_models.frozen import BaseModel
 from softprompt_registry.base_models.reference import require_same_base
 from softprompt_registry.dod.task import Pair, Task, text_key
 from softprompt_registry.errors import ConfigError, DataError
-from softprompt_registry.soft_prompts.encoding import encode_pair
+from softprompt_registry.soft_prompts.encoding import RowEncoder
 from softprompt_registry.soft_prompts.performance import Trial, generate_answers
 from softprompt_registry.soft_prompts.soft_prompt import SoftPrompt
 from softprompt_registry.soft_prompts.token_budget import tokens_that_fit
@@ -103,14 +103,10 @@ class BehaviourProposer:
                 "expected a text with {x}, the place of the input. Use the saved soft prompt, whose record has it."
             )
         room = self.base_model.max_positions - soft_prompt.num_virtual_tokens - self.max_answer_tokens
-        # The pair's output stays empty: the prompt is all that is used of it.
-        pairs = tuple(Pair(text, "") for text in inputs)
-        prompts = [
-            encode_pair(self.base_model, record.template, pair, min(self.max_input_tokens, room))[0].prompt
-            for pair in pairs
-        ]
+        encoder = RowEncoder.of(self.base_model, record)
+        prompts = [encoder.prompt(record.template, text, min(self.max_input_tokens, room))[0] for text in inputs]
         # Of kind `generation`, since answers to a classification task would be cut by the length of its labels.
-        task = Task("probe inputs", "generation", pairs)
+        task = Task("probe inputs", "generation", tuple(Pair(text, "") for text in inputs))
         return Trial(task, soft_prompt.embeddings.to(self.base_model.device), prompts, ())
 
 

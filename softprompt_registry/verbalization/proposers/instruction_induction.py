@@ -15,7 +15,7 @@ from softprompt_registry.dod.task import Pair, Task
 from softprompt_registry.errors import ConfigError, DataError
 from softprompt_registry.language_models.local_prompts import PromptFormat, prompt_ids
 from softprompt_registry.language_models.protocol import CompletionRequest
-from softprompt_registry.soft_prompts.encoding import choose_pairs
+from softprompt_registry.soft_prompts.encoding import choose_pairs, encode_inside
 from softprompt_registry.soft_prompts.soft_prompt import SoftPrompt
 from softprompt_registry.soft_prompts.token_budget import pieces, tokens_that_fit
 from softprompt_registry.verbalization.verbalizer import Candidate, VerbalizationConfig
@@ -140,7 +140,9 @@ class InstructionInductionProposer:
         request = CompletionRequest(self._prompt.fill({"pairs": "\n\n".join(pairs)}), system=self._prompt.system)
         head = prompt_ids(self.base_model.tokenizer, request, self.prompt_format)
         begun = self.settings.answer_begins + (f" {prefill}" if prefill else "")
-        return head + self.base_model.tokenize(begun if self.prompt_format == "chat" else f"\n\n{begun}")
+        if self.prompt_format == "chat":
+            return head + self.base_model.tokenize(begun)
+        return head + encode_inside(self.base_model, f"\n\n{begun}")
 
     def _candidates(
         self, heads: Sequence[Sequence[int]], written: Sequence[Sequence[int]], name: str, prefill: str
@@ -156,7 +158,7 @@ class InstructionInductionProposer:
             with torch.no_grad():
                 scores = base.score_targets(None, [heads[row] for row in rows], [kept[row] for row in rows])
             for row, score in zip(rows, (scores.log_likelihood / scores.num_tokens).tolist(), strict=True):
-                text = (prefill + base.decode(kept[row])).strip()
+                text = (prefill + base.decode(kept[row], after=base.tokenize(prefill) if prefill else ())).strip()
                 if self.prompt_format == "plain":
                     text = text.partition("\n")[0]
                 text = _unquoted(text.strip())

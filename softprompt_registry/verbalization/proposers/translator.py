@@ -206,7 +206,8 @@ class TranslatorProposer:
 
     def _text(self, soft_prompt: SoftPrompt, prefill: str, row: Sequence[int], max_new_tokens: int) -> str:
         """A candidate's text from the token ids that follow the prefill."""
-        text = (prefill + self.reader.base_model.decode(row)).strip()
+        base = self.reader.base_model
+        text = (prefill + base.decode(row, after=base.tokenize(prefill) if prefill else ())).strip()
         if soft_prompt.record.kind == "generation":
             return text
         return dedupe_list(text, prefill=prefill.strip(), cut=len(row) >= max_new_tokens)
