@@ -9,6 +9,7 @@ from pathlib import Path
 from mlflow_plugins.serving_requests import shortened
 from softprompt_registry.base_models.reference import BaseModelRef
 from softprompt_registry.errors import ArtifactError, SoftPromptError
+from softprompt_registry.registry.lookup import split_member
 from softprompt_registry.soft_prompts import bank, soft_prompt
 from softprompt_registry.soft_prompts.soft_prompt import SoftPrompt, soft_prompt_from_bytes
 
@@ -32,7 +33,7 @@ def soft_prompt_from_registry(reference: str) -> SoftPrompt:
     """`models:/…` or `runs:/…`, with `#task` for a member of a bank. Downloaded each time: an alias may have moved."""
     import mlflow
 
-    uri, _, task = reference.partition("#")
+    uri, task = split_member(reference)
     shown = repr(shortened(reference, 100))
     with tempfile.TemporaryDirectory() as temporary:
         try:
@@ -50,11 +51,11 @@ def soft_prompt_from_registry(reference: str) -> SoftPrompt:
             )
         folder = found[0].parent
         is_bank = found[0].name == bank.HEADER_FILE
-        if is_bank != bool(task):
+        if is_bank != (task is not None):
             what, expected = ("a bank", "'#' and a task") if is_bank else ("a soft prompt", "no '#'")
             raise ArtifactError(f"reading soft_prompt {shown}: found {what}, expected {expected} after it. Correct it.")
         try:
-            return bank.SoftPromptBank(folder).member(task) if is_bank else SoftPrompt.load(folder)
+            return SoftPrompt.load(folder) if task is None else bank.SoftPromptBank(folder).member(task)
         except SoftPromptError as error:
             # The library's messages name the folder; a client gets the reference instead.
             raise type(error)(str(error).replace(str(folder), reference[:100])) from error

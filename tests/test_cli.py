@@ -45,7 +45,11 @@ def test_the_chain_by_commands(
     task_folder: Path, tmp_path: Path, mlflow_store: Any, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SOFTPROMPT_BASE_MODEL", str(tiny_folder))
-    dod, bank, translator = (str(tmp_path / name) for name in ("tasks.sqlite", "bank", "translator"))
+    # A folder's name may hold what is special in a URI: ours and MLflow's artifacts lie in such a one.
+    folder = tmp_path / "C# Prüfung"
+    place = mlflow.create_experiment("chain", artifact_location=str(folder / "artifacts"))
+    mlflow.set_experiment(experiment_id=place)
+    dod, bank, translator = (str(folder / name) for name in ("tasks.sqlite", "bank", "translator"))
     built = run_json("build-dod", "files", str(task_folder), "--out", dod)
     assert (built["tasks"], built["pairs"]) == (4, 96)
 

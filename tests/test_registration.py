@@ -120,7 +120,8 @@ def test_a_translator_of_another_base_model_than_its_bank_is_refused(store: Mlfl
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("team/translator", "no '/' or ':' in it. Use for instance 'team-translator'."),
+        ("team/translator", "no '/' or ':' in it, and `models:/`"),
+        ("C# to F#", "address one with '#' or '?'. Use for instance 'C- to F'."),
         ("models:/x", "Use for instance 'models-x'."),
         (" ", "no empty name"),
         ("..", "Use for instance 'translator'."),

@@ -10,7 +10,7 @@ from mlflow.exceptions import MlflowException
 
 from softprompt_registry.base_models.reference import BaseModelRef
 from softprompt_registry.errors import RegistryError
-from softprompt_registry.registry.lookup import find_by_uri, parse_model_uri
+from softprompt_registry.registry.lookup import REGISTRY_SCHEMES, find_by_uri, parse_model_uri, split_member
 from softprompt_registry.soft_prompts.bank import SoftPromptBank
 from softprompt_registry.soft_prompts.soft_prompt import SoftPrompt
 from softprompt_registry.translators.translator import read_record
@@ -25,8 +25,6 @@ MARKERS = {
 
 _NO_MODELS = ("scale and bias",)
 """Kinds that are plain artifacts of their run, without a LoggedModel."""
-
-_SCHEMES = ("models:/", "runs:/")
 
 
 @dataclass(frozen=True)
@@ -46,9 +44,9 @@ def find_artifact(uri: str, kind: str) -> FoundArtifact:
     Raises:
         RegistryError: nothing is there, or what is there is something else.
     """
-    location, _, member = uri.partition("#")
+    location, member = split_member(uri)
     model_id = None
-    if location.startswith(_SCHEMES):
+    if location.startswith(REGISTRY_SCHEMES):
         model_id = None if kind in _NO_MODELS else model_id_of(location)
         try:
             root = Path(mlflow.artifacts.download_artifacts(artifact_uri=location))
@@ -72,7 +70,7 @@ def find_artifact(uri: str, kind: str) -> FoundArtifact:
             f"opening {kind} {uri!r}: it holds no {marker}; it is {f'a {other[0]}' if other else 'nothing of ours'}. "
             f"Name a {kind}."
         )
-    return FoundArtifact(found, member or None, model_id)
+    return FoundArtifact(found, member, model_id)
 
 
 def model_id_of(uri: str) -> str | None:
@@ -101,8 +99,8 @@ def model_id_of(uri: str) -> str | None:
 
 def find_soft_prompts(uri: str) -> list[SoftPrompt]:
     """The soft prompts that `uri` names: one, one member of a bank (`…#task`), or all members of a bank."""
-    location, _, member = uri.partition("#")
-    if member:
+    location, member = split_member(uri)
+    if member is not None:
         return [SoftPromptBank(find_artifact(location, "bank").folder).member(member)]
     try:
         return [SoftPrompt.load(find_artifact(location, "soft prompt").folder)]

@@ -5,7 +5,10 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TypeVar
+from urllib.parse import unquote, urlsplit
+from urllib.request import url2pathname
 
 from mlflow import MlflowClient
 from mlflow.entities import LoggedModel, Run
@@ -24,6 +27,8 @@ from softprompt_registry.registry.conventions import (
 _NOT_THERE = ("RESOURCE_DOES_NOT_EXIST", "NOT_FOUND", "INVALID_PARAMETER_VALUE")
 _PAGE = 1000
 
+REGISTRY_SCHEMES = ("models:/", "runs:/")
+
 FoundT = TypeVar("FoundT")
 
 
@@ -40,14 +45,33 @@ class ModelUri:
     alias: str | None = None
 
 
+def split_member(uri: str) -> tuple[str, str | None]:
+    """(where the artifact is, task of a bank's member) of `<location>#<task>`; None without a task.
+
+    MLflow takes what follows a '#' in `models:/…` and `runs:/…` for no part of the name. A folder's path may have one: there
+    the longest path that is a folder is the location.
+    """
+    if uri.startswith(REGISTRY_SCHEMES):
+        location, _, member = uri.partition("#")
+        return location, member or None
+    if uri.startswith("file:"):
+        parts = urlsplit(uri)
+        return url2pathname(parts.path), unquote(parts.fragment) or None
+    marks = [place for place, character in enumerate(uri) if character == "#"]
+    for end in [len(uri), *reversed(marks)]:
+        if Path(uri[:end]).is_dir():
+            return uri[:end], uri[end + 1 :] or None
+    return uri, None
+
+
 def parse_model_uri(uri: str) -> ModelUri | None:
     """The parts of `models:/…` or `runs:/…`, or `None` for anything else. A bank's `#<task>` is left away."""
-    scheme, _, rest = uri.partition("#")[0].partition(":/")
-    if scheme == "runs" and rest:
-        run_id, _, logged_name = rest.partition("/")
-        return ModelUri(run_id=run_id, logged_name=logged_name or None)
-    if scheme != "models":
+    if not uri.startswith(REGISTRY_SCHEMES):
         return None
+    scheme, _, rest = split_member(uri)[0].partition(":/")
+    if scheme == "runs":
+        run_id, _, logged_name = rest.partition("/")
+        return ModelUri(run_id=run_id, logged_name=logged_name or None) if rest else None
     if rest.startswith("m-") and "/" not in rest and "@" not in rest:
         return ModelUri(model_id=rest)
     name, at, alias = rest.rpartition("@")

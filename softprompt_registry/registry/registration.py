@@ -131,10 +131,11 @@ def register(model_uri: str, name: str, *, tags: Mapping[str, str] | None = None
 
 
 def _check_name(client: MlflowClient, name: str) -> None:
-    if not name.strip() or any(character in name for character in "/:") or name in (".", ".."):
+    if not name.strip() or any(character in name for character in "/:#?") or name in (".", ".."):
         raise RegistryError(
-            f"registering under the name {name!r}: MLflow allows no empty name and no '/' or ':' in it. "
-            f"Use for instance {re.sub('[/:]+', '-', name).strip(' -.') or 'translator'!r}."
+            f"registering under the name {name!r}: MLflow allows no empty name and no '/' or ':' in it, and `models:/` "
+            f"cannot address one with '#' or '?'. "
+            f"Use for instance {re.sub('[/:#?]+', '-', name).strip(' -.') or 'translator'!r}."
         )
     # Prompts share the namespace, and MLflow would quietly add a model version to a prompt.
     if aliases_of(client, name) is None and client.get_prompt(name) is not None:
