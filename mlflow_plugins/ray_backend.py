@@ -281,6 +281,8 @@ class RaySubmittedRun(SubmittedRun):
 
     def _print(self, text: str) -> None:
         self._printed += len(text)
+        encoding = sys.stdout.encoding or "utf-8"
+        text = text.encode(encoding, "backslashreplace").decode(encoding)  # a terminal may lack what a job writes
         with suppress(BrokenPipeError):  # `| head` must not keep the run from being ended
             sys.stdout.write(text)
             sys.stdout.flush()

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import codecs
+import io
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -14,9 +17,38 @@ if TYPE_CHECKING:
     from softprompt_registry.verbalization.abstention import AbstentionRule
 
 
+_ASCII_FORMS = str.maketrans(
+    {"└": "`", "├": "|", "│": "|", "─": "-", "→": "->", "·": "-", "–": "-", "—": "-", "…": "...", "×": "x", "≥": ">="}
+)
+"""For signs that we write ourselves; what users and models write is escaped instead, so that it stays distinct."""
+
+
+def _written_in_ascii(error: UnicodeError) -> tuple[str, int]:
+    """The error handler for characters that a stream's encoding lacks."""
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    lacking = error.object[error.start : error.end].translate(_ASCII_FORMS)
+    return lacking.encode("ascii", "backslashreplace").decode("ascii"), error.end
+
+
+codecs.register_error("softprompt-ascii", _written_in_ascii)
+
+
+def accept_all_characters() -> None:
+    """Let stdout and stderr take every text, in terminals that are not UTF-8 too."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="softprompt-ascii")
+
+
 def print_json(value: Any) -> None:
-    """The value on stdout, indented."""
-    click.echo(json.dumps(value, indent=2, ensure_ascii=False, default=str))
+    """The value on stdout, indented; where stdout's encoding lacks a character, with JSON's own escapes."""
+    text = json.dumps(value, indent=2, ensure_ascii=False, default=str)
+    try:
+        text.encode(getattr(sys.stdout, "encoding", None) or "utf-8")
+    except UnicodeEncodeError:
+        text = json.dumps(value, indent=2, default=str)
+    click.echo(text)
 
 
 def print_table(title: str, columns: Mapping[str, Sequence[Any]]) -> None:

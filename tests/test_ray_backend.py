@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import io
 import json
 import os
 import signal
@@ -328,7 +329,7 @@ class BrokenStream(SilentServer):
         return SimpleNamespace(status=status, driver_exit_code=None, message=None)
 
     def get_job_logs(self, job_id: str) -> str:
-        return "one\ntwo\nthree\n"
+        return "one\ntwo\nthree 雨\n"
 
 
 @pytest.fixture
@@ -338,11 +339,14 @@ def started_run(project: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     return client.create_run(client.search_experiments(filter_string="name = 'test'")[0].experiment_id)
 
 
-def test_a_log_that_breaks_off_is_printed_once(started_run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_log_that_breaks_off_is_printed_once(started_run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the terminal lacks a character of it; that made the run of a job that succeeded FAILED."""
+    terminal = io.TextIOWrapper(io.BytesIO(), encoding="cp1252")
+    monkeypatch.setattr(sys, "stdout", terminal)
     server = BrokenStream()
     assert RaySubmittedRun(server, "job", mlflow.MlflowClient(), started_run.info.run_id).wait()
     assert server.connections > 2
-    assert capsys.readouterr().out == "one\ntwo\nthree\n"
+    assert terminal.detach().getvalue() == b"one\ntwo\nthree \\u96e8\n"  # type: ignore[attr-defined]
     assert only_run().info.status == "FINISHED"
 
 

@@ -11,6 +11,7 @@ import click
 
 from softprompt_registry import __version__
 from softprompt_registry.errors import SoftPromptError
+from softprompt_registry.printing import accept_all_characters
 
 if TYPE_CHECKING:
     from softprompt_registry.base_models.frozen import BaseModel
@@ -48,6 +49,10 @@ class StageGroup(click.Group):
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return [name for name in ORDER if name in self.commands]
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        accept_all_characters()  # before help and messages about misuse as well
+        return super().main(*args, **kwargs)
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
