@@ -12,18 +12,21 @@ from typing import Any
 import peft
 import pytest
 import torch
+import transformers
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
-from tiny_llm import bos_writing_tokenizer, sentencepiece_tokenizer, tiny_base_model, tiny_tokenizer
+from tiny_llm import bos_writing_tokenizer, save_tiny_model, sentencepiece_tokenizer, tiny_base_model, tiny_tokenizer
 from tokenizers import processors
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from softprompt_registry.base_models.frozen import LAYOUT_WITHOUT_BOS, SEQUENCE_LAYOUT, BaseModel
 from softprompt_registry.base_models.loading import load_base_model
+from softprompt_registry.base_models.reference import BaseModelRef
 from softprompt_registry.cli import main
 from softprompt_registry.dod.task import Pair
 from softprompt_registry.errors import ArtifactError, BaseModelMismatch
 from softprompt_registry.soft_prompts.encoding import RowEncoder, encoding_for
-from softprompt_registry.soft_prompts.peft_format import export_peft, import_peft, what_peft_does_otherwise
+from softprompt_registry.soft_prompts.peft_format import export_peft, how_to_load, import_peft, what_peft_does_otherwise
 from softprompt_registry.soft_prompts.soft_prompt import LAYOUTS, SoftPrompt, SoftPromptRecord
 
 TEXT = "a fine day at the sea"
@@ -54,7 +57,10 @@ def soft_prompt_of(base_model: BaseModel, seed: int = 0) -> SoftPrompt:
 
 def logits_through_peft(base_model: BaseModel, folder: Path) -> torch.Tensor:
     """(T, V): the logits at the text's tokens."""
-    model = peft.PeftModel.from_pretrained(tiny_base_model().model, str(folder))
+    return logits_of(peft.PeftModel.from_pretrained(tiny_base_model().model, str(folder)), base_model)
+
+
+def logits_of(model: Any, base_model: BaseModel) -> torch.Tensor:
     ids = torch.tensor([base_model.bos + base_model.tokenize(TEXT)])
     with torch.no_grad():
         output = model(input_ids=ids, attention_mask=torch.ones_like(ids))
@@ -143,6 +149,8 @@ def test_another_base_model_is_refused(base_model: BaseModel, tmp_path: Path) ->
         ({"peft_type": "LORA"}, "expected peft_type 'PROMPT_TUNING'"),
         ({"task_type": "SEQ_2_SEQ_LM"}, "task_type 'CAUSAL_LM'"),
         ({"num_transformer_submodules": 2}, "one submodule"),
+        ({"num_virtual_tokens": 5}, r"'num_virtual_tokens': 5, .* has shape \(3, 64\)"),
+        ({"token_dim": 32}, r"'token_dim': 32\}, .* has shape \(3, 64\)"),
     ],
 )
 def test_other_adapters_are_refused(
@@ -155,11 +163,89 @@ def test_other_adapters_are_refused(
         import_peft(tmp_path / "theirs", base_model, task="x")
 
 
-def test_a_pickled_adapter_is_not_opened(base_model: BaseModel, tmp_path: Path) -> None:
-    trained_by_peft(tmp_path / "theirs", base_model)
-    (tmp_path / "theirs" / "adapter_model.safetensors").rename(tmp_path / "theirs" / "adapter_model.bin")
-    with pytest.raises(ArtifactError, match="Pickled adapters .* are not opened"):
+def saved_by_peft(folder: Path, model: PreTrainedModel, *names: str, **how: Any) -> torch.Tensor:
+    """Adapters of those names (`default` for none); returns the embeddings of the last one."""
+    config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    first, *others = names or ("default",)
+    adapted = peft.get_peft_model(model, config, adapter_name=first)
+    for name in others:
+        adapted.add_adapter(name, config)
+    adapted.save_pretrained(folder, **how)
+    return adapted.get_prompt_embedding_to_save([first, *others][-1]).detach()
+
+
+def test_a_pickled_adapter_is_not_opened_but_can_be_saved_again(base_model: BaseModel, tmp_path: Path) -> None:
+    embeddings = saved_by_peft(tmp_path / "bin", tiny_base_model().model, safe_serialization=False)
+    with pytest.raises(
+        ArtifactError, match=r"pickled weights, 'adapter_model.bin', which are not opened.*save_pretrained"
+    ):
+        import_peft(tmp_path / "bin", base_model, task="x")
+    # As the message says.
+    peft.PeftModel.from_pretrained(tiny_base_model().model, tmp_path / "bin").save_pretrained(tmp_path / "again")
+    assert torch.equal(import_peft(tmp_path / "again", base_model, task="x").embeddings, embeddings)
+
+
+def test_an_adapter_with_a_name_is_found_in_its_folder(base_model: BaseModel, tmp_path: Path) -> None:
+    embeddings = saved_by_peft(tmp_path / "one", tiny_base_model().model, "sea")
+    assert torch.equal(import_peft(tmp_path / "one", base_model, task="x").embeddings, embeddings)
+    second = saved_by_peft(tmp_path / "two", tiny_base_model().model, "sea", "mood")
+    with pytest.raises(ArtifactError, match=r"holds the adapters \['mood', 'sea'\]; expected one"):
+        import_peft(tmp_path / "two", base_model, task="x")
+    assert torch.equal(import_peft(tmp_path / "two" / "mood", base_model, task="x").embeddings, second)
+    with pytest.raises(ArtifactError, match=r"no 'adapter_config.json'; expected .* download an adapter of the Hub"):
+        import_peft(tmp_path, base_model, task="x")
+
+
+def test_embedding_layers_beside_the_prompt_must_be_the_base_model_s(base_model: BaseModel, tmp_path: Path) -> None:
+    embeddings = saved_by_peft(tmp_path / "theirs", tiny_base_model().model, save_embedding_layers=True)
+    assert len(load_file(tmp_path / "theirs" / "adapter_model.safetensors")) == 3
+    assert torch.equal(import_peft(tmp_path / "theirs", base_model, task="x").embeddings, embeddings)
+    with pytest.raises(BaseModelMismatch, match=r"embed_tokens.weight\), whose numbers are not those of tiny@"):
+        import_peft(tmp_path / "theirs", tiny_base_model(seed=1), task="x")
+
+
+def test_an_adapter_of_a_grown_vocabulary_needs_the_grown_base_model(
+    base_model: BaseModel, tiny_folder: Path, tmp_path: Path
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_folder)
+    model.resize_token_embeddings(300, mean_resizing=False)
+    with pytest.warns(UserWarning, match="embedding layer has been resized"):  # PEFT saves both layers by itself
+        embeddings = saved_by_peft(tmp_path / "theirs", model)
+    with pytest.raises(
+        BaseModelMismatch, match=r"embed_tokens.weight': 300\} tokens; expected the 258 of .* --base-model"
+    ):
         import_peft(tmp_path / "theirs", base_model, task="x")
+    model.save_pretrained(tmp_path / "grown")
+    base_model.tokenizer.save_pretrained(tmp_path / "grown")
+    grown = load_base_model(str(tmp_path / "grown"))
+    assert torch.equal(import_peft(tmp_path / "theirs", grown, task="x").embeddings, embeddings)
+
+
+def test_an_exported_adapter_says_how_it_loads(base_model: BaseModel, tiny_folder: Path, tmp_path: Path) -> None:
+    loaded = load_base_model(str(tiny_folder))
+    local, soft_prompt = loaded.ref, soft_prompt_of(loaded)
+    expected = our_logits(base_model, soft_prompt.embeddings)
+
+    def load(folder: Path, base: BaseModelRef) -> torch.Tensor:
+        model = eval(
+            how_to_load(folder, base), {"peft": peft, "transformers": transformers, "FOLDER": str(tiny_folder)}
+        )
+        return logits_of(model, base_model)
+
+    export_peft(soft_prompt, tmp_path / "plain")
+    config = json.loads((tmp_path / "plain" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] is None  # "local:tiny" is no place that PEFT could load
+    torch.testing.assert_close(load(tmp_path / "plain", local), expected, rtol=1e-5, atol=1e-5)
+
+    export_peft(soft_prompt, tmp_path / "named", base_model_path=str(tiny_folder))
+    assert how_to_load(tmp_path / "named", local).startswith("peft.AutoPeftModelForCausalLM")
+    torch.testing.assert_close(load(tmp_path / "named", local), expected, rtol=1e-5, atol=1e-5)
+    with pytest.raises(BaseModelMismatch):
+        export_peft(soft_prompt, tmp_path / "wrong", base_model_path=str(save_tiny_model(tmp_path / "other", seed=1)))
+    assert not (tmp_path / "wrong").exists()
+
+    packaged = replace(base_model.ref, name="packaged:tiny")
+    assert "load_base_model('packaged:tiny').model, '" in how_to_load(tmp_path / "plain", packaged)
 
 
 def test_by_commands(tiny_folder: Path, tmp_path: Path) -> None:
@@ -175,6 +261,7 @@ def test_by_commands(tiny_folder: Path, tmp_path: Path) -> None:
     assert result["record"]["layout"] == LAYOUT_WITHOUT_BOS  # the tokenizer writes no BOS
     exported = CliRunner().invoke(main, ["export-peft", str(tmp_path / "ours"), "--out", str(tmp_path / "back")])
     assert exported.exit_code == 0 and "task sea" in exported.stdout and exported.stderr == ""
+    assert f"from_pretrained(FOLDER), '{tmp_path / 'back'}')" in exported.stdout
     assert import_peft(tmp_path / "back", base_model, task="x").id == result["id"]
     arguments[3] = str(tmp_path / "with_bos")
     assert CliRunner().invoke(main, [*arguments, "--layout", "bos"]).exit_code == 0

@@ -84,9 +84,9 @@ def reference_of(model: Any, tokenizer: Any, *, name: str, revision: str | None,
         vocab_size=int(model.get_input_embeddings().weight.shape[0]),
         num_layers=int(model.config.num_hidden_layers),
         tokenizer_sha256=tokenizer_digest(tokenizer),
-        embedding_sha256=_digest_of_tensor(model.get_input_embeddings().weight),
+        embedding_sha256=digest_of_tensor(model.get_input_embeddings().weight),
         weights_sha256=digest_of_json(
-            [[key, list(tensor.shape), _digest_of_tensor(_sample(tensor))] for key, tensor in _weights(model)]
+            [[key, list(tensor.shape), digest_of_tensor(_sample(tensor))] for key, tensor in _weights(model)]
         ),
     )
 
@@ -101,7 +101,8 @@ def _sample(tensor: torch.Tensor, count: int = 1024) -> torch.Tensor:
     return flat[:: max(1, flat.numel() // count)]
 
 
-def _digest_of_tensor(tensor: torch.Tensor) -> str:
+def digest_of_tensor(tensor: torch.Tensor) -> str:
+    """Digest of the values rounded to bfloat16, as in `embedding_sha256`."""
     import hashlib
 
     import torch

@@ -153,8 +153,13 @@ def import_peft_command(
 @main.command("export-peft")
 @click.argument("soft_prompt")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder of the adapter to write.")
+@click.option(
+    "--base-model-path",
+    help="Where PEFT's Auto classes will find the base model: a folder or a Hub name with @revision. Default: the base "
+    "model's Hub name, if it has one; a path is in the adapter only if you give it.",
+)
 @with_json
-def export_peft_command(soft_prompt: str, out: Path, as_json: bool) -> None:
+def export_peft_command(soft_prompt: str, out: Path, base_model_path: str | None, as_json: bool) -> None:
     """Write a soft prompt as a PEFT adapter: a folder, models:/… or a member of a bank (bank#task).
 
     \b
@@ -164,21 +169,23 @@ def export_peft_command(soft_prompt: str, out: Path, as_json: bool) -> None:
     from softprompt_registry.base_models.loading import find_tokenizer_for
     from softprompt_registry.errors import ArtifactError
     from softprompt_registry.registry.artifacts import find_soft_prompts
-    from softprompt_registry.soft_prompts.peft_format import export_peft, what_peft_does_otherwise
+    from softprompt_registry.soft_prompts.peft_format import export_peft, how_to_load, what_peft_does_otherwise
 
     found = find_soft_prompts(soft_prompt)
     if len(found) != 1:
         raise ArtifactError(
             f"exporting {soft_prompt!r}: it holds {len(found)} soft prompts; expected one. Name a member as bank#task."
         )
-    export_peft(found[0], out)
+    export_peft(found[0], out, base_model_path=base_model_path)
     record = found[0].record
     tokenizer = find_tokenizer_for(record.base_model)
     note = what_peft_does_otherwise(record, tokenizer) if tokenizer is not None else None
+    load = how_to_load(out, record.base_model)
     if as_json:
-        print_json({"adapter": str(out), "id": found[0].id, "layout": record.layout, "note": note})
+        print_json({"adapter": str(out), "id": found[0].id, "layout": record.layout, "load": load, "note": note})
         return
     click.echo(f"PEFT adapter {out}: task {record.task}, layout {record.layout}, base model {record.base_model}")
+    click.echo(f"to load it in Python: {load}")
     if note:
         click.echo(f"note: {note}", err=True)
     elif tokenizer is None:
