@@ -343,10 +343,3 @@ def test_an_artifact_finds_its_base_model(tiny_folder: Path, tmp_path: Path, mon
     with pytest.raises(BaseModelError, match="whose path is not recorded"):
         load_base_model_for(ref)
     assert load_base_model_for(ref, override=str(tiny_folder)).ref == ref
-
-
-def test_a_checkpoints_own_generation_settings_do_not_bend_greedy_answers() -> None:
-    plain, bent = tiny_base_model(), tiny_base_model()
-    bent.model.generation_config.repetition_penalty = 5.0
-    prompt = [plain.bos + plain.tokenize("abc abc")]
-    assert bent.generate(None, prompt, max_new_tokens=12) == plain.generate(None, prompt, max_new_tokens=12)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from softprompt_registry.errors import BaseModelError
+
 if TYPE_CHECKING:
     import torch
 
@@ -76,7 +78,12 @@ class RowDecoder:
 
         with torch.no_grad():
             output = self._model(attention_mask=self._mask, use_cache=True, logits_to_keep=1, **inputs)
-        self._cache: Any = output.past_key_values
+        self._cache: Any = getattr(output, "past_key_values", None)
+        if self._cache is None:
+            raise BaseModelError(
+                f"continuing texts token by token: the model type {self._model.config.model_type!r} keeps no keys and "
+                "values; expected a transformer. Use another model here."
+            )
         logits = output.logits[:, -1]  # (B, V)
         self.logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
 

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
 SEQUENCE_LAYOUT = "[soft tokens][BOS][text][EOS]"
 LAYOUT_WITHOUT_BOS = "[soft tokens][text][EOS]"
-_HEAD_SETTINGS = ("final_logit_softcapping", "logits_scaling", "logit_scale", "output_multiplier_scale")
-"""Config entries of models whose logits are more than `lm_head(hidden)`; those take the full forward pass."""
+_POSITIONS_BY_COLUMN = ("mpt", "gpt_neo")
+"""Model types that count distances in columns, padding included, whatever `position_ids` say."""
 
 
 @dataclass(frozen=True)
@@ -54,9 +54,10 @@ class BaseModel:
         self.model: Any = model
         self.tokenizer: Any = tokenizer
         self.ref = ref
-        self._plain_head = not any(getattr(model.config, key, None) for key in _HEAD_SETTINGS)
         model.requires_grad_(False)
         model.eval()
+        _forget_generation_settings(self.model)
+        self._plain_head = _has_plain_head(self.model)
 
     @property
     def device(self) -> torch.device:
@@ -75,7 +76,7 @@ class BaseModel:
 
     @property
     def input_embeddings(self) -> torch.Tensor:
-        """(V, D) embedding matrix."""
+        """(V, D) embedding matrix as it is stored; some models (Gemma) scale its rows before they read them."""
         weight: torch.Tensor = self.model.get_input_embeddings().weight
         return weight.detach()
 
@@ -113,17 +114,20 @@ class BaseModel:
             soft_prompts: (G, K, D); gradients flow back to them.
             lead: L token ids with which the text of every row begins (`shared_lead`).
         Returns:
-            None for a model that keeps other things than all keys and values (sliding windows, recurrent layers): its rows
-            take the soft prompts themselves.
+            None for a model that keeps other things than all keys and values (sliding windows, recurrent layers), or that
+            would count padding between prefix and text as distance: its rows take the soft prompts themselves.
         """
         import torch
 
+        config = self.model.config
+        if config.model_type in _POSITIONS_BY_COLUMN:
+            return None
         embeds = soft_prompts.to(self.dtype)
         if lead:
             first = self.model.get_input_embeddings()(torch.tensor(lead, device=self.device))  # (L, D)
             embeds = torch.cat([embeds, first.expand(len(embeds), -1, -1)], dim=1)  # (G, K + L, D)
         output = self.model.base_model(inputs_embeds=embeds, use_cache=True)
-        return prefixes_in(output.past_key_values, tuple(lead))
+        return prefixes_in(getattr(output, "past_key_values", None), tuple(lead))
 
     def join(
         self,
@@ -288,14 +292,38 @@ class BaseModel:
                 max_new_tokens=max_new_tokens,
                 pad_token_id=self.eos_id,
                 eos_token_id=self.eos_id,
-                # A checkpoint's own generation settings must not bend what is measured.
-                num_beams=1,
-                repetition_penalty=1.0,
-                no_repeat_ngram_size=0,
                 **sampling,
             )
         rows: list[list[int]] = output.tolist()
         return [row[: row.index(self.eos_id)] if self.eos_id in row else row for row in rows]
+
+
+def _forget_generation_settings(model: Any) -> None:
+    """Keep only the special tokens of a checkpoint's generation settings: the others (penalties, suppressed tokens, least
+    lengths) must not bend what is measured."""
+    from transformers import GenerationConfig
+
+    own = getattr(model, "generation_config", None)
+    if own is not None:
+        names = ("bos_token_id", "eos_token_id", "pad_token_id")
+        model.generation_config = GenerationConfig(**{name: getattr(own, name) for name in names})
+
+
+def _has_plain_head(model: Any) -> bool:
+    """Whether the logits are `lm_head(hidden)` and nothing else, measured on one token.
+
+    Some models scale or cap them, each under settings of its own; those take the full forward pass.
+    """
+    import torch
+
+    ids = torch.zeros(1, 1, dtype=torch.long, device=model.device)
+    with torch.no_grad():
+        logits = model(input_ids=ids, use_cache=False).logits
+        projected = model.get_output_embeddings()(model.base_model(input_ids=ids, use_cache=False).last_hidden_state)
+    if projected.shape != logits.shape:
+        return False
+    difference = (projected - logits).abs().max() / logits.abs().max()
+    return bool(difference <= torch.finfo(logits.dtype).eps)
 
 
 def _not_narrower_than_float32(tensor: torch.Tensor) -> torch.Tensor:

@@ -39,9 +39,9 @@ def decoder_layers(base_model: BaseModel) -> list[nn.Module]:
         prefixes = base_model.prefixes(base_model.input_embeddings[None, :1])
     if prefixes is None:
         raise ConfigError(
-            f"{doing}: between tokens it keeps other things than all keys and values (a sliding window or a recurrent state, "
-            "for instance), expected those alone: hidden states are patched into rows that share their beginning. Use a "
-            "base model whose layers all attend to the whole text."
+            f"{doing}: its rows cannot go on from a shared beginning (between tokens it keeps a sliding window or a "
+            "recurrent state, for instance, or it counts padding as distance), expected keys and values alone: hidden "
+            "states are patched into such rows. Use a base model whose layers all attend to the whole text."
         )
     return list(lists[fitting[0]])
 

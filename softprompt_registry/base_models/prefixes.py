@@ -105,7 +105,7 @@ def shared_lead(texts: Sequence[Sequence[int]]) -> tuple[int, ...]:
 
 
 def prefixes_in(cache: Any, lead: tuple[int, ...] = ()) -> Prefixes | None:
-    """What a model left in its cache; None if it keeps more or other things than all keys and values."""
+    """What a model left in its cache; None if it keeps none, or more or other things than all keys and values."""
     from transformers import DynamicCache
     from transformers.cache_utils import DynamicLayer
 

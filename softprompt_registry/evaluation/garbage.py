@@ -53,7 +53,8 @@ def garbage_prompts(
             "of each. Hand in soft prompts of a bank."
         )
     generator = torch.Generator().manual_seed(seed)
-    vocabulary = base_model.model.get_input_embeddings().weight.detach().float()
+    known = torch.arange(min(len(base_model.tokenizer), base_model.ref.vocab_size), device=base_model.device)
+    vocabulary = base_model.model.get_input_embeddings()(known).detach().float()  # as the model reads them
     spread, middle = vocabulary.std().item(), vocabulary.mean().item()
     made = []
     for number in range(count):

@@ -113,17 +113,22 @@ def begin(base_model: BaseModel, encoded: EncodedTask, config: TuningConfig) -> 
 
 
 def initial_embeddings(base_model: BaseModel, config: TuningConfig, task: Task) -> torch.Tensor:
-    """(K, D) float32: embeddings of K tokens drawn from the vocabulary, special tokens left out."""
+    """(K, D) float32: embeddings of K tokens drawn from the vocabulary, as the model reads them.
+
+    Special tokens are left out, and so are rows of the matrix that belong to no token: many models pad it with those.
+    """
     import torch
 
     seed = config.seed
     if config.init == "own_vocabulary":
         seed = int(digest_of_json([config.seed, task.name])[:8], 16)
     generator = torch.Generator().manual_seed(seed)
-    special = set(base_model.tokenizer.all_special_ids)
-    order = torch.randperm(base_model.ref.vocab_size, generator=generator)[: config.num_virtual_tokens + len(special)]
-    chosen = [token for token in order.tolist() if token not in special][: config.num_virtual_tokens]
-    return base_model.input_embeddings[torch.tensor(chosen, device=base_model.device)].float().cpu().clone()
+    special, known = set(base_model.tokenizer.all_special_ids), len(base_model.tokenizer)
+    order = torch.randperm(base_model.ref.vocab_size, generator=generator).tolist()
+    chosen = [token for token in order if token < known and token not in special][: config.num_virtual_tokens]
+    # Looked up in the model's own layer, not in its matrix: some models (Gemma) scale what stands there.
+    found: torch.Tensor = base_model.model.get_input_embeddings()(torch.tensor(chosen, device=base_model.device))
+    return found.detach().float().cpu().clone()
 
 
 def finished_prompt(

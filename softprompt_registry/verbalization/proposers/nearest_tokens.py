@@ -24,7 +24,9 @@ class NearestTokensProposer:
     def propose(self, soft_prompts: Sequence[SoftPrompt], config: VerbalizationConfig) -> list[list[Candidate]]:
         import torch
 
-        vocabulary = torch.nn.functional.normalize(self.base_model.input_embeddings.float(), dim=1)  # (V, D)
+        # Without the rows behind the last token, with which many models pad the matrix.
+        known = self.base_model.input_embeddings[: len(self.base_model.tokenizer)]
+        vocabulary = torch.nn.functional.normalize(known.float(), dim=1)  # (tokens, D)
         proposals = []
         for soft_prompt in soft_prompts:
             soft = torch.nn.functional.normalize(soft_prompt.embeddings.to(vocabulary.device), dim=1)  # (K, D)

@@ -255,11 +255,8 @@ def beam_search(
             num_beams=num_beams,
             num_return_sequences=num_beams,
             do_sample=False,
-            # A checkpoint's own generation settings must not bend what is measured.
             length_penalty=1.0,
             early_stopping=False,
-            repetition_penalty=1.0,
-            no_repeat_ngram_size=0,
         )
     rows: list[list[int]] = output.tolist()  # B * num_beams rows
     ended = [row[: row.index(base_model.eos_id)] if base_model.eos_id in row else row for row in rows]
