@@ -136,6 +136,23 @@ def test_rouge_l_by_hand() -> None:
     assert mean_rouge_l(["the cat", "", "x"], [["dog", "the cat"], ["the"], ["y"]]) == pytest.approx(1 / 3)
 
 
+@pytest.mark.parametrize(
+    ("prediction", "reference", "expected"),
+    [
+        ("добрый день", "Добрый вечер, друг", 2 / 5),  # one word of two and of three: P = 1/2, R = 1/3
+        ("सकारात्मक", "सकारात्मक।", 1.0),  # vowel signs are part of the word, the full stop is not
+        ("今天很好。", "今天不好", 3 / 4),  # each letter is a word
+        ("สวัสดี", "สวัสดี", 1.0),
+        ("label: хорошо", "label хорошо", 1.0),  # in the order of the text
+        ("хорошо label", "label хорошо", 1 / 2),
+        ("ok", "хорошо", 0.0),
+    ],
+)
+def test_words_of_other_scripts_count(prediction: str, reference: str, expected: float) -> None:
+    """rouge-score drops them, so that a right answer scores 0."""
+    assert rouge_l(prediction, [reference]) == pytest.approx(expected)
+
+
 def test_unusable_references_are_refused() -> None:
     with pytest.raises(DataError, match="found the references 'the cat'.*into a list"):
         rouge_l("the cat", "the cat")

@@ -7,10 +7,13 @@ left out: it gets the worst score.
 
 from __future__ import annotations
 
+import re
 import string
+import unicodedata
 from collections.abc import Iterable, Sequence, Set
 from functools import cache
 from importlib.util import find_spec
+from itertools import groupby
 from pathlib import Path
 from statistics import fmean
 from typing import Any, Literal, NamedTuple, Protocol, get_args
@@ -119,8 +122,8 @@ def rouge_l(prediction: str, references: Sequence[str]) -> float:
     """F-measure of the longest common subsequence of words, the best over `references` (section 4.4).
 
     With c the length of that subsequence, P = c / |prediction| and R = c / |reference|, it is 2PR / (P + R). Computed
-    by the package rouge-score with Porter stemming; its tokenizer keeps the characters a-z and 0-9 only, so text in
-    another script scores 0, as does an empty prediction.
+    by the package rouge-score with Porter stemming, whose words are made of the characters a-z and 0-9. Words of other
+    scripts than Latin count too, see `_Words`. An empty prediction scores 0.
 
     Raises:
         DataError: there is no reference, or `references` is one string (its characters are no references).
@@ -148,7 +151,42 @@ def mean_rouge_l(predictions: Sequence[str], references: Sequence[Sequence[str]]
 def _rouge_scorer() -> Any:
     from rouge_score.rouge_scorer import RougeScorer
 
-    return RougeScorer(["rougeL"], use_stemmer=True)
+    return RougeScorer(["rougeL"], tokenizer=_Words())
+
+
+class _Words:
+    """The words of a text for ROUGE: those of rouge-score, and in their order those of scripts that it leaves out.
+
+    Of a script without spaces between words, each letter is one. Text in Latin script has rouge-score's words alone.
+    """
+
+    # Paper: takes rouge-score as it is, under which a text in another script scores 0 even against itself.
+
+    def __init__(self) -> None:
+        from rouge_score.tokenizers import DefaultTokenizer
+
+        self._latin = DefaultTokenizer(use_stemmer=True)
+
+    def tokenize(self, text: str) -> list[str]:
+        words: list[str] = []
+        for kind, letters in groupby(text, _kind_of):
+            part = "".join(letters)
+            words += self._latin.tokenize(part) if kind == "latin" else [part.lower()] if kind == "spaced" else part
+        return words
+
+
+_WITHOUT_SPACES = re.compile(
+    "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]"
+)
+"""Thai, Lao, Burmese, Khmer, Japanese and Chinese letters."""
+
+
+def _kind_of(letter: str) -> Literal["latin", "spaced", "dense"]:
+    """How `_Words` reads a character; all that is no letter, mark or digit of another script is left to rouge-score."""
+    latin = letter < "\u0370" or "\u1e00" <= letter <= "\u1eff"
+    if latin or unicodedata.category(letter)[0] not in "LMN":
+        return "latin"
+    return "dense" if _WITHOUT_SPACES.match(letter) else "spaced"
 
 
 # Embeddings -----------------------------------------------------------------------------------------------------------
