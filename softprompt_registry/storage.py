@@ -153,6 +153,11 @@ def _held(lock: Path, what: Path) -> Iterator[None]:
             held = lock.exists() and os.path.samestat(lock.stat(), os.fstat(file.fileno()))
         except BlockingIOError:
             held = False
+        except OSError as error:  # many network file systems are mounted without locks
+            raise ArtifactError(
+                f"writing to {str(what)!r}: the file system cannot lock files there ({error}); expected one that can, so "
+                "that two processes never write the same output. Choose an output on a local disk, or mount it with locks."
+            ) from error
         if not held:
             raise BusyError(
                 f"writing to {str(what)!r}: another process is working there. Wait for it to end, or choose "

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -149,6 +152,19 @@ def test_a_second_process_is_told_that_the_output_is_busy(tmp_path: Path) -> Non
     # However the holder ended, the lock is free again.
     with storage.locked(tmp_path / "out"):
         pass
+
+
+@pytest.mark.parametrize("lock", [storage.locked, storage.locked_file])
+def test_a_file_system_without_locks_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lock: Any) -> None:
+    """Such as NFS mounted with `nolock`, or Lustre without `flock`."""
+
+    def no_locks(*arguments: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    with pytest.raises(ArtifactError, match="cannot lock files there .*No locks available.* output on a local disk"):
+        with lock(tmp_path / "out"):
+            raise AssertionError("not locked")
 
 
 def test_the_lock_is_freed_by_an_error_inside(tmp_path: Path) -> None:

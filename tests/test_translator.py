@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny_llm import HIDDEN_SIZE, save_tiny_model, tiny_base_model
 
 from softprompt_registry.base_models.frozen import BaseModel
@@ -543,6 +543,23 @@ def test_a_damaged_folder_is_an_artifact_error(trained: Trained, tmp_path: Path)
             (tmp_path / "t" / name).write_bytes(content)
         with pytest.raises(ArtifactError, match=message):
             Translator.load(tmp_path / "t", tiny_base_model())
+
+
+def test_an_adapter_that_does_not_fill_its_layers_is_refused(trained: Trained, tmp_path: Path) -> None:
+    """PEFT takes it, and the layers without weights do nothing. The base model is left without it."""
+    trained.translator.save(tmp_path / "t")
+    path = tmp_path / "t" / "adapter_model.safetensors"
+    whole = load_file(path)
+    base_model = tiny_base_model()
+    save_file({name: tensor for name, tensor in whole.items() if ".layers.1." not in name}, path)
+    with pytest.raises(
+        ArtifactError, match=r"lacks weights for layers of tiny@.*layers\.1\..*14 in all\), expected exactly"
+    ):
+        Translator.load(tmp_path / "t", base_model)
+    save_file({**whole, "base_model.model.model.layers.9.self_attn.q_proj.lora_A.weight": torch.zeros(4, 64)}, path)
+    with pytest.raises(ArtifactError, match=r"holds weights that tiny@.* has no place for .*layers\.9\."):
+        Translator.load(tmp_path / "t", base_model)
+    assert not any("lora_" in name for name in base_model.model.state_dict())
 
 
 def test_the_record_is_read_without_a_model(trained: Trained) -> None:

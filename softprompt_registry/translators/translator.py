@@ -111,11 +111,17 @@ class Translator:
                 f"reading translator {str(folder)!r}: its adapter cannot be put on {base_model.ref} ({error}). "
                 "Train it again."
             ) from error
-        if outcome.unexpected_keys:
-            raise ArtifactError(
-                f"reading translator {str(folder)!r}: the adapter holds weights that {base_model.ref} has no place for "
-                f"({outcome.unexpected_keys[:3]}). Train it again."
-            )
+        # PEFT is silent about these: the layers of missing weights would stay as they are, and do nothing.
+        missing = [key for key in outcome.missing_keys if "lora_" in key and f".{adapter_name}." in key]
+        for found, keys in (("holds weights that {} has no place for", outcome.unexpected_keys),
+                            ("lacks weights for layers of {}", missing)):  # fmt: skip
+            if keys:
+                remove_adapter(base_model, adapter_name)
+                raise ArtifactError(
+                    f"reading translator {str(folder)!r}: the adapter {found.format(base_model.ref)} "
+                    f"({[key.replace(f'.{adapter_name}', '') for key in keys[:3]]}, {len(keys)} in all), expected exactly "
+                    "those of its configuration. Copy it again, or train it again."
+                )
         return translator
 
     def save(self, folder: Path) -> None:
