@@ -238,6 +238,21 @@ def test_bad_rows(tmp_path: Path, name: str, content: bytes, expected: str) -> N
         assert found == expected
 
 
+def test_classes_of_a_parquet_file_have_their_names(tmp_path: Path) -> None:
+    """`datasets` stores the number of a class; a number that is none, as -1 for an unknown label, is still refused."""
+    datasets = pytest.importorskip("datasets")
+    features = {"input": datasets.Value("string"), "output": datasets.ClassLabel(names=["negative", "positive"])}
+    rows = {"input": ["poor", "fine", "dull", "unknown"], "output": [0, 1, 0, -1]}
+    dataset = datasets.Dataset.from_dict(rows, features=datasets.Features(features))
+    dataset.to_parquet(tmp_path / "films.parquet")
+    assert problems(tmp_path) == [
+        "films.parquet, row 4: found int -1 as 'output'; expected a string. Write it as a string, \"-1\"."
+    ]
+    dataset.select(range(3)).to_parquet(tmp_path / "films.parquet")
+    _, tasks = build(tmp_path)
+    assert [pair.output for pair in tasks["films"].pairs] == ["negative", "positive", "negative"]
+
+
 def test_duplicate_parquet_column_and_bytes_that_are_not_text(tmp_path: Path) -> None:
     twice = pyarrow.table([["a"], ["b"], ["c"]], names=["input", "output", "input"])
     pyarrow.parquet.write_table(twice, tmp_path / "a.parquet")

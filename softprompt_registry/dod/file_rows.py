@@ -12,7 +12,7 @@ import io
 import json
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any, Literal, cast
@@ -285,12 +285,29 @@ def _parquet_rows(path: Path, columns: Sequence[str]) -> Rows:
                 yield 1, fault
                 return
             read = [*columns, *(["split"] if "split" in names else [])]
+            classes = _class_names(file.schema_arrow.metadata or {})
             for batch in file.iter_batches(batch_size=PARQUET_BATCH_ROWS, columns=read):
-                for values in zip(*(_arrow_values(batch.column(name)) for name in read), strict=True):
+                cells = (_named(_arrow_values(batch.column(name)), classes.get(name, ())) for name in read)
+                for values in zip(*cells, strict=True):
                     number += 1
                     yield number, dict(zip(read, values, strict=True))
     except (OSError, pyarrow.ArrowException) as error:
         yield number + 1, _unreadable(error, "Parquet")
+
+
+def _class_names(metadata: Mapping[bytes, bytes]) -> dict[str, list[str]]:
+    """Column → the names of its classes. The library `datasets` stores a class as a number, and its name in the metadata."""
+    try:
+        features = json.loads(metadata[b"huggingface"])["info"]["features"]
+        return {name: about["names"] for name, about in features.items() if about.get("_type") == "ClassLabel"}
+    except (KeyError, ValueError, TypeError, AttributeError):  # not written by it: the numbers stay
+        return {}
+
+
+def _named(values: list[Any], classes: Sequence[str]) -> list[Any]:
+    """Numbers of classes as their names; others, such as -1 for a label that was not published, as they are."""
+    known = range(len(classes))
+    return [classes[value] if isinstance(value, int) and value in known else value for value in values]
 
 
 def _arrow_values(column: Any) -> list[Any]:
