@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -27,12 +28,37 @@ from softprompt_registry.errors import BaseModelError, ConfigError
 from softprompt_registry.recording import NullRecorder, ProgressBar
 from softprompt_registry.soft_prompts import on_ray
 from softprompt_registry.soft_prompts.bank import SoftPromptBank
-from softprompt_registry.soft_prompts.on_ray import RayConfig, RayEngine, _Actor
+from softprompt_registry.soft_prompts.on_ray import RayConfig, RayEngine, _Actor, share_of_each
 from softprompt_registry.soft_prompts.tuning import tune_soft_prompts
 
 ray = pytest.importorskip("ray")
 
 MANY = [*TASKS, *(make_task(f"more{number}", train=4 + number) for number in range(9))]
+
+
+@pytest.mark.parametrize(
+    ("machines", "settings", "cpus", "gpus"),
+    [
+        ([(8, 0)], {"workers": 3}, 2, 0),
+        (
+            [(8, 2)],
+            {"workers": 5},
+            1,
+            0.3333,
+        ),  # not 0.4: a GPU has room for two such, and the fifth would wait for ever
+        ([(8, 1), (8, 1)], {"workers": 1}, 8, 1),  # no machine has the cluster's 16 processors and 2 GPUs
+        ([(4, 0), (2, 0)], {"workers": 3}, 2, 0),
+        ([(64, 0), (16, 4)], {"workers": 4}, 4, 1),  # the head node's processors are of no use without a GPU
+        ([(16, 4)], {"workers": 4, "gpus_per_worker": 2}, 0, 2),  # cannot be: two of them wait for GPUs
+        ([(2, 0)], {"workers": 7}, 0.25, 0),
+        ([(4, 1)], {"workers": 7}, 0.5, 0.1428),  # seven times 0.1429, as Ray rounds, is more than one GPU
+    ],
+)
+def test_what_each_actor_asks_for_is_to_be_had(
+    machines: list[tuple[int, int]], settings: dict[str, Any], cpus: float, gpus: float
+) -> None:
+    share = share_of_each([{"CPU": c, "GPU": g} if g else {"CPU": c} for c, g in machines], RayConfig(**settings))
+    assert share == {"num_cpus": cpus, "num_gpus": gpus}
 
 
 @pytest.fixture(scope="module")

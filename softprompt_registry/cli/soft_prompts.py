@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     help="Tune in this process, or on a Ray cluster (needs the extra `ray`).",
 )
 @click.option("--workers", type=int, default=1, show_default=True, help="Ray: actors, with a base model each.")
-@click.option("--gpus-per-worker", type=float, help="Ray: GPUs of each actor. Default: those of the cluster, divided.")
+@click.option("--gpus-per-worker", type=float, help="Ray: GPUs of each actor. Default: the most that all can have.")
 @click.option("--ray-address", help="Ray: the cluster. Default: $RAY_ADDRESS, else a new one on this machine.")
 @with_base_model
 @with_settings

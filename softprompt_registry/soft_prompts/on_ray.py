@@ -12,8 +12,9 @@ import os
 import queue
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from softprompt_registry.base_models.reference import BaseModelRef
@@ -44,9 +45,9 @@ class RayConfig:
     workers: int = 1
     """Actors, with a base model each."""
     gpus_per_worker: float | None = None
-    """GPUs of each, below 1 for several to share one; null divides those of the cluster by the number of workers."""
+    """GPUs of each, below 1 for several to share one; null gives each as many as all can have on the cluster's machines."""
     cpus_per_worker: float | None = None
-    """Processors of each; null divides those of the cluster by the number of workers."""
+    """Processors of each; null gives each as many as all can have on the cluster's machines."""
 
     def __post_init__(self) -> None:
         if self.workers < 1:
@@ -201,15 +202,8 @@ class RayEngine:
         return _Worker(made.remote(self._reference, self._dtype, self._ref, memory_share))
 
     def _share_of_each(self) -> dict[str, float]:
-        resources, workers = self._ray.cluster_resources(), self._config.workers
-        cpus, gpus = self._config.cpus_per_worker, self._config.gpus_per_worker
-        if cpus is None:
-            share = resources.get("CPU", 1) / workers
-            cpus = share if share < 1 else math.floor(share)
-        if gpus is None:
-            share = resources.get("GPU", 0) / workers
-            gpus = share if share < 1 else math.floor(share)
-        return {"num_cpus": cpus, "num_gpus": gpus}
+        machines = [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
+        return share_of_each(machines, self._config)
 
     def _not_started(self) -> ConfigError:
         share = self._share_of_each()
@@ -224,6 +218,40 @@ class RayEngine:
         """What Ray raises when an actor, its process, its machine or what it had sent is gone."""
         names = ("RayActorError", "ObjectLostError", "NodeDiedError", "WorkerCrashedError", "OutOfMemoryError")
         return tuple(getattr(self._ray.exceptions, name) for name in names)
+
+
+def share_of_each(machines: Sequence[Mapping[str, float]], config: RayConfig) -> dict[str, float]:
+    """What each actor asks for, where the settings leave it open: the most with which all of them can run at once.
+
+    An actor has its processors and GPUs on one machine. Below 1 several share a unit, and none has parts of two.
+
+    Args:
+        machines: the resources of each, by Ray's names.
+    """
+    rooms = [config.workers] * len(machines)
+    gpus, cpus = config.gpus_per_worker, config.cpus_per_worker
+    if gpus is None:
+        gpus = _most([machine.get("GPU", 0) for machine in machines], rooms, config.workers)
+    if cpus is None:
+        if gpus:
+            rooms = [_rooms(machine.get("GPU", 0), gpus) for machine in machines]
+        cpus = _most([machine.get("CPU", 0) for machine in machines], rooms, config.workers)
+    return {"num_cpus": cpus, "num_gpus": gpus}
+
+
+def _most(sizes: Sequence[float], rooms: Sequence[int], workers: int) -> float:
+    """The largest share with which all workers find a place, at most `rooms` of them on each machine; 0 if there is none."""
+    wholes = range(int(max(sizes, default=0)), 0, -1)
+    parts = (math.floor(1e4 / several) / 1e4 for several in range(2, workers + 1))  # Ray counts in steps of 0.0001
+    for share in chain(wholes, parts):
+        if sum(min(room, _rooms(size, share)) for size, room in zip(sizes, rooms, strict=True)) >= workers:
+            return float(share)
+    return 0.0
+
+
+def _rooms(size: float, share: float) -> int:
+    """How many actors with this share a machine takes."""
+    return int(size // share) if share >= 1 else int(size) * int(1 / share)
 
 
 @dataclass
