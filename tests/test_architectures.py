@@ -115,19 +115,29 @@ def test_a_soft_prompt_is_tuned_on_it(base: BaseModel) -> None:
     assert random_vectors.soft_prompt.embeddings.std().item() == pytest.approx(tokens.std().item(), rel=0.3)
 
 
-def test_logits_are_measured_and_not_looked_up_in_the_config() -> None:
-    """Falcon-H1 multiplies its logits, under a setting of its own."""
+def falcon_h1(**settings: float) -> BaseModel:
+    sizes = {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_n_groups": 1}
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        sizes = {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_n_groups": 1}
-        config = AutoConfig.for_model("falcon_h1", **{**USUAL, **sizes, "lm_head_multiplier": 0.3})
-        falcon = base_of(AutoModelForCausalLM.from_config(config, attn_implementation="eager"), torch.float32)
+        config = AutoConfig.for_model("falcon_h1", **{**USUAL, **sizes, **settings})
+        return base_of(AutoModelForCausalLM.from_config(config, attn_implementation="eager"), torch.float32)
+
+
+def test_logits_are_measured_and_not_looked_up_in_the_config() -> None:
+    """Falcon-H1 multiplies its logits, under a setting of its own."""
+    falcon = falcon_h1(lm_head_multiplier=0.3)
     ids = [0, 40, 41, 60, 1]
     with torch.no_grad():
         loss = falcon.model(input_ids=torch.tensor([ids]), labels=torch.tensor([[-100, -100, -100, 60, 1]])).loss
         scores = falcon.score_targets(None, [ids[:3]], [ids[3:]])
     assert scores.log_likelihood.item() == pytest.approx(-2 * loss.item(), rel=1e-4)
     assert tiny_base_model()._plain_head, "the fast way is for most models"
+
+
+def test_a_model_that_reads_more_than_embeddings_is_refused() -> None:
+    """Falcon-H1 scales embeddings, but not those that it is handed."""
+    with pytest.raises(BaseModelError, match="from a token's id .* model type is 'falcon_h1'.*soft tokens have no ids"):
+        falcon_h1(embedding_multiplier=2.0)
 
 
 def test_a_model_without_keys_and_values_says_so_where_they_are_needed() -> None:

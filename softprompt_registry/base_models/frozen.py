@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from softprompt_registry.base_models.decoding import greedy
 from softprompt_registry.base_models.prefixes import Prefixes, PrefixRows, prefixes_in
 from softprompt_registry.base_models.reference import BaseModelRef
+from softprompt_registry.errors import BaseModelError
 
 if TYPE_CHECKING:
     import torch
@@ -47,7 +48,11 @@ class TargetScores:
 
 
 class BaseModel:
-    """A frozen causal LLM with its tokenizer. Build with `load_base_model`."""
+    """A frozen causal LLM with its tokenizer. Build with `load_base_model`.
+
+    Raises:
+        BaseModelError: the model reads more of a token than its embedding, so that soft tokens would lack something.
+    """
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ref: BaseModelRef) -> None:
         # transformers' own annotations do not cover what its models do; from here on they are taken on trust.
@@ -57,6 +62,7 @@ class BaseModel:
         model.requires_grad_(False)
         model.eval()
         _forget_generation_settings(self.model)
+        _require_embeddings_alone(self.model, ref)
         self._plain_head = _has_plain_head(self.model)
 
     @property
@@ -307,6 +313,22 @@ def _forget_generation_settings(model: Any) -> None:
     if own is not None:
         names = ("bos_token_id", "eos_token_id", "pad_token_id")
         model.generation_config = GenerationConfig(**{name: getattr(own, name) for name in names})
+
+
+def _require_embeddings_alone(model: Any, ref: BaseModelRef) -> None:
+    """Refuse a model such as Falcon-H1 or Gemma 3n, measured on one token: it scales embeddings where it is given ids alone,
+    or looks up more under an id."""
+    import torch
+
+    ids = torch.zeros(1, 1, dtype=torch.long, device=model.device)
+    with torch.no_grad():
+        by_id = model(input_ids=ids, use_cache=False).logits
+        by_embedding = model(inputs_embeds=model.get_input_embeddings()(ids), use_cache=False).logits
+    if not bool((by_id - by_embedding).abs().max() <= 0.01 * by_id.abs().max()):
+        raise BaseModelError(
+            f"loading base model {ref}: from a token's id it computes something else than from its embedding (its model type "
+            f"is {model.config.model_type!r}); expected the same, since soft tokens have no ids. Use another base model."
+        )
 
 
 def _has_plain_head(model: Any) -> bool:
