@@ -1,7 +1,8 @@
 """What we use of MLflow beyond its documented names, in one place, for whoever moves to another version of MLflow.
 
 A project backend cannot do without: MLflow hands it a URI and leaves fetching the project, reading MLproject and opening the
-run to functions in `mlflow.projects.utils`, which its own backends use.
+run to functions in `mlflow.projects.utils`, which its own backends use. Nor can the check of the store: no documented name
+tells which experiment the next run goes to, or opens a database as MLflow will, but once.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+import mlflow
 from mlflow.entities import Run
 from mlflow.projects.utils import (
     MLFLOW_LOCAL_BACKEND_RUN_ID_CONFIG,
@@ -25,6 +27,9 @@ from mlflow.projects.utils import (
     get_or_create_run,
     load_project,
 )
+from mlflow.store.db.utils import create_sqlalchemy_engine
+from mlflow.tracking.fluent import _get_experiment_id
+from sqlalchemy.engine import make_url
 
 RUN_ID = MLFLOW_LOCAL_BACKEND_RUN_ID_CONFIG
 ENV_MANAGER = PROJECT_ENV_MANAGER
@@ -88,3 +93,29 @@ def context_of_mlflow_run() -> click.Context | None:
     if context is not None and getattr(context.command.callback, "__module__", "").startswith("mlflow.cli"):
         return context
     return None
+
+
+def active_experiment_id() -> str | None:
+    """The experiment that the next run goes to; one named in MLFLOW_EXPERIMENT_NAME that is not there is made."""
+    return _get_experiment_id()
+
+
+def connect_to_database(uri: str, *, write: bool) -> None:
+    """Connect once, as MLflow will; with `write`, also begin to write to SQLite, which other databases need no check of."""
+    url = make_url(uri)
+    on_sqlite = url.get_backend_name() == "sqlite"
+    if on_sqlite and url.database and not Path(url.database).parent.exists():
+        return  # MLflow makes the folder
+    engine = create_sqlalchemy_engine(uri)  # type: ignore[no-untyped-call]
+    try:
+        with engine.connect() as connection:
+            if write and on_sqlite:
+                connection.exec_driver_sql("BEGIN IMMEDIATE")
+    finally:
+        engine.dispose()
+
+
+def knows_schema(revision: str) -> bool:
+    """Whether the installed MLflow has this version of its database schema among its own."""
+    versions = Path(mlflow.__file__).parent / "store" / "db_migrations" / "versions"
+    return any(versions.glob(f"{revision}_*.py"))

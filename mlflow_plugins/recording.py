@@ -6,7 +6,7 @@ import sys
 import time
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,7 @@ from mlflow.entities import DatasetInput, Metric
 from mlflow_plugins.flavor_parts import add_model_params
 from softprompt_registry.errors import ArtifactError, RegistryError
 from softprompt_registry.recording import ConsoleRecorder, ProgressBar
+from softprompt_registry.registry.store import STORE_FAILURES, quick_requests
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -56,7 +57,7 @@ class MlflowRecorder(ConsoleRecorder):
         self._points: list[Metric] = []
         if dataset is not None:
             _link_dataset(self._client, self.run_id, dataset)
-        self._finalizer = weakref.finalize(self, _write, self._client, self.run_id, self._points)
+        self._finalizer = weakref.finalize(self, _write_last, self._client, self.run_id, self._points)
 
     def __enter__(self) -> MlflowRecorder:
         return self
@@ -134,6 +135,12 @@ def _write(client: mlflow.MlflowClient, run_id: str, points: list[Metric]) -> No
     if written:
         client.log_batch(run_id, metrics=written)
         del points[: len(written)]
+
+
+def _write_last(client: mlflow.MlflowClient, run_id: str, points: list[Metric]) -> None:
+    """What is left when the recorder is dropped; a store that fails then has failed the stage, too, which says so."""
+    with suppress(*STORE_FAILURES), quick_requests():
+        _write(client, run_id, points)
 
 
 def _link_dataset(client: mlflow.MlflowClient, run_id: str, dataset: Dataset) -> None:

@@ -19,6 +19,7 @@ from softprompt_registry.errors import PromotionRefused
 from softprompt_registry.evaluation.verbalizations import Evaluation
 from softprompt_registry.registry.promotion import Decision, Policy, promote
 from softprompt_registry.registry.registration import RegisteredVersion
+from softprompt_registry.registry.store import open_run
 from softprompt_registry.soft_prompts.bank import SoftPromptBank
 from softprompt_registry.soft_prompts.tuning import TuningConfig
 from softprompt_registry.stages.evaluating import evaluate
@@ -73,7 +74,7 @@ def run_pipeline(config: PipelineConfig, dod_path: Path, folder: Path) -> Pipeli
     The base model is loaded once. Started again with the same settings and folder it takes over what is finished.
     """
     seconds: dict[str, float] = {}
-    with mlflow.start_run(run_name="pipeline") as run:
+    with open_run("pipeline") as run_id:
         with _timed("load base model", seconds):
             base_model = load_base_model(config.base_model or default_reference())
         with _timed("tune soft prompts", seconds):
@@ -95,7 +96,7 @@ def run_pipeline(config: PipelineConfig, dod_path: Path, folder: Path) -> Pipeli
             write_text(payload_file, request)
         mlflow.log_metrics({f"seconds.{name.replace(' ', '_')}": value for name, value in seconds.items()})
     return PipelineResult(
-        run.info.run_id,
+        run_id,
         folder,
         evaluated.evaluation,
         evaluated.rule,

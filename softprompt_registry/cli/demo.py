@@ -10,6 +10,7 @@ import click
 
 from softprompt_registry.cli.options import (
     main,
+    require_store,
     with_json,
     with_settings,
 )
@@ -38,6 +39,7 @@ def demo(dod: Path | None, out: Path, config: Path | None, overrides: tuple[str,
     from softprompt_registry.pipeline import PipelineConfig, run_pipeline
 
     settings = build_config(PipelineConfig, values)
+    require_store()
     if dod is None:
         dod = out / "sample.sqlite"
         if not dod.exists():

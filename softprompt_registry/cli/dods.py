@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from softprompt_registry.cli.options import CommandT, main, section_of, with_json, with_settings
+from softprompt_registry.cli.options import CommandT, main, require_store, section_of, with_json, with_settings
 from softprompt_registry.printing import print_json, print_table
 
 if TYPE_CHECKING:
@@ -79,6 +79,7 @@ def build_dod_files(
     from softprompt_registry.dod.files import FilesConfig, build_dod_from_files
 
     settings = build_config(FilesConfig, section_of("files", config, overrides))
+    require_store()
     from softprompt_registry.stages.dods import build
 
     run_id, report = build(
@@ -149,6 +150,7 @@ def build_dod_classification_command(
     if dry_run:
         print_json(dataclasses.asdict(estimate(settings)))
         return
+    require_store()
     require_free(out, "building a classification DoD", overwrite=overwrite)  # before a large model is loaded
     letters = settings.min_seed_letters
     seed_words = read_seed_words(words, min_letters=letters) if words else brown_words(min_letters=letters)
@@ -197,6 +199,7 @@ def build_dod_general_command(
     from softprompt_registry.dod.general import GeneralConfig, build_dod_general
 
     settings = build_config(GeneralConfig, section_of("general", config, overrides))
+    require_store()
     tokenizer = _tokenizer(base_model)
     from softprompt_registry.stages.dods import build
 
@@ -244,6 +247,7 @@ def build_dod_inspect_command(
     # An entry point of MLproject has no way to leave the folder out but an empty text.
     source = Path(folder) if folder else None
     settings = build_config(InspectConfig, section_of("inspect", config, overrides))
+    require_store()
     from softprompt_registry.stages.dods import build
 
     run_id, report = build(
@@ -283,6 +287,7 @@ def build_dod_ood_command(
     from softprompt_registry.dod.ood_datasets import OodConfig, build_dod_ood
 
     settings = build_config(OodConfig, section_of("ood", config, overrides))
+    require_store()
     from softprompt_registry.stages.dods import build
 
     run_id, report = build(
@@ -321,6 +326,7 @@ def audit_dod_command(
     from softprompt_registry.dod.audit import AuditConfig
 
     settings = build_config(AuditConfig, section_of("audit", config, overrides))
+    require_store()
     page = page or dod.with_name(dod.name + ".audit.html")
     from softprompt_registry.stages.dods import audit
 
@@ -376,6 +382,7 @@ def paraphrase_dod_command(
     if factor is not None:
         values["factor"] = factor
     settings = build_config(ParaphraseConfig, values)
+    require_store()
     require_free(out, f"paraphrasing DoD {str(dod)!r}", overwrite=overwrite)  # before a large model is loaded
     with DodStore.open(dod):
         pass

@@ -13,6 +13,7 @@ from softprompt_registry.cli.options import (
     dod_option,
     main,
     open_base_model,
+    require_store,
     section_of,
     with_base_model,
     with_json,
@@ -63,6 +64,7 @@ def evaluate(
     from softprompt_registry.stages.proposing import EvaluationConfig
 
     settings = build_config(EvaluationConfig, section_of("evaluation", config, overrides))
+    require_store()
     from softprompt_registry.registry.artifacts import translator_base_model
     from softprompt_registry.stages.evaluating import evaluate as evaluate_stage
 
@@ -116,6 +118,7 @@ def reproduce_command(run_id: str, as_json: bool) -> None:
     Example:
       softprompt reproduce 0b5c9d1e7f6a4c2b8d3e5f7a9b1c3d5e
     """
+    require_store(for_run=False)
     from softprompt_registry.stages.reproducing import reproduce
 
     result = reproduce(run_id)
@@ -164,6 +167,7 @@ def inspect_grid(
     from softprompt_registry.evaluation.layer_grid import LayerGridConfig
 
     settings = build_config(LayerGridConfig, section_of("layer_grid", config, overrides))
+    require_store()
     from softprompt_registry.registry.artifacts import bank_base_model
     from softprompt_registry.stages.reading_layers import read_grid
 

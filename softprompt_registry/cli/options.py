@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -63,6 +64,15 @@ class StageGroup(click.Group):
             raise click.ClickException(
                 f"{error.strerror}: {error.filename!r}. Check the path and whether it may be read and written."
             ) from error
+        except Exception as error:
+            # Only a command that has loaded MLflow can have met its failure.
+            if "softprompt_registry.registry.store" not in sys.modules:
+                raise
+            from softprompt_registry.registry.store import STORE_FAILURES, failed_during_work
+
+            if not isinstance(error, STORE_FAILURES):
+                raise
+            raise click.ClickException(str(failed_during_work(error))) from error
 
 
 @click.group(cls=StageGroup, context_settings={"help_option_names": ["-h", "--help"]})
@@ -107,6 +117,13 @@ def with_base_model(command: CommandT) -> CommandT:
 def dod_option(command: CommandT) -> CommandT:
     """--dod."""
     return click.option("--dod", required=True, type=click.Path(path_type=Path), help="DoD file (.sqlite).")(command)
+
+
+def require_store(*, for_run: bool = True) -> None:
+    """Check that MLflow's store can be used, once the settings are read and before anything that takes time."""
+    from softprompt_registry.registry.store import require_store as check
+
+    check(for_run=for_run)
 
 
 def section_of(section: str, config: Path | None, overrides: Sequence[str]) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from softprompt_registry.cli.options import (
     dod_option,
     main,
     open_base_model,
+    require_store,
     section_of,
     with_base_model,
     with_json,
@@ -96,6 +97,7 @@ def portability(
         given = [{"model": model, "engine": engine, "options": options} for model in models]
         values["targets"] = [*values.get("targets", []), *given]
     settings = build_config(PortabilityConfig, values)
+    require_store(for_run=not dry_run)
     if dry_run:
         _print_estimate(estimate_portability(evaluation, dod, answers, settings), as_json)
         return

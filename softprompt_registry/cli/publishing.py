@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from softprompt_registry.cli.options import main, with_json
+from softprompt_registry.cli.options import main, require_store, with_json
 from softprompt_registry.printing import print_json, print_table
 
 
@@ -46,6 +46,7 @@ def publish(
         raise click.UsageError("Name tasks with --task, or give --all; expected one of the two.")
     import dataclasses
 
+    require_store()
     from softprompt_registry.registry.publishing import TEMPLATE
     from softprompt_registry.stages.publishing import publish as publish_stage
 

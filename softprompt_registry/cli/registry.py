@@ -9,6 +9,7 @@ import click
 
 from softprompt_registry.cli.options import (
     main,
+    require_store,
     with_json,
 )
 from softprompt_registry.printing import print_json, print_table
@@ -30,9 +31,12 @@ def register(model_uri: str, name: str, model_config: Path | None, as_json: bool
       softprompt register models:/m-0123 --name soft-prompt-translator
     """
     from softprompt_registry.config import read_yaml
+
+    settings = read_yaml(model_config) if model_config else None
+    require_store()
     from softprompt_registry.stages.registering import register as register_stage
 
-    registered = register_stage(model_uri, name, read_yaml(model_config) if model_config else None)
+    registered = register_stage(model_uri, name, settings)
     if as_json:
         import dataclasses
 
@@ -68,6 +72,7 @@ def promote(
     """
     import dataclasses
 
+    require_store()
     from softprompt_registry.registry.promotion import Policy, read_policy
     from softprompt_registry.registry.promotion import promote as promote_version
 
@@ -104,6 +109,7 @@ def list_command(base: str | None, task: str | None, metric: str | None, as_json
     """
     import dataclasses
 
+    require_store(for_run=False)
     from softprompt_registry.registry.registration import list_models
 
     found = list_models(base=base, task=task, metric_filter=metric)
@@ -135,6 +141,7 @@ def lineage(uri: str, as_json: bool) -> None:
     Example:
       softprompt lineage models:/soft-prompt-translator@champion
     """
+    require_store(for_run=False)
     from softprompt_registry.registry.lineage import lineage as trace
     from softprompt_registry.registry.lineage import to_json, to_text
 

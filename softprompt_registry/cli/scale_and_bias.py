@@ -11,6 +11,7 @@ from softprompt_registry.cli.options import (
     dod_option,
     main,
     open_base_model,
+    require_store,
     section_of,
     with_base_model,
     with_json,
@@ -51,6 +52,7 @@ def train_scale_and_bias_command(
     from softprompt_registry.translators.scale_and_bias_training import ScaleAndBiasConfig
 
     settings = build_config(ScaleAndBiasConfig, section_of("scale_and_bias", config, overrides))
+    require_store()
     from softprompt_registry.registry.artifacts import bank_base_model
     from softprompt_registry.stages.training_scale_and_bias import train
 

@@ -11,6 +11,7 @@ from softprompt_registry.cli.options import (
     dod_option,
     main,
     open_base_model,
+    require_store,
     section_of,
     with_base_model,
     with_json,
@@ -67,6 +68,7 @@ def tune(
     from softprompt_registry.soft_prompts.tuning import TuningConfig
 
     settings = build_config(TuningConfig, section_of("tuning", config, overrides))
+    require_store()
     from softprompt_registry.soft_prompts.bank import SoftPromptBank
     from softprompt_registry.stages.tuning import bank_table
     from softprompt_registry.stages.tuning import tune as tune_stage

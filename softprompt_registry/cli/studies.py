@@ -11,6 +11,7 @@ from softprompt_registry.cli.options import (
     dod_option,
     main,
     open_base_model,
+    require_store,
     section_of,
     with_base_model,
     with_json,
@@ -79,6 +80,7 @@ def study(
     Example:
       softprompt study dod-size --dod tasks.sqlite --bank bank --out sizes -s "shares=[0.25, 1.0]"
     """
+    require_store()
     from softprompt_registry.stages.study_plans import plan_study
     from softprompt_registry.stages.study_settings import read_study_config
 

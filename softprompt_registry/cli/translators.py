@@ -12,6 +12,7 @@ from softprompt_registry.cli.options import (
     dod_option,
     main,
     open_base_model,
+    require_store,
     section_of,
     with_base_model,
     with_json,
@@ -55,6 +56,7 @@ def train_translator_command(
 
     with launched_processes() as processes:
         settings = build_config(TranslatorConfig, section_of("translator", config, overrides))
+        require_store()
         from softprompt_registry.registry.artifacts import bank_base_model
         from softprompt_registry.stages.training import take_part_in_training, train
         from softprompt_registry.translators.translator import read_record

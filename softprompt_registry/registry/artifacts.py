@@ -11,6 +11,7 @@ from mlflow.exceptions import MlflowException
 from softprompt_registry.base_models.reference import BaseModelRef
 from softprompt_registry.errors import RegistryError
 from softprompt_registry.registry.lookup import REGISTRY_SCHEMES, find_by_uri, parse_model_uri, split_member
+from softprompt_registry.registry.store import STORE_FAILURES, in_one_line, require_store
 from softprompt_registry.soft_prompts.bank import SoftPromptBank
 from softprompt_registry.soft_prompts.soft_prompt import SoftPrompt
 from softprompt_registry.translators.translator import read_record
@@ -47,12 +48,13 @@ def find_artifact(uri: str, kind: str) -> FoundArtifact:
     location, member = split_member(uri)
     model_id = None
     if location.startswith(REGISTRY_SCHEMES):
+        require_store(for_run=False)
         model_id = None if kind in _NO_MODELS else model_id_of(location)
         try:
             root = Path(mlflow.artifacts.download_artifacts(artifact_uri=location))
-        except (MlflowException, OSError) as error:
+        except (*STORE_FAILURES, OSError) as error:
             raise RegistryError(
-                f"fetching {kind} {uri!r}: MLflow could not ({str(error).splitlines()[0][:200]}). Check the name with "
+                f"fetching {kind} {uri!r}: MLflow could not ({in_one_line(error)}). Check the name with "
                 "`softprompt list`, and that MLFLOW_TRACKING_URI points to the store that holds it."
             ) from error
     else:
@@ -90,7 +92,7 @@ def model_id_of(uri: str) -> str | None:
             version = client.get_model_version(parts.name, str(parts.version))
     except MlflowException as error:
         raise RegistryError(
-            f"looking up {uri!r}: the registry has no such version ({str(error).splitlines()[0][:200]}). "
+            f"looking up {uri!r}: the registry has no such version ({in_one_line(error)}). "
             "`softprompt list` shows what there is."
         ) from error
     source = str(version.source)

@@ -11,7 +11,7 @@ from urllib.parse import unquote, urlsplit
 from urllib.request import url2pathname
 
 from mlflow import MlflowClient
-from mlflow.entities import LoggedModel, Run
+from mlflow.entities import Experiment, LoggedModel, Run
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 
@@ -89,6 +89,12 @@ def find_logged_model(client: MlflowClient, model_id: str) -> LoggedModel | None
 
 def find_run(client: MlflowClient, run_id: str) -> Run | None:
     return _found(client.get_run, run_id)
+
+
+def find_experiment(client: MlflowClient, experiment_id: str | None) -> Experiment | None:
+    """With any lifecycle stage; None also where what answered is no such experiment."""
+    found = None if experiment_id is None else _found(client.get_experiment, experiment_id)
+    return found if found is not None and found.experiment_id == experiment_id else None
 
 
 def find_version(client: MlflowClient, name: str, version: int) -> ModelVersion | None:

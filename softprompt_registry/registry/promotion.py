@@ -40,6 +40,7 @@ from softprompt_registry.registry.lookup import (
     quoted,
     search_versions,
 )
+from softprompt_registry.registry.store import open_run
 
 
 @dataclass(frozen=True)
@@ -140,11 +141,8 @@ def promote(
     passed = all(rule.passed for rule in rules)
     number = int(candidate.version)
 
-    with mlflow.start_run(
-        run_name=f"promote {name} {number}",
-        nested=mlflow.active_run() is not None,
-        tags={STAGE_TAG: STAGE_PROMOTE, TAG_MODEL_ID: candidate.tags[TAG_MODEL_ID]},
-    ) as run:
+    tags = {STAGE_TAG: STAGE_PROMOTE, TAG_MODEL_ID: candidate.tags[TAG_MODEL_ID]}
+    with open_run(f"promote {name} {number}", tags) as run_id:
         decision = Decision(
             name=name,
             version=number,
@@ -154,7 +152,7 @@ def promote(
             rules=rules,
             forced=force and not passed,
             reason=reason,
-            run_id=run.info.run_id,
+            run_id=run_id,
         )
         _record(client, decision, policy, metrics, candidate, allow_base_change)
         if decision.promoted:
@@ -166,7 +164,7 @@ def promote(
                     f"{_or_nobody(previous_version)} to {_or_nobody(holder)} meanwhile. Promote again."
                 )
             client.set_registered_model_alias(name, alias, str(number))
-        client.set_tag(run.info.run_id, OUTCOME_TAG, OUTCOME_PROMOTED if decision.promoted else OUTCOME_REFUSED)
+        client.set_tag(run_id, OUTCOME_TAG, OUTCOME_PROMOTED if decision.promoted else OUTCOME_REFUSED)
 
     if not decision.promoted:
         failed = [rule for rule in rules if not rule.passed]

@@ -20,6 +20,7 @@ from softprompt_registry.fingerprints import digest_of_texts
 from softprompt_registry.portability.templates import PromptTemplates
 from softprompt_registry.registry.conventions import TAG_PREFIX, TAG_TASK
 from softprompt_registry.registry.lookup import aliases_of, find_run
+from softprompt_registry.registry.store import STORE_FAILURES, in_one_line
 
 SUFFIX = ".hard"
 TEMPLATE = PromptTemplates().prompt
@@ -219,7 +220,7 @@ def publish_prompt(
         client.set_prompt_alias(prompt.name, alias, version.version)
     except MlflowException as error:
         raise RegistryError(
-            f"publishing the hard prompt of task {prompt.task!r} as {prompt.name!r}: MLflow refused: {error.message}"
+            f"publishing the hard prompt of task {prompt.task!r} as {prompt.name!r}: MLflow refused: {in_one_line(error)}"
         ) from error
     return PublishedPrompt(
         prompt.task, prompt.name, version.version, is_new, alias, previous, version.uri, prompt.template, links_left_out
@@ -289,9 +290,10 @@ def target_scores(run_id: str, condition: str) -> dict[str, dict[tuple[str, str]
     try:
         table = mlflow.artifacts.load_dict(f"runs:/{run_id}/{TASK_SCORES}")
         rows = [dict(zip(table["columns"], row, strict=True)) for row in table["data"]]
-    except (MlflowException, OSError, KeyError) as error:
+    except (*STORE_FAILURES, OSError, KeyError) as error:
         raise RegistryError(
-            f"{doing}: {error}. Expected a run of `softprompt portability` with the file {TASK_SCORES}. Give the run id that "
+            f"{doing}: {in_one_line(error)}. "
+            f"Expected a run of `softprompt portability` with the file {TASK_SCORES}. Give the run id that "
             "the command printed."
         ) from error
     found: dict[str, dict[tuple[str, str], float]] = {}

@@ -52,6 +52,7 @@ from softprompt_registry.registry.lookup import (
     quoted,
     search_versions,
 )
+from softprompt_registry.registry.store import in_one_line
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,9 @@ def register(model_uri: str, name: str, *, tags: Mapping[str, str] | None = None
             # Not the client's create_model_version: this also writes the link from the LoggedModel that the UI shows.
             version = mlflow.register_model(model.model_uri, name, tags={**(tags or {}), **facts})
         except MlflowException as error:
-            raise RegistryError(f"registering {model_uri!r} as {name!r}: MLflow refused: {error.message}") from error
+            raise RegistryError(
+                f"registering {model_uri!r} as {name!r}: MLflow refused: {in_one_line(error)}"
+            ) from error
     else:
         for key, value in {**(tags or {}), **facts}.items():
             if version.tags.get(key) != value:

@@ -12,7 +12,6 @@ from typing import Any
 
 import mlflow
 from mlflow.entities import LoggedModelInput
-from mlflow.exceptions import MlflowException
 
 from mlflow_plugins.dod_dataset import DodDataset, from_dod
 from mlflow_plugins.recording import MlflowRecorder
@@ -46,6 +45,7 @@ from softprompt_registry.portability.templates import PromptTemplates
 from softprompt_registry.registry import conventions
 from softprompt_registry.registry.artifacts import find_artifact
 from softprompt_registry.registry.lookup import find_logged_model
+from softprompt_registry.registry.store import STORE_FAILURES, in_one_line
 from softprompt_registry.soft_prompts.bank import SoftPromptBank
 from softprompt_registry.stages.evaluation_records import CANDIDATES, TASKS
 from softprompt_registry.stages.running import log_inputs, stage_run
@@ -232,9 +232,10 @@ def read_portability(run_id: str) -> tuple[Portability, list[Answer]]:
     try:
         record = mlflow.artifacts.load_dict(f"runs:/{run_id}/{RESULT}")
         rows = mlflow.artifacts.load_dict(f"runs:/{run_id}/{ANSWERS}")["answers"]
-    except (MlflowException, OSError, KeyError) as error:
+    except (*STORE_FAILURES, OSError, KeyError) as error:
         raise ArtifactError(
-            f"reading portability run {run_id!r}: {error}. Expected a run of `softprompt portability` with the files "
+            f"reading portability run {run_id!r}: {in_one_line(error)}. "
+            "Expected a run of `softprompt portability` with the files "
             f"{RESULT} and {ANSWERS}. Give the run id that the command printed."
         ) from error
     with complete_record("the answers of a portability run"):
@@ -248,9 +249,10 @@ def _read(evaluation: str, store: DodStore) -> _Evaluated:
         candidates = mlflow.artifacts.load_dict(f"runs:/{run_id}/{CANDIDATES}")
         records = mlflow.artifacts.load_dict(f"runs:/{run_id}/{TASKS}")["tasks"]
         split_seed = int(mlflow.get_run(run_id).data.params["evaluation.verifier.seed"])
-    except (MlflowException, OSError, KeyError) as error:
+    except (*STORE_FAILURES, OSError, KeyError) as error:
         raise ArtifactError(
-            f"reading the evaluation of run {run_id!r}: {error}. Expected a run of `softprompt evaluate` with the files "
+            f"reading the evaluation of run {run_id!r}: {in_one_line(error)}. "
+            "Expected a run of `softprompt evaluate` with the files "
             f"{CANDIDATES} and {TASKS}. Give the run id that the command printed."
         ) from error
     with complete_record("an evaluation"):

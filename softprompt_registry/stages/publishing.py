@@ -9,7 +9,6 @@ from typing import Any
 import mlflow
 from mlflow import MlflowClient
 from mlflow.entities import LoggedModel, LoggedModelInput, Run
-from mlflow.exceptions import MlflowException
 
 from mlflow_plugins.recording import MlflowRecorder
 from softprompt_registry.errors import ArtifactError, RegistryError
@@ -29,6 +28,7 @@ from softprompt_registry.registry.publishing import (
     target_score_tags,
     target_scores,
 )
+from softprompt_registry.registry.store import STORE_FAILURES, in_one_line
 from softprompt_registry.stages.evaluation_records import CANDIDATES, REPORTING, TASKS
 from softprompt_registry.stages.running import stage_run
 from softprompt_registry.storage import complete_record
@@ -227,9 +227,10 @@ def _read(run_id: str, method: str) -> _Found:
         candidates = mlflow.artifacts.load_dict(f"runs:/{run_id}/{CANDIDATES}")
         reporting = mlflow.artifacts.load_dict(f"runs:/{run_id}/{REPORTING}")["tasks"]
         tasks = mlflow.artifacts.load_dict(f"runs:/{run_id}/{TASKS}")["tasks"]
-    except (MlflowException, OSError, KeyError) as error:
+    except (*STORE_FAILURES, OSError, KeyError) as error:
         raise ArtifactError(
-            f"publishing texts of run {run_id!r}: {error}. Expected the files {CANDIDATES}, {REPORTING} and {TASKS} of a "
+            f"publishing texts of run {run_id!r}: {in_one_line(error)}. "
+            f"Expected the files {CANDIDATES}, {REPORTING} and {TASKS} of a "
             "finished evaluation. Evaluate again."
         ) from error
     if method not in candidates:

@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import mlflow
-from mlflow.exceptions import MlflowException
 
 from softprompt_registry.dod.task import Pair, Task
 from softprompt_registry.errors import ArtifactError
 from softprompt_registry.evaluation.metrics import SentenceEncoder
 from softprompt_registry.evaluation.verbalizations import Evaluation, evaluate_verbalizations
 from softprompt_registry.registry import conventions
+from softprompt_registry.registry.store import STORE_FAILURES, in_one_line
 from softprompt_registry.stages.evaluation_records import CANDIDATES, REPORTING, TASKS
 from softprompt_registry.storage import complete_record
 from softprompt_registry.verbalization.verbalizer import Verbalization
@@ -55,9 +55,10 @@ def reproduce(run_id: str) -> Reproduction:
         reporting = mlflow.artifacts.load_dict(f"runs:/{run_id}/{REPORTING}")["tasks"]
         tasks = mlflow.artifacts.load_dict(f"runs:/{run_id}/{TASKS}")["tasks"]
         seed = int(mlflow.get_run(run_id).data.params["evaluation.seed"])
-    except (MlflowException, OSError, KeyError) as error:
+    except (*STORE_FAILURES, OSError, KeyError) as error:
         raise ArtifactError(
-            f"reproducing the evaluation of run {run_id!r}: {error}. Expected a run of `softprompt evaluate` with the files "
+            f"reproducing the evaluation of run {run_id!r}: {in_one_line(error)}. "
+            "Expected a run of `softprompt evaluate` with the files "
             f"{CANDIDATES}, {REPORTING} and {TASKS}. Give the run id that the command printed."
         ) from error
     with complete_record("an evaluation"):

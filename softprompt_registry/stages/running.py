@@ -15,6 +15,7 @@ from mlflow_plugins.run_context import set_base_fingerprint
 from softprompt_registry.base_models.frozen import BaseModel
 from softprompt_registry.base_models.reference import BaseModelRef
 from softprompt_registry.registry import conventions
+from softprompt_registry.registry.store import STORE_FAILURES, open_run, quick_requests
 from softprompt_registry.soft_prompts.engines import TuningEngine
 
 
@@ -36,9 +37,8 @@ def stage_run(stage: str, base_model: BaseModel | TuningEngine | None = None) ->
     """One MLflow run for a stage, tagged with the base model it uses; yields its id."""
     if base_model is not None:
         set_base_fingerprint(base_model.ref.fingerprint)
-    nested = mlflow.active_run() is not None
-    with mlflow.start_run(run_name=stage, nested=nested, tags={conventions.STAGE_TAG: stage}) as run:
-        yield str(run.info.run_id)
+    with open_run(stage, {conventions.STAGE_TAG: stage}) as run_id:
+        yield run_id
 
 
 def ensure_base_model(ref: BaseModelRef) -> str:
@@ -75,5 +75,6 @@ def logged_model(name: str, model_type: str, params: dict[str, str]) -> Iterator
     try:
         yield str(model.model_id)
     except BaseException:
-        mlflow.finalize_logged_model(model.model_id, LoggedModelStatus.FAILED)
+        with contextlib.suppress(*STORE_FAILURES), quick_requests():
+            mlflow.finalize_logged_model(model.model_id, LoggedModelStatus.FAILED)
         raise

@@ -19,6 +19,7 @@ from softprompt_registry.evaluation.study_figure import skill_figure, study_figu
 from softprompt_registry.evaluation.study_table import SKILLS, PointResult, StudyTable, rows_of
 from softprompt_registry.registry import conventions
 from softprompt_registry.registry.artifacts import find_artifact
+from softprompt_registry.registry.store import open_run
 from softprompt_registry.soft_prompts.bank import SoftPromptBank
 from softprompt_registry.stages.evaluating import evaluate
 from softprompt_registry.stages.running import log_inputs, stage_run
@@ -71,7 +72,7 @@ def run_study(base_model: BaseModel, plan: StudyPlan, out: Path) -> StudyResult:
             results = []
             for number, point in enumerate(plan.points, start=1):
                 tags = {conventions.STAGE_TAG: conventions.STAGE_STUDY_POINT}
-                with mlflow.start_run(run_name=point.name, nested=True, tags=tags):
+                with open_run(point.name, tags):
                     mlflow.log_params({"study": plan.study, "point": point.name})
                     result = finished.get(point.name) or work.reach(point)
                     _log_point(result, plan.config.method)
