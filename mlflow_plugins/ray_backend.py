@@ -40,6 +40,7 @@ from mlflow.projects.submitted_run import SubmittedRun
 from mlflow_plugins import _compat
 from softprompt_registry.config import build_config
 from softprompt_registry.errors import ConfigError
+from softprompt_registry.registry.store import without_credentials
 
 JOB_ID_TAG = "ray.job_id"
 BACKEND_TAG = "mlflow.project.backend"
@@ -437,11 +438,12 @@ def _one_line(error: Exception) -> str:
 
 
 def _without_secrets(text: str, config: RayBackendConfig) -> str:
-    """`text` with the values of the config's environment variables blotted out; words too short for a key stay."""
+    """`text` without the values of the config's environment variables, of which those too short for a key stay, nor those in
+    URIs, such as that of the store, which the job gets, too."""
     for value in config.runtime_env.get("env_vars", {}).values():
         if len(value) >= 6:
             text = text.replace(value, "***")
-    return text
+    return without_credentials(text)
 
 
 def _say(text: str) -> None:

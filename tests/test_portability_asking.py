@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import mlflow
 import pytest
 from llm_server import KEY, LlmServer, Reply, chat, error_body
 from tiny_llm import tiny_base_model
@@ -446,6 +447,23 @@ def test_targets_have_different_names() -> None:
     assert TargetConfig("transformers", "/home/me/models/llama").title == "llama"
     assert TargetConfig(model="org/llama").title == "org/llama"
     assert (TargetConfig(model="m", **PRICES).prices, one.prices) == (Prices(1.0, 10.0), None)
+
+
+@pytest.mark.parametrize(
+    ("title", "key"),
+    [
+        ("meta-llama/Llama-3.1-8B@0e9e39f", "meta-llama/Llama-3.1-8B-0e9e39f"),
+        ("./models//tiny/", "models/tiny"),
+        ("a/../b", "a/b"),
+        ("/", "-"),
+        ("x" * 149 + "/y" * 200, "x" * 149),
+    ],
+)
+def test_a_title_becomes_a_name_that_mlflow_takes(title: str, key: str, mlflow_store: str) -> None:
+    assert TargetConfig(model="m", name=title).key == key
+    with mlflow.start_run():
+        mlflow.log_metric(f"portability.total_requests.{key}", 1.0)
+        mlflow.log_param(f"portability.targets.{key}.price_per_million_completion_tokens", 1.0)
 
 
 # --- Models that are open already ---

@@ -223,6 +223,12 @@ def test_cancel(cluster: LocalRay, project: Path) -> None:
     assert submitted.get_status() == only_run().info.status == "KILLED"
 
 
+def test_the_password_of_the_store_is_not_shown() -> None:
+    # The job gets the store's URI, and Ray repeats a runtime environment that it refuses.
+    said = ray_backend._without_secrets("refused 'postgresql://me:secret@host/db', key0123", RayBackendConfig())
+    assert said == "refused 'postgresql://***@host/db', key0123"
+
+
 def test_an_environment_that_cannot_be_made_tells_why_without_secrets(
     cluster: LocalRay, project: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -47,10 +48,7 @@ class TargetConfig(LanguageModelConfig):
 
     @property
     def key(self) -> str:
-        """The title as a part of MLflow's names, which take few signs."""
-        return "".join(
-            letter if letter.isascii() and (letter.isalnum() or letter in "-_./") else "-" for letter in self.title
-        )
+        return key_of(self.title)
 
     def told(self, text: str) -> str:
         """A text about this target without the folder that its model is in."""
@@ -83,6 +81,13 @@ class TargetConfig(LanguageModelConfig):
         return Prices(self.price_per_million_prompt_tokens, self.price_per_million_completion_tokens)
 
 
+def key_of(title: str) -> str:
+    """A title as a part of MLflow's names: few signs, at most 250 of them, and nothing that a path would be shortened by."""
+    parts = re.sub(r"[^A-Za-z0-9_./-]", "-", title).split("/")
+    return "/".join(part for part in parts if part.strip("."))[:_MAX_KEY].rstrip("/") or "-"
+
+
+_MAX_KEY = 150
 _PRICES = ("price_per_million_prompt_tokens", "price_per_million_completion_tokens")
 
 

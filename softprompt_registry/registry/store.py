@@ -34,6 +34,7 @@ _DATABASES = ("postgresql", "mysql", "sqlite", "mssql")
 _SCHEMA = re.compile(r"out-of-date database schema \(found version (\w+)|Can't locate revision identified by '(\w+)'")
 _CHECK_PATH = "Check the path, and that file and folder may be read and written."
 _HINTS = {
+    r"xperiment name: |'name' exceeds": "Correct MLFLOW_EXPERIMENT_NAME.",
     r"MLFLOW_EXPERIMENT_": "`mlflow experiments search` lists those there are.",
     r"MLFLOW_ALLOW_FILE_STORE": "Set MLFLOW_TRACKING_URI to a database such as sqlite:///mlflow.db (`mlflow "
     "migrate-filestore` moves what is there), or MLFLOW_ALLOW_FILE_STORE=true.",
@@ -163,7 +164,7 @@ def failed_during_work(error: Exception) -> RegistryError:
     return RegistryError(
         f"writing to or reading from the MLflow store {without_credentials(mlflow.get_tracking_uri())!r}: "
         f"{in_one_line(error)}. See to the store, then start the same command again: what it has finished is on the disk, "
-        "and it resumes there."
+        "and it resumes there (a DoD that is whole: with --overwrite, which asks no LLM anew)."
     )
 
 
@@ -229,6 +230,7 @@ def _hint(variable: str, uri: str, text: str) -> str:
 def _require_place_for_run(client: MlflowClient) -> str:
     """Id of the experiment that the next run goes to, or that the run of MLFLOW_RUN_ID is in; all of it checked."""
     store = without_credentials(mlflow.get_tracking_uri())
+    experiment_id: str | None
     location: str | None = None
     run_id = os.environ.get("MLFLOW_RUN_ID")
     if run_id:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -40,7 +39,7 @@ from softprompt_registry.portability.questions import (
     soft_prompt_questions,
 )
 from softprompt_registry.portability.soft_prompted import SoftPrompted
-from softprompt_registry.portability.targets import TargetConfig, require_different_names
+from softprompt_registry.portability.targets import TargetConfig, key_of, require_different_names
 from softprompt_registry.portability.templates import PromptTemplates
 from softprompt_registry.registry import conventions
 from softprompt_registry.registry.artifacts import find_artifact
@@ -432,12 +431,12 @@ def _record(
     for target in found:
         usage = {"asked": target.asked, "total": target.total}
         for name, used in usage.items():
-            recorder.metric(f"portability.{name}_requests.{_word(target.target)}", float(used.requests))
+            recorder.metric(f"portability.{name}_requests.{key_of(target.target)}", float(used.requests))
             recorder.metric(
-                f"portability.{name}_tokens.{_word(target.target)}", float(used.prompt_tokens + used.completion_tokens)
+                f"portability.{name}_tokens.{key_of(target.target)}", float(used.prompt_tokens + used.completion_tokens)
             )
             if used.cost is not None and config.targets:
-                recorder.metric(f"portability.{name}_cost.{_word(target.target)}", used.cost)
+                recorder.metric(f"portability.{name}_cost.{key_of(target.target)}", used.cost)
     for place_target, condition in result.places:
         tags = {conventions.STAGE_TAG: conventions.STAGE_PORTABILITY_CONDITION}
         with mlflow.start_run(run_name=f"{place_target} · {condition}", nested=True, tags=tags):
@@ -445,8 +444,3 @@ def _record(
             mlflow.log_input(dataset, context="portability")
             metrics = result.metrics(place_target, condition)
             mlflow.log_metrics({f"portability.{name}": value for name, value in metrics.items()})
-
-
-def _word(name: str) -> str:
-    """As a part of a metric's name."""
-    return re.sub(r"[^A-Za-z0-9_./-]", "-", name)
