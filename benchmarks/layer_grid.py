@@ -153,7 +153,7 @@ def _naive(
         while len(found) < new_tokens:
             token, gap = _best(base.model(inputs_embeds=embeds, use_cache=False).logits[0, -1])
             gaps.append(gap)
-            if token == base.eos_id:
+            if token in base.end_ids:
                 break
             found.append(token)
             embeds = torch.cat([embeds, base.input_embeddings[None, [token]]], dim=1)
@@ -172,7 +172,7 @@ def _cached(
     while True:
         token, gap = _best(output.logits[0, -1])
         gaps.append(gap)
-        if token == base.eos_id:
+        if token in base.end_ids:
             break
         found.append(token)
         if len(found) == new_tokens:

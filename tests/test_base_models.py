@@ -189,17 +189,29 @@ def test_greedy_text_is_the_most_likely_token_each_time(base: BaseModel) -> None
     assert base.generate(soft, [[0, 40]], max_new_tokens=6) == [ids[2:]]
 
 
-def test_each_row_stops_at_its_end_token() -> None:
+@pytest.mark.parametrize("named_by", ["tokenizer", "generation config", "list in generation config", "config"])
+def test_each_row_stops_at_any_end_token_of_tokenizer_and_model(named_by: str) -> None:
+    """Chat models end a turn with a token of their own, which their tokenizer does not call the end of the text."""
     base = tiny_base_model()
     soft = soft_tokens(len(ROWS), seed=1)
     free = base.generate(soft, ROWS, max_new_tokens=10)
     # What the model says anyway in the middle of its longest run of new tokens becomes the end token.
     end = next(token for row in free for token in row[2:] if token not in row[:2])
-    base.tokenizer.eos_token = base.tokenizer.convert_ids_to_tokens(end)
-    assert base.eos_id == end
+    if named_by == "tokenizer":
+        base.tokenizer.eos_token = base.tokenizer.convert_ids_to_tokens(end)
+    elif named_by == "config":
+        base.model.generation_config.eos_token_id, base.model.config.eos_token_id = None, end
+    else:
+        base.model.generation_config.eos_token_id = [1, end] if named_by.startswith("list") else end
+    assert base.eos_id == (end if named_by == "tokenizer" else 1), "what targets end with"
     stopped = base.generate(soft, ROWS, max_new_tokens=10)
     assert stopped == [row[: row.index(end)] if end in row else row for row in free]
     assert any(0 < len(row) < 10 for row in stopped)
+    ended = [row[: row.index(end) + 1] if end in row else row for row in free]
+    assert base.generate(soft, ROWS, max_new_tokens=10, keep_end=True) == ended
+    rows = base.prefixes(soft).of_rows(range(len(ROWS)))  # type: ignore[union-attr]
+    assert base.generate(rows, ROWS, max_new_tokens=10) == stopped
+    assert base.generate(rows, ROWS, max_new_tokens=10, keep_end=True) == ended
 
 
 def test_sampling_follows_its_seed_and_leaves_the_global_state_alone(base: BaseModel) -> None:

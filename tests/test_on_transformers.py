@@ -76,6 +76,16 @@ def test_greedy_answers_do_not_depend_on_the_batch(base_model: BaseModel) -> Non
     assert all(answer.attempts == 1 and answer.latency_s > 0 for answer in alone)
 
 
+def test_an_answer_ends_where_a_chat_model_ends_its_turn() -> None:
+    base_model = tiny_base_model()
+    request = CompletionRequest("Hi", max_tokens=12)
+    (free,) = answers(base_model, request)
+    assert free.text[:2] == "Xr" and free.finish_reason == "length"
+    base_model.model.generation_config.eos_token_id = [1, *base_model.tokenize("r")]
+    (ended,) = answers(base_model, request)
+    assert (ended.text, ended.completion_tokens, ended.finish_reason) == ("X", 1, "stop")
+
+
 def test_sampling_follows_its_seed_whoever_shares_the_batch(base_model: BaseModel) -> None:
     requests = [CompletionRequest(p, max_tokens=20, temperature=1.0, seed=n) for n, p in enumerate(PROMPTS)]
     together = what_was_said(answers(base_model, *requests))

@@ -92,6 +92,16 @@ def test_beams_hold_the_greedy_text_or_a_likelier_one(translator: Translator) ->
     assert better, "a search that only ever finds the greedy text is none"
 
 
+def test_beams_end_at_any_end_token_of_the_model() -> None:
+    base = tiny_base_model()
+    soft = random_prompt("a", seed=1).embeddings[None]
+    (free,) = beam_search(base, soft, [0], num_beams=4, max_new_tokens=1)
+    likeliest = free[0][0]
+    base.model.generation_config.eos_token_id = [1, likeliest]
+    (ended,) = beam_search(base, soft, [0], num_beams=4, max_new_tokens=1)
+    assert ended == [[], *free[1:]], "the likeliest text is now the one that ends at once"
+
+
 def test_beams_follow_the_other_candidates_best_first(translator: Translator) -> None:
     base, prompt = translator.base_model, random_prompt("a", 2)
     config = VerbalizationConfig(num_candidates=2, max_new_tokens=6)

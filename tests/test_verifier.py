@@ -152,10 +152,10 @@ def loglikelihood(base: BaseModel, before: torch.Tensor, text: str, output: str)
     return sum(float(predicted[i, token]) for i, token in enumerate(target)) / len(target)
 
 
-def greedy_answer(base: BaseModel, before: torch.Tensor, text: str, cap: int) -> list[int]:
+def greedy_answer(base: BaseModel, before: torch.Tensor, text: str, cap: int, end: int = 1) -> list[int]:
     ids = base.tokenize(TEMPLATE.replace("{x}", text))
     answer: list[int] = []
-    while len(answer) < cap and base.eos_id not in answer:
+    while len(answer) < cap and end not in answer:
         answer.append(int(logits_after(base, before, [*ids, *answer])[-1].argmax()))
     return answer
 
@@ -227,15 +227,19 @@ def test_scores_on_probe_inputs_are_divergences_on_the_own_answer(
         assert max(plain) < -1e-4
 
 
-def test_the_end_token_is_a_position_of_an_answer_that_ends() -> None:
-    """A token that some answers come to becomes the end token: those are shorter, and compared up to their end."""
+@pytest.mark.parametrize("named_by", ["tokenizer", "model"])
+def test_the_end_token_is_a_position_of_an_answer_that_ends(named_by: str) -> None:
+    """A token that some answers come to becomes an end token: those are shorter, and compared up to their own end."""
     base = tiny_gpt2()
     soft_prompt = random_prompt(base)
     before = with_soft(base, soft_prompt)
     free = [greedy_answer(base, before, text, 6) for text in INPUTS]
     early = free[0][2]
-    base.tokenizer.eos_token = base.tokenizer.convert_ids_to_tokens(early)
-    answers = [greedy_answer(base, before, text, 6) for text in INPUTS]
+    if named_by == "tokenizer":
+        base.tokenizer.eos_token = base.tokenizer.convert_ids_to_tokens(early)
+    else:
+        base.model.generation_config.eos_token_id = [1, early]
+    answers = [greedy_answer(base, before, text, 6, early) for text in INPUTS]
     assert answers[0][-1] == early and len(answers[0]) <= 3
     found = Verifier(base, replace(CONFIG, max_answer_tokens=6)).verify(soft_prompt, ["joy"], inputs=INPUTS)
     q_before = with_text(base, "joy")

@@ -27,7 +27,7 @@ class RowDecoder:
     def __init__(self, base_model: BaseModel, joined: JoinedBatch) -> None:
         """Reads the rows, which are padded on the left, up to where they are to be continued."""
         self._model = base_model.model
-        self._eos_id = base_model.eos_id
+        self._end_ids = frozenset(base_model.end_ids)
         self._mask = joined.attention_mask
         self._positions = joined.position_ids[:, -1:]
         self._run(inputs_embeds=joined.inputs_embeds, position_ids=joined.position_ids, past_key_values=joined.cache)
@@ -49,8 +49,8 @@ class RowDecoder:
         ids = torch.tensor(tokens, device=self._mask.device)[:, None]
         self._run(input_ids=ids, position_ids=self._positions, past_key_values=self._cache)
 
-    def greedy(self, max_new_tokens: int) -> list[list[int]]:
-        """The most likely continuation of each row, up to the end token (left out) or the length cap.
+    def greedy(self, max_new_tokens: int, *, keep_end: bool = False) -> list[list[int]]:
+        """The most likely continuation of each row, up to an end token (left out unless `keep_end`) or the length cap.
 
         Returns:
             A list of token ids for each row that was left at the call. Afterwards the decoder is used up.
@@ -61,9 +61,10 @@ class RowDecoder:
         for step in range(max_new_tokens):
             tokens: list[int] = self.logits.argmax(dim=1).tolist()
             for row, token in zip(batch, tokens, strict=True):
-                ended[row] = ended[row] or token == self._eos_id
                 if not ended[row]:
-                    found[row].append(token)
+                    ended[row] = token in self._end_ids
+                    if keep_end or not ended[row]:
+                        found[row].append(token)
             going_on = [place for place, row in enumerate(batch) if not ended[row]]
             if not going_on or step == max_new_tokens - 1:
                 break
@@ -88,6 +89,8 @@ class RowDecoder:
         self.logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
-def greedy(base_model: BaseModel, joined: JoinedBatch, max_new_tokens: int) -> list[list[int]]:
-    """The most likely continuation of each row, up to the end token (left out) or the length cap."""
-    return RowDecoder(base_model, joined).greedy(max_new_tokens)
+def greedy(
+    base_model: BaseModel, joined: JoinedBatch, max_new_tokens: int, *, keep_end: bool = False
+) -> list[list[int]]:
+    """The most likely continuation of each row, up to an end token (left out unless `keep_end`) or the length cap."""
+    return RowDecoder(base_model, joined).greedy(max_new_tokens, keep_end=keep_end)

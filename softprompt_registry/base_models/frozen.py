@@ -98,7 +98,24 @@ class BaseModel:
 
     @property
     def eos_id(self) -> int:
+        """The tokenizer's end token, which every target ends with."""
         return int(self.tokenizer.eos_token_id)
+
+    @property
+    def end_ids(self) -> tuple[int, ...]:
+        """All tokens that end a generated text, `eos_id` first: a chat model names more, such as the end of a turn.
+
+        The config's count only where the generation config names none, as in transformers: they may be a class's default.
+        """
+        configs = (self.model.generation_config, self.model.config)
+        named = next((ids for config in configs if (ids := getattr(config, "eos_token_id", None)) is not None), [])
+        return tuple(dict.fromkeys([self.eos_id, *([named] if isinstance(named, int) else named)]))
+
+    def until_end(self, ids: Sequence[int], *, keep_end: bool = False) -> list[int]:
+        """Generated ids up to the first end token; padding behind it goes, and the end token too unless `keep_end`."""
+        ends = self.end_ids
+        place = next((place for place, token in enumerate(ids) if token in ends), len(ids))
+        return list(ids[: place + keep_end])
 
     def decode(self, ids: Sequence[int], after: Sequence[int] = ()) -> str:
         """The text of `ids`, without special tokens.
@@ -272,11 +289,14 @@ class BaseModel:
         max_new_tokens: int,
         temperature: float = 0.0,
         seed: int = 0,
+        keep_end: bool = False,
     ) -> list[list[int]]:
-        """Continue each row until EOS or the length cap; greedy at temperature 0.
+        """Continue each row until one of `end_ids` or the length cap; greedy at temperature 0.
 
+        Args:
+            keep_end: give the end token too, in rows that came to one.
         Returns:
-            B lists of new token ids, without EOS and padding. Sampling depends on `seed` and on the batch, not on
+            B lists of new token ids, without padding. Sampling depends on `seed` and on the batch, not on
             torch's global random state, which is left as it was.
         """
         import torch
@@ -285,7 +305,7 @@ class BaseModel:
         if joined.cache is not None:
             if temperature > 0:
                 raise ValueError("rows that share a prefix are continued greedily only")
-            return greedy(self, joined, max_new_tokens)
+            return greedy(self, joined, max_new_tokens, keep_end=keep_end)
         sampling: dict[str, Any] = {"do_sample": False}
         if temperature > 0:
             sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 0.95}
@@ -297,11 +317,11 @@ class BaseModel:
                 attention_mask=joined.attention_mask,
                 max_new_tokens=max_new_tokens,
                 pad_token_id=self.eos_id,
-                eos_token_id=self.eos_id,
+                eos_token_id=list(self.end_ids),
                 **sampling,
             )
         rows: list[list[int]] = output.tolist()
-        return [row[: row.index(self.eos_id)] if self.eos_id in row else row for row in rows]
+        return [self.until_end(row, keep_end=keep_end) for row in rows]
 
 
 def _forget_generation_settings(model: Any) -> None:

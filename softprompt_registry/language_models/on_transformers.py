@@ -187,7 +187,7 @@ class _Row:
             self.generator.manual_seed(request.seed)
 
     def take(self, token: int, base_model: BaseModel) -> None:
-        if token == base_model.eos_id:
+        if token in base_model.end_ids:
             self.finish_reason = "stop"
             return
         self.ids.append(token)

@@ -112,7 +112,7 @@ class OnVllm:
             tensor_parallel_size=config.tensor_parallel_size,
             gpu_memory_utilization=config.gpu_memory_utilization,
             enforce_eager=config.enforce_eager,
-            # A checkpoint's own generation settings must not bend what is asked for.
+            # A checkpoint's own generation settings must not bend what is asked for; vLLM still reads its end tokens there.
             generation_config="vllm",
             # Free white space would let a small model fill the whole answer with it.
             structured_outputs_config={"backend": "guidance", "disable_any_whitespace": True},

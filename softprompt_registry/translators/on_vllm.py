@@ -237,6 +237,7 @@ class BaseModelOnVllm(BaseModel):
         max_new_tokens: int,
         temperature: float = 0.0,
         seed: int = 0,
+        keep_end: bool = False,
     ) -> list[list[int]]:
         """As `BaseModel.generate`, but that a sampled row depends on its place in the batch and not on the other rows.
 
@@ -253,15 +254,15 @@ class BaseModelOnVllm(BaseModel):
                 top_p=0.95 if temperature > 0 else 1.0,
                 # Of 32 bits, as torch's generator on a CPU looks at no more of them.
                 seed=int(digest_of_json([seed, row])[:8], 16),
-                # By id alone: a checkpoint may name other end tokens.
+                # By these ids alone: without a tokenizer vLLM does not know all of them.
                 ignore_eos=True,
-                stop_token_ids=[self.eos_id],
+                stop_token_ids=list(self.end_ids),
                 detokenize=False,
             )
             for row in range(len(prompts))
         ]
         rows = [list(output.outputs[0].token_ids) for output in self._ask(prompts, sampling)]
-        return [row[: row.index(self.eos_id)] if self.eos_id in row else row for row in rows]
+        return [self.until_end(row, keep_end=keep_end) for row in rows]
 
     def score_targets(
         self,

@@ -331,7 +331,7 @@ class Verifier:
     def _answered_inputs(
         self, soft_prompt: SoftPrompt, inputs: Sequence[str], template: str, room: int, doing: str
     ) -> _Items:
-        """Inputs with what the model under the soft prompt answers."""
+        """Inputs with what the model under the soft prompt answers, its own end token included where it ends."""
         base, cap = self.base_model, self.config.max_answer_tokens
         encoder = RowEncoder.of(base, soft_prompt.record)
         prompts, truncated = [], 0
@@ -344,8 +344,7 @@ class Verifier:
         answers = self._budget.run(lambda tokens: self._answers(soft_prompt, prompts, tokens))
         items = []
         for prompt, answer in zip(prompts, answers, strict=True):
-            ended = [base.eos_id] if len(answer) < cap else []
-            items.append(Item(prompt[len(encoder.bos) :], [*answer, *ended]))
+            items.append(Item(prompt[len(encoder.bos) :], answer))
         return _Items(items, list(range(len(items))), truncated)
 
     def _answers(self, soft_prompt: SoftPrompt, prompts: Sequence[Sequence[int]], tokens: int) -> list[list[int]]:
@@ -355,7 +354,7 @@ class Verifier:
         answers: dict[int, list[int]] = {}
         for piece in pieces(range(len(prompts)), lambda number: beside + len(prompts[number]), tokens):
             soft = soft_of([0] * len(piece))
-            rows = base.generate(soft, [prompts[number] for number in piece], max_new_tokens=cap)
+            rows = base.generate(soft, [prompts[number] for number in piece], max_new_tokens=cap, keep_end=True)
             answers |= zip(piece, rows, strict=True)
         return [answers[number] for number in range(len(prompts))]
 

@@ -114,9 +114,8 @@ def _sureness(verifier: Verifier, soft_prompt: SoftPrompt, inputs: Sequence[str]
     prompts = [encoder.prompt(template, text, limit)[0] for text in inputs]
     soft = soft_prompt.embeddings.to(base.device).expand(len(prompts), -1, -1)  # (B, K, D)
     with torch.no_grad():
-        answers = base.generate(soft, prompts, max_new_tokens=config.max_answer_tokens)
-        ended = [[*answer, base.eos_id] if len(answer) < config.max_answer_tokens else answer for answer in answers]
-        scores = base.score_targets(soft, prompts, ended)
+        answers = base.generate(soft, prompts, max_new_tokens=config.max_answer_tokens, keep_end=True)
+        scores = base.score_targets(soft, prompts, answers)
     return float((scores.log_likelihood / scores.num_tokens).mean())
 
 

@@ -218,6 +218,8 @@ def mean_log_likelihoods(
 ) -> list[float]:
     """Of each text and EOS after [soft tokens][head], in nats per token.
 
+    EOS is the tokenizer's, which translators learn to write, whatever token ended the text: so all texts compare.
+
     Args:
         soft: (B, K, D)
         head: token ids that all texts follow, BOS first.
@@ -240,7 +242,7 @@ def beam_search(
         soft: (B, K, D)
         head: token ids, BOS first.
     Returns:
-        B lists of `num_beams` rows of token ids, without head, EOS and padding.
+        B lists of `num_beams` rows of token ids, without head, end token and padding.
     """
     import torch
 
@@ -251,7 +253,7 @@ def beam_search(
             attention_mask=joined.attention_mask,
             max_new_tokens=max_new_tokens,
             pad_token_id=base_model.eos_id,
-            eos_token_id=base_model.eos_id,
+            eos_token_id=list(base_model.end_ids),
             num_beams=num_beams,
             num_return_sequences=num_beams,
             do_sample=False,
@@ -259,7 +261,7 @@ def beam_search(
             early_stopping=False,
         )
     rows: list[list[int]] = output.tolist()  # B * num_beams rows
-    ended = [row[: row.index(base_model.eos_id)] if base_model.eos_id in row else row for row in rows]
+    ended = [base_model.until_end(row) for row in rows]
     return [ended[start : start + num_beams] for start in range(0, len(ended), num_beams)]
 
 
