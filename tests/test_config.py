@@ -215,7 +215,7 @@ def test_a_flat_config_repeats_the_config() -> None:
     config = Outer(count=4, table={"x": 0.5}, inner=Inner(names=("c",)))
     flat = flatten(config)
     assert flat["count"] == 4 and flat["inner.rate"] == 0.5 and flat["table.x"] == 0.5
-    assert flatten(TranslatorConfig())["target_modules"] == list(TranslatorConfig().target_modules)
+    assert flatten(TranslatorConfig(target_modules=("q_proj",)))["target_modules"] == ["q_proj"]
 
 
 @pytest.mark.parametrize("config", [TuningConfig(), TranslatorConfig(), VerbalizationConfig()])

@@ -78,13 +78,45 @@ class BaseModel:
     @property
     def max_positions(self) -> int:
         """The longest sequence, soft tokens included, that the model was made for."""
-        return int(getattr(self.model.config, "max_position_embeddings", 1 << 30))
+        return int(getattr(self.model.config.get_text_config(), "max_position_embeddings", 1 << 30))
+
+    @property
+    def decoder(self) -> Any:
+        """The part that turns embeddings into hidden states: the model without its head, and without what reads images."""
+        return self.model.get_decoder()
 
     @property
     def input_embeddings(self) -> torch.Tensor:
-        """(V, D) embedding matrix as it is stored; some models (Gemma) scale its rows before they read them."""
-        weight: torch.Tensor = self.model.get_input_embeddings().weight
-        return weight.detach()
+        """(V, D): what the model reads for each token. Of most models the embedding matrix; Gemma's is scaled."""
+        import torch
+
+        table = self.model.get_input_embeddings()
+        weight: torch.Tensor = table.weight.detach()
+        if type(table) is torch.nn.Embedding:
+            return weight
+        with torch.no_grad():
+            scaled: torch.Tensor = table(torch.arange(len(weight), device=weight.device))
+        return scaled
+
+    def embed(self, ids: torch.Tensor) -> torch.Tensor:
+        """(…, D): what the model reads for token ids, in its dtype and on its device.
+
+        Args:
+            ids: (…) int64, on the CPU.
+
+        Raises:
+            BaseModelError: an id beyond the embedding matrix, as some tokenizers have for added tokens.
+        """
+        table = self.model.get_input_embeddings()
+        if ids.numel() and int(ids.max()) >= len(table.weight):
+            beyond = int(ids.max())
+            raise BaseModelError(
+                f"reading a text with base model {self.ref}: its tokenizer gives the token "
+                f"{self.tokenizer.convert_ids_to_tokens(beyond)!r} the id {beyond}, expected ids below {len(table.weight)}, "
+                "the rows of its embedding matrix. Leave that token out of the text, or use a tokenizer that fits the model."
+            )
+        embeds: torch.Tensor = table(ids.to(self.device))
+        return embeds
 
     def tokenize(self, text: str) -> list[int]:
         """Token ids of `text` alone, without BOS or EOS: the layout adds them by id, whatever the tokenizer does."""
@@ -108,7 +140,7 @@ class BaseModel:
         The config's count only where the generation config names none, as in transformers: they may be a class's default.
         """
         configs = (self.model.generation_config, self.model.config)
-        named = next((ids for config in configs if (ids := getattr(config, "eos_token_id", None)) is not None), [])
+        named: Any = next((ids for config in configs if (ids := getattr(config, "eos_token_id", None)) is not None), [])
         return tuple(dict.fromkeys([self.eos_id, *([named] if isinstance(named, int) else named)]))
 
     def until_end(self, ids: Sequence[int], *, keep_end: bool = False) -> list[int]:
@@ -142,14 +174,13 @@ class BaseModel:
         """
         import torch
 
-        config = self.model.config
-        if config.model_type in _POSITIONS_BY_COLUMN:
+        if self.model.config.model_type in _POSITIONS_BY_COLUMN:
             return None
         embeds = soft_prompts.to(self.dtype)
         if lead:
-            first = self.model.get_input_embeddings()(torch.tensor(lead, device=self.device))  # (L, D)
+            first = self.embed(torch.tensor(lead))  # (L, D)
             embeds = torch.cat([embeds, first.expand(len(embeds), -1, -1)], dim=1)  # (G, K + L, D)
-        output = self.model.base_model(inputs_embeds=embeds, use_cache=True)
+        output = self.decoder(inputs_embeds=embeds, use_cache=True)
         return prefixes_in(getattr(output, "past_key_values", None), tuple(lead))
 
     def join(
@@ -176,7 +207,7 @@ class BaseModel:
         padded = torch.zeros(len(token_ids), longest, dtype=torch.long)  # (B, T)
         for row, ids in enumerate(token_ids):
             padded[row, : len(ids)] = torch.tensor(ids, dtype=torch.long)
-        embeds = self.model.get_input_embeddings()(padded.to(self.device))  # (B, T, D)
+        embeds = self.embed(padded)  # (B, T, D)
         if isinstance(soft_prompts, PrefixRows):
             return self._join_prefixes(soft_prompts, embeds, lengths, pad_side)
         num_soft = 0
@@ -236,7 +267,7 @@ class BaseModel:
         if not self._plain_head:
             full: torch.Tensor = self.model(**call).logits[rows, columns]
             return _not_narrower_than_float32(full)
-        hidden = self.model.base_model(**call).last_hidden_state[rows, columns]  # (M, D), contiguous
+        hidden = self.decoder(**call).last_hidden_state[rows, columns]  # (M, D), contiguous
         logits: torch.Tensor = self.model.get_output_embeddings()(hidden)
         return _not_narrower_than_float32(logits)
 
@@ -268,6 +299,7 @@ class BaseModel:
         for row, (prompt, target) in enumerate(zip(prompt_ids, target_ids, strict=True)):
             # The token at column c is predicted from column c - 1.
             first = start + len(prompt) - 1
+            assert first >= 0, "nothing stands before the target"
             rows += [row] * len(target)
             columns += range(first, first + len(target))
             targets += target
@@ -358,10 +390,13 @@ def _has_plain_head(model: Any) -> bool:
     """
     import torch
 
+    decoder = model.get_decoder()
+    if decoder is model:  # without a body of its own under its head it is asked as a whole
+        return False
     ids = torch.zeros(1, 1, dtype=torch.long, device=model.device)
     with torch.no_grad():
         logits = model(input_ids=ids, use_cache=False).logits
-        projected = model.get_output_embeddings()(model.base_model(input_ids=ids, use_cache=False).last_hidden_state)
+        projected = model.get_output_embeddings()(decoder(input_ids=ids, use_cache=False).last_hidden_state)
     if projected.shape != logits.shape:
         return False
     difference = (projected - logits).abs().max() / logits.abs().max()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from softprompt_registry.errors import ConfigError
@@ -26,7 +27,7 @@ def decoder_layers(base_model: BaseModel) -> list[nn.Module]:
     import torch
 
     expected = int(base_model.model.config.get_text_config(decoder=True).num_hidden_layers)
-    lists = _outermost_lists(base_model.model.base_model)
+    lists = _outermost_lists(base_model.decoder)
     fitting = [name for name, modules in lists.items() if len(modules) == expected]
     doing = f"finding the decoder layers of base model {base_model.ref}"
     if len(fitting) != 1:
@@ -56,6 +57,31 @@ def _outermost_lists(module: nn.Module, path: str = "") -> dict[str, nn.ModuleLi
         else:
             lists |= _outermost_lists(child, f"{path}{name}.")
     return lists
+
+
+def linear_layers(base_model: BaseModel) -> dict[str, nn.Module]:
+    """The decoder's linear layers by the last part of their names, such as `q_proj`, in their order; the first of each name.
+
+    The head is not among them. A layer with an adapter on it counts as the one below the adapter.
+    """
+    found: dict[str, nn.Module] = {}
+    for name, layer in _linear_layers(base_model.decoder, base_model.model.get_output_embeddings()):
+        found.setdefault(name, layer)
+    return found
+
+
+def _linear_layers(module: nn.Module, head: Any, module_name: str = "") -> Iterator[tuple[str, nn.Module]]:
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from torch import nn
+    from transformers.pytorch_utils import Conv1D
+
+    for name, child in module.named_children():
+        layer: Any = child.get_base_layer() if isinstance(child, BaseTunerLayer) else child
+        if isinstance(layer, (nn.Linear, Conv1D)) and layer is not head:
+            # A bare number would also be the name of a decoder layer.
+            yield (f"{module_name}.{name}" if name.isdigit() else name), layer
+        elif layer is child:
+            yield from _linear_layers(child, head, name)
 
 
 def hidden_of(output: Any) -> torch.Tensor:

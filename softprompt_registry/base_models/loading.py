@@ -25,6 +25,12 @@ CACHE_VARIABLE = "SOFTPROMPT_CACHE"
 
 DType = Literal["float32", "bfloat16"]
 
+_LANGUAGE_MODEL_KEYS = {
+    r"^(?:model\.)?(?:language_model|text_model)\.(?:model\.)?(?!lm_head)": "model.",
+    r"^language_model\.lm_head\.": "lm_head.",
+}
+"""Names of a multimodal checkpoint's weights as its language model alone calls them."""
+
 
 @dataclass(frozen=True)
 class PackagedModel:
@@ -64,7 +70,6 @@ def load_base_model(
         BaseModelMismatch: it loaded, but is not `expected`.
     """
     import torch
-    import transformers
     from safetensors import SafetensorError
 
     if dtype not in ("float32", "bfloat16"):
@@ -75,22 +80,93 @@ def load_base_model(
     attention = "eager" if device == "cpu" else "sdpa"
     try:
         with quiet_transformers():
-            model: Any = transformers.AutoModelForCausalLM.from_pretrained(
-                location, revision=revision, dtype=getattr(torch, dtype), attn_implementation=attention
+            model, missing, commit = _language_model(
+                location, revision, dtype=getattr(torch, dtype), attn_implementation=attention
             )
-            tokenizer = transformers.AutoTokenizer.from_pretrained(location, revision=revision)
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+            tokenizer = _tokenizer(location, revision)
+            model = model.to(device)
+    except (ImportError, KeyError, OSError, RuntimeError, SafetensorError, ValueError) as error:
         raise BaseModelError(
-            f"loading base model {reference!r}: transformers could not ({_first_line(error)}). Expected "
-            f"'packaged:NAME' ({', '.join(PACKAGED_MODELS)}), a folder with config.json and safetensors, or a Hub name "
-            f"that this machine can reach. Check the name, or point {BASE_MODEL_VARIABLE} at a local folder."
+            f"loading base model {reference!r}: transformers could not ({_first_line(error)}). {_what_to_do(error)}"
         ) from error
-    model = model.to(device)
-    commit = getattr(model.config, "_commit_hash", None) or revision
+    if missing:
+        raise BaseModelError(
+            f"loading base model {reference!r}: {len(missing)} of its weights ({missing[:3]}) are not in its files, or in "
+            "another size, and transformers would draw them at random; expected the checkpoint of a whole causal language "
+            "model. Use one."
+        )
+    if getattr(model.config.get_text_config(), "hidden_size_per_layer_input", None):
+        raise BaseModelError(
+            f"loading base model {reference!r}: its layers look up embeddings of their own for each token id "
+            "(hidden_size_per_layer_input), expected a model that reads input embeddings alone, as soft tokens have no ids. "
+            "Use another model."
+        )
+    if tokenizer.eos_token_id is None:
+        raise BaseModelError(
+            f"loading base model {reference!r}: its tokenizer has no end token, expected one, which every target ends with. "
+            "Set eos_token in its tokenizer_config.json."
+        )
     base_model = BaseModel(model, tokenizer, reference_of(model, tokenizer, name=name, revision=commit, dtype=dtype))
     if expected is not None:
         require_same_base("loading a base model", "the artifact", expected, f"{reference!r}", base_model.ref)
     return base_model
+
+
+def _language_model(location: str, revision: str | None, **settings: Any) -> tuple[Any, list[str], str | None]:
+    """The model, the names of weights that its files lack or have in another size, and its commit.
+
+    Of a multimodal model it is the language model alone, where transformers has a class for that, else the whole.
+    Code that comes with a checkpoint is never run; without the flag transformers would ask on the terminal.
+    """
+    import transformers
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+
+    files: dict[str, Any] = {"revision": revision, "trust_remote_code": False}
+    config: Any = transformers.AutoConfig.from_pretrained(location, **files)
+    commit = getattr(config, "_commit_hash", None) or revision
+    text: Any = config.get_text_config()
+    auto: Any = transformers.AutoModelForCausalLM
+    own_class = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    if text is not config and getattr(own_class, "config_class", None) is not type(text):
+        if type(text) in MODEL_FOR_CAUSAL_LM_MAPPING:
+            for key in ("eos_token_id", "quantization_config", "tie_word_embeddings"):  # said of the whole
+                if getattr(config, key, None) is not None:
+                    setattr(text, key, getattr(config, key))
+            config, settings = text, settings | {"key_mapping": _LANGUAGE_MODEL_KEYS}
+        elif type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+            auto = transformers.AutoModelForImageTextToText
+    # Weights of another size are told with the missing ones; otherwise the names would go to the log alone.
+    model, found = auto.from_pretrained(
+        location, config=config, output_loading_info=True, ignore_mismatched_sizes=True, **settings, **files
+    )
+    return model, sorted({*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])}), commit
+
+
+def _tokenizer(location: str, revision: str | None) -> Any:
+    import transformers
+
+    return transformers.AutoTokenizer.from_pretrained(location, revision=revision, trust_remote_code=False)
+
+
+def _what_to_do(error: Exception) -> str:
+    """The last sentence of a message about files that transformers did not load."""
+    if isinstance(error, FileNotFoundError):
+        return "Download or copy the checkpoint again, with all its files."
+    if isinstance(error, RuntimeError):
+        return "Check that the device has memory for the weights and knows how to compute with them."
+    if isinstance(error, ImportError):
+        return (
+            "Install the package that it names, or use a checkpoint that needs none, such as one without quantization."
+        )
+    if "trust_remote_code" in str(error):
+        return (
+            "Code that comes with a checkpoint is never run here: use a checkpoint whose architecture and tokenizer "
+            "transformers itself knows."
+        )
+    return (
+        f"Expected 'packaged:NAME' ({', '.join(PACKAGED_MODELS)}), a folder with config.json and safetensors, or a Hub name "
+        f"that this machine can reach. Check the name, or point {BASE_MODEL_VARIABLE} at a local folder."
+    )
 
 
 def load_tokenizer(reference: str) -> PreTrainedTokenizerBase:
@@ -99,16 +175,14 @@ def load_tokenizer(reference: str) -> PreTrainedTokenizerBase:
     Raises:
         BaseModelError: nothing of that name can be loaded.
     """
-    import transformers
-
     location, revision, _ = model_location(reference)
     try:
         with quiet_transformers():
-            tokenizer: PreTrainedTokenizerBase = transformers.AutoTokenizer.from_pretrained(location, revision=revision)
-    except (OSError, ValueError, KeyError) as error:
+            tokenizer: PreTrainedTokenizerBase = _tokenizer(location, revision)
+    except (ImportError, KeyError, OSError, ValueError) as error:
         raise BaseModelError(
-            f"loading the tokenizer of base model {reference!r}: transformers could not ({_first_line(error)}). Check the "
-            f"name, or point {BASE_MODEL_VARIABLE} at a local folder."
+            f"loading the tokenizer of base model {reference!r}: transformers could not ({_first_line(error)}). "
+            f"{_what_to_do(error)}"
         ) from error
     return tokenizer
 

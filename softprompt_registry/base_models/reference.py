@@ -76,6 +76,7 @@ def tokenizer_digest(tokenizer: Any) -> str:
 
 def reference_of(model: Any, tokenizer: Any, *, name: str, revision: str | None, dtype: str) -> BaseModelRef:
     """The identity of a loaded model. Call before any adapter is added to it."""
+    config = model.config.get_text_config()  # a multimodal model keeps its sizes there
     return BaseModelRef(
         name=name,
         revision=revision,
@@ -83,7 +84,7 @@ def reference_of(model: Any, tokenizer: Any, *, name: str, revision: str | None,
         # Not the config's: some models (OPT-350m) embed tokens in fewer dimensions than their layers have.
         hidden_size=int(model.get_input_embeddings().weight.shape[1]),
         vocab_size=int(model.get_input_embeddings().weight.shape[0]),
-        num_layers=int(model.config.num_hidden_layers),
+        num_layers=int(config.num_hidden_layers),
         tokenizer_sha256=tokenizer_digest(tokenizer),
         embedding_sha256=digest_of_tensor(model.get_input_embeddings().weight),
         weights_sha256=digest_of_json(

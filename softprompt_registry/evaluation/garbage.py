@@ -53,8 +53,8 @@ def garbage_prompts(
             "of each. Hand in soft prompts of a bank."
         )
     generator = torch.Generator().manual_seed(seed)
-    known = torch.arange(min(len(base_model.tokenizer), base_model.ref.vocab_size), device=base_model.device)
-    vocabulary = base_model.model.get_input_embeddings()(known).detach().float()  # as the model reads them
+    # Rows that pad the matrix belong to no token.
+    vocabulary = base_model.input_embeddings[: len(base_model.tokenizer)].float()
     spread, middle = vocabulary.std().item(), vocabulary.mean().item()
     made = []
     for number in range(count):

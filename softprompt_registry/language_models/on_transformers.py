@@ -141,7 +141,8 @@ class OnTransformers:
 
         assert self._base_model is not None
         if self._grammar_tokenizer is None:
-            tokenizer, vocab_size = self._base_model.tokenizer, self._base_model.ref.vocab_size
+            tokenizer = self._base_model.tokenizer
+            vocab_size = max(self._base_model.ref.vocab_size, len(tokenizer))
             self._grammar_tokenizer = llguidance.hf.from_tokenizer(tokenizer, n_vocab=vocab_size)
         # Free white space would let a small model fill the whole answer with it.
         try:

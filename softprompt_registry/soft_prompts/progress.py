@@ -126,9 +126,7 @@ def initial_embeddings(base_model: BaseModel, config: TuningConfig, task: Task) 
     special, known = set(base_model.tokenizer.all_special_ids), len(base_model.tokenizer)
     order = torch.randperm(base_model.ref.vocab_size, generator=generator).tolist()
     chosen = [token for token in order if token < known and token not in special][: config.num_virtual_tokens]
-    # Looked up in the model's own layer, not in its matrix: some models (Gemma) scale what stands there.
-    found: torch.Tensor = base_model.model.get_input_embeddings()(torch.tensor(chosen, device=base_model.device))
-    return found.detach().float().cpu().clone()
+    return base_model.embed(torch.tensor(chosen)).detach().float().cpu().clone()
 
 
 def finished_prompt(

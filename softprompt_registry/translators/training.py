@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from softprompt_registry.base_models.frozen import BaseModel
+from softprompt_registry.base_models.layers import linear_layers
 from softprompt_registry.base_models.reference import require_same_base
 from softprompt_registry.dod.task import Task
 from softprompt_registry.errors import ArtifactError, ConfigError, DataError
@@ -34,6 +35,9 @@ if TYPE_CHECKING:
     import torch
 
 
+LLAMA_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
 @dataclass(frozen=True)
 class TranslatorConfig:
     """How a translator is trained. Defaults are the paper's (section 4.3) where it has them."""
@@ -44,8 +48,9 @@ class TranslatorConfig:
     """LoRA alpha (paper: 8)."""
     lora_dropout: float = 0.1
     """Dropout before the adapter (paper: 0.1)."""
-    target_modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-    """Layers that get an adapter (paper: these seven)."""
+    target_modules: tuple[str, ...] | None = None
+    """Names of the layers that get an adapter. None takes all linear layers but the head: of a Llama `q_proj`, `k_proj`,
+    `v_proj`, `o_proj`, `gate_proj`, `up_proj` and `down_proj` (paper: these seven)."""
     learning_rate: float = 1e-4
     """AdamW's (paper: 1e-4)."""
     weight_decay: float = 0.1
@@ -108,10 +113,12 @@ class TranslatorConfig:
     def identity(self) -> dict[str, Any]:
         """The settings that make another translator of the same inputs. How a step is divided does not.
 
-        Settings that came later count where they are set: what was begun before them is taken over.
+        Settings that came later count where they are set: what was begun before them is taken over. So is what was begun
+        when the layers of a Llama were the default of all models.
         """
         later = {"train_share": 1.0, "max_hard_prompts": None}
         settings = {name: value for name, value in asdict(self).items() if name != "micro_batch_size"}
+        settings["target_modules"] = self.target_modules or LLAMA_LAYERS
         return {name: value for name, value in settings.items() if name not in later or value != later[name]}
 
 
@@ -157,12 +164,12 @@ def train_translator(
     Raises:
         BaseModelMismatch: bank and base model do not belong together.
         DataError: no task of the bank is in `tasks`, or one has no ground truth.
+        ConfigError: the base model lacks some of the target modules.
         ArtifactError: `out` holds a translator made from another bank or other settings, the losses are no numbers any
             more, or the processes do not see the same checkpoint.
         BusyError: another process trains into `out`.
     """
     import torch
-    from peft import LoraConfig, TaskType
 
     if recorder is None or not processes.is_main:
         recorder = NullRecorder()
@@ -185,28 +192,17 @@ def train_translator(
     tasks = {name: _with_first_hard_prompts(tasks[name], config.max_hard_prompts) for name in names}
     soft_prompts = {name: bank.member(name) for name in names}
     learned = [[name, list(tasks[name].labels), list(tasks[name].hard_prompts)] for name in names]
+    if config.target_modules is None:
+        config = replace(config, target_modules=tuple(linear_layers(base_model)))
     ref = base_model.ref
     made_from = digest_of_json([bank.digest, bank.dod_digest, learned, config.identity, ref.fingerprint, ref.dtype])
     work = out.with_name(f"{out.name}.training")
     adapter_name = f"training_{digest_of_json([str(out), config.identity])[:SHORT]}"
     remove_adapter(base_model, adapter_name)
-    lora = LoraConfig(
-        task_type=TaskType.CAUSAL_LM,
-        r=config.lora_rank,
-        lora_alpha=config.lora_alpha,
-        lora_dropout=config.lora_dropout,
-        target_modules=list(config.target_modules),
-    )
     with held_by_main(out, work, processes) as finished:
         if finished:
             return _take_over(out, base_model, made_from, recorder)
-        try:
-            add_adapter(base_model, lora, adapter_name, seed=config.seed)
-        except ValueError as error:
-            raise ConfigError(
-                f"training a translator: the adapter cannot be put on {base_model.ref} ({str(error)[:200]}). Set "
-                "target_modules to names of its linear layers."
-            ) from error
+        _add_adapter(base_model, config, adapter_name)
         # Without the adapter's name, which follows from the spelling of `out`: a later start may spell it otherwise.
         named = adapter_parameters(base_model, adapter_name)
         parameters = {name.replace(f".{adapter_name}.", "."): parameter for name, parameter in named.items()}
@@ -283,6 +279,40 @@ def train_translator(
         processes.wait()
     remove_adapter(base_model, adapter_name)
     return Translator.load(out, base_model)
+
+
+def _add_adapter(base_model: BaseModel, config: TranslatorConfig, adapter_name: str) -> None:
+    """Put an untrained adapter on the target modules of the decoder, and on nothing if one of them is not found."""
+    from peft import LoraConfig, TaskType
+    from torch import nn
+
+    model, found = base_model.model, linear_layers(base_model)
+    lora = LoraConfig(
+        task_type=TaskType.CAUSAL_LM,
+        r=config.lora_rank,
+        lora_alpha=config.lora_alpha,
+        lora_dropout=config.lora_dropout,
+        target_modules=list(config.target_modules or found),
+        # Of layers that hold their weights the other way round, as those of GPT-2.
+        fan_in_fan_out=any(not isinstance(layer, nn.Linear) for layer in found.values()),
+    )
+    if model.config.get_text_config() is not model.config:  # what reads images may have layers of the same names
+        decoder = next(name for name, module in model.named_modules() if module is base_model.decoder)
+        lora.exclude_modules = rf"(?!{re.escape(decoder)}\.).*"
+    try:
+        add_adapter(base_model, lora, adapter_name, seed=config.seed)
+        # Left out of `lora` by now is what PEFT itself translates, as the names of experts.
+        wanted: set[str] = set(lora.target_modules or ())
+        on = [f".{name.partition('.lora_')[0]}" for name in adapter_parameters(base_model, adapter_name)]
+        if missing := [name for name in wanted if not any(layer.endswith(f".{name}") for layer in on)]:
+            remove_adapter(base_model, adapter_name)
+            raise ValueError(f"it has no layers named {sorted(missing)}")
+    except ValueError as error:
+        raise ConfigError(
+            f"training a translator: the adapter cannot be put on all target modules of {base_model.ref} "
+            f"({str(error)[:200]}); its linear layers are {list(found)}. Set target_modules to some of them, or leave it out "
+            "for all."
+        ) from error
 
 
 @contextlib.contextmanager

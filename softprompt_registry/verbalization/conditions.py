@@ -184,10 +184,7 @@ def embedded(base_model: BaseModel, ids: Sequence[int]) -> torch.Tensor:
     """(N, D) input embeddings of N token ids, in the base model's dtype."""
     import torch
 
-    found: torch.Tensor = base_model.model.get_input_embeddings()(
-        torch.tensor(list(ids), dtype=torch.long, device=base_model.device)
-    )
-    return found.detach()
+    return base_model.embed(torch.tensor(list(ids), dtype=torch.long)).detach()
 
 
 def target_log_likelihoods(conditions: Conditions) -> list[list[float]]:

@@ -144,7 +144,7 @@ def source_states(base_model: BaseModel, soft_prompts: torch.Tensor) -> torch.Te
         found.append(hidden_of(output))
 
     with _hooks([(layer, keep) for layer in decoder_layers(base_model)[:-1]]), torch.no_grad():
-        base_model.model.base_model(inputs_embeds=soft_prompts, use_cache=False)
+        base_model.decoder(inputs_embeds=soft_prompts, use_cache=False)
     return torch.stack(found, dim=1)
 
 
@@ -189,8 +189,7 @@ def read_patched(
         )
     found: list[list[int]] = []
     with torch.no_grad(), grouped_attention(base_model):
-        before = torch.tensor(target.before, device=base_model.device)
-        prefixes = base_model.prefixes(base_model.model.get_input_embeddings()(before)[None])  # of (1, P, D)
+        prefixes = base_model.prefixes(base_model.embed(torch.tensor(target.before))[None])  # of (1, P, D)
         assert prefixes is not None, "decoder_layers has refused such models"
         if rows_per_batch is None:
             rows_per_batch = _rows_that_fit(base_model, prefixes, num_tokens)
@@ -216,8 +215,7 @@ def _read_batch(
     import torch
 
     num_before, num_soft = prefixes.num_tokens, states.shape[2]
-    ids = torch.full((len(rows), num_soft), placeholder, device=base_model.device)
-    embeds = base_model.model.get_input_embeddings()(ids)  # (B, K, D)
+    embeds = base_model.embed(torch.full((len(rows), num_soft), placeholder))  # (B, K, D)
     hooks = []
     for layer in sorted({row.pair.target for row in rows}):
         places = [place for place, row in enumerate(rows) if row.pair.target == layer]
