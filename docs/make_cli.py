@@ -84,12 +84,6 @@ SETTINGS = [
     ("tune", "section `tuning`", "softprompt_registry/soft_prompts/tuning.py", "TuningConfig"),
     ("train-translator", "section `translator`", "softprompt_registry/translators/training.py", "TranslatorConfig"),
     (
-        "train-scale-and-bias",
-        "section `scale_and_bias`",
-        "softprompt_registry/translators/scale_and_bias_training.py",
-        "ScaleAndBiasConfig",
-    ),
-    (
         "verbalize",
         "section `verbalization` inside `evaluation`",
         "softprompt_registry/verbalization/verbalizer.py",

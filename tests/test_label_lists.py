@@ -11,7 +11,6 @@ from tiny_llm import HIDDEN_SIZE, tiny_base_model
 
 from softprompt_registry.errors import DataError
 from softprompt_registry.soft_prompts.soft_prompt import SoftPrompt, SoftPromptRecord
-from softprompt_registry.translators.scale_and_bias import ScaleAndBias
 from softprompt_registry.translators.translator import Translator, TranslatorRecord, adapter_parameters, add_adapter
 from softprompt_registry.verbalization.label_lists import (
     LIST_PREFILL,
@@ -123,20 +122,6 @@ def test_candidates_are_scored_whole_and_the_likeliest_comes_first() -> None:
     scores = [candidate.score for candidate in found]
     assert scores == [pytest.approx(mean_by_hand(prompt, candidate.text), rel=1e-4) for candidate in found]
     assert scores == sorted(scores, reverse=True)  # type: ignore[type-var]
-
-
-def test_a_scale_and_bias_orders_labels_too() -> None:
-    """At scale 1 and bias 0 it is the bare base model; a translator that is switched on orders otherwise."""
-    base = translator().base_model
-    plain = ScaleAndBias(base, TranslatorRecord(base.ref, 4), torch.ones(HIDDEN_SIZE), torch.zeros(HIDDEN_SIZE))
-    prompt = random_prompt(0)
-    (candidate,) = label_candidates(plain, prompt, LABELS)
-    target = [*base.tokenize(candidate.text), 1]
-    with torch.no_grad():
-        score = base.score_targets(prompt.embeddings[None], [[0]], [target]).log_likelihood
-    assert candidate.score == pytest.approx(float(score[0]) / len(target), rel=1e-4)
-    (translated,) = label_candidates(translator(), prompt, LABELS)
-    assert translated.score != pytest.approx(candidate.score, rel=1e-2)
 
 
 def test_many_texts_are_scored_in_several_passes() -> None:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -223,15 +222,12 @@ def prompt_that_makes_it_write(base: BaseModel, text: str) -> torch.Tensor:
     return soft.detach()
 
 
-class PlainReader:
-    """The base model alone."""
-
-    base_model = tiny()
-
-    @contextmanager
-    def soft_tokens(self, soft_prompts: Sequence[SoftPrompt]) -> Iterator[torch.Tensor]:
-        with torch.no_grad():
-            yield torch.stack([prompt.embeddings for prompt in soft_prompts])
+@cache
+def that_adds_nothing() -> Translator:
+    """A new adapter changes nothing: what it writes is what the base model writes."""
+    base = tiny_base_model()
+    add_adapter(base, LoraConfig(r=4, target_modules=["q_proj", "v_proj"]), "new")
+    return Translator(base, TranslatorRecord(base.ref, 8), "new")
 
 
 @cache
@@ -244,7 +240,9 @@ def test_a_label_list_is_given_once_and_scored_as_it_was_written() -> None:
     written = base.tokenize("up, no, up")
     (row,) = base.generate(prompt.embeddings[None], [[0]], max_new_tokens=20)
     assert row == written, "the base model repeats a label"
-    (found,) = TranslatorProposer(PlainReader(), num_beams=4).propose([prompt], VerbalizationConfig(max_new_tokens=20))
+    (found,) = TranslatorProposer(that_adds_nothing(), num_beams=4).propose(
+        [prompt], VerbalizationConfig(max_new_tokens=20)
+    )
     assert found[0].text == "up, no"
     with torch.no_grad():
         scores = base.score_targets(prompt.embeddings[None], [[0]], [[*written, 1]])
@@ -258,7 +256,7 @@ def test_a_label_list_is_given_once_and_scored_as_it_was_written() -> None:
 def test_half_a_label_at_the_cap_goes_where_labels_repeat() -> None:
     prompt = soft_prompt("a", prompt_that_makes_it_write(tiny(), "up, up, ok"))
     for cap, expected in ((5, "up, u"), (6, "up"), (9, "up"), (20, "up, ok")):
-        (found,) = TranslatorProposer(PlainReader()).propose([prompt], VerbalizationConfig(max_new_tokens=cap))
+        (found,) = TranslatorProposer(that_adds_nothing()).propose([prompt], VerbalizationConfig(max_new_tokens=cap))
         assert found[0].text == expected, cap
 
 
@@ -266,7 +264,7 @@ def test_texts_for_generation_tasks_stay_as_they_were_written() -> None:
     prompt = soft_prompt("a", goes_round())
     free = replace(prompt, record=replace(prompt.record, kind="generation"))
     imported = replace(prompt, record=replace(prompt.record, kind="unknown"))
-    found = TranslatorProposer(PlainReader()).propose([free, imported], VerbalizationConfig(max_new_tokens=20))
+    found = TranslatorProposer(that_adds_nothing()).propose([free, imported], VerbalizationConfig(max_new_tokens=20))
     assert [candidates[0].text for candidates in found] == ["up, no, up", "up, no"]
 
 

@@ -6,16 +6,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 from small_tasks import make_task
-from tiny_llm import HIDDEN_SIZE, tiny_base_model
+from tiny_llm import tiny_base_model
 
 from softprompt_registry.base_models.frozen import BaseModel
 from softprompt_registry.dod.store import DodStore
 from softprompt_registry.errors import BaseModelMismatch, ConfigError, DataError
 from softprompt_registry.evaluation.layer_grid import LayerGrid, TaskReadings
 from softprompt_registry.stages.proposing import EvaluationConfig, make_proposers
-from softprompt_registry.translators.scale_and_bias import ScaleAndBias
 from softprompt_registry.translators.translator import Translator, TranslatorRecord
 from softprompt_registry.verbalization.patching import LayerPair
 from softprompt_registry.verbalization.proposers.inspect import InspectProposer
@@ -70,14 +68,6 @@ def test_a_grid_of_another_base_model_or_of_a_test_task_is_refused(
         proposer(base, store, grid_file(tmp_path, tiny_base_model(seed=1), "moods"))
     with pytest.raises(DataError, match=r"the layer pair was chosen on \['sides'\]"):
         proposer(base, store, grid_file(tmp_path, base, "moods", "sides"))
-
-
-def test_a_scale_and_bias_that_saw_a_test_task_is_refused(tmp_path: Path, base: BaseModel, store: DodStore) -> None:
-    record = TranslatorRecord(base.ref, 4, train_tasks=("moods", "sides"))
-    ScaleAndBias(base, record, torch.ones(HIDDEN_SIZE), torch.zeros(HIDDEN_SIZE)).save(tmp_path / "made")
-    config = EvaluationConfig(methods=("scale_and_bias",), scale_and_bias=str(tmp_path / "made"))
-    with pytest.raises(DataError, match=r"the scale and bias was chosen on \['sides'\]"):
-        proposer(base, store, config)
 
 
 def test_training_targets_are_counted_in_the_dod_that_was_trained_on(base: BaseModel, store: DodStore) -> None:

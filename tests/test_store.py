@@ -183,7 +183,6 @@ NOWHERE = {
     "paraphrase-dod": "none --out d.sqlite --base-model none",
     "tune": "--dod none --out bank --base-model none",
     "train-translator": "--dod none --bank none --out out",
-    "train-scale-and-bias": "--dod none --bank none --out out",
     "verbalize": "models:/none@champion --translator none",
     "inspect-grid": "--dod none --bank none --out out",
     "evaluate": "--dod none --bank none --translator none",

@@ -27,7 +27,6 @@ ORDER = (
     "paraphrase-dod",
     "tune",
     "train-translator",
-    "train-scale-and-bias",
     "verbalize",
     "inspect-grid",
     "evaluate",

@@ -20,12 +20,8 @@ MARKERS = {
     "bank": "bank.json",
     "soft prompt": "soft_prompt.json",
     "translator": "translator.json",
-    "scale and bias": "scale_and_bias.json",
 }
 """The file whose presence tells what a folder holds."""
-
-_NO_MODELS = ("scale and bias",)
-"""Kinds that are plain artifacts of their run, without a LoggedModel."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +36,7 @@ class FoundArtifact:
 
 
 def find_artifact(uri: str, kind: str) -> FoundArtifact:
-    """Find (and download where needed) a `bank`, `soft prompt`, `translator` or `scale and bias`.
+    """Find (and download where needed) a `bank`, `soft prompt` or `translator`.
 
     Raises:
         RegistryError: nothing is there, or what is there is something else.
@@ -49,7 +45,7 @@ def find_artifact(uri: str, kind: str) -> FoundArtifact:
     model_id = None
     if location.startswith(REGISTRY_SCHEMES):
         require_store(for_run=False)
-        model_id = None if kind in _NO_MODELS else model_id_of(location)
+        model_id = model_id_of(location)
         try:
             root = Path(mlflow.artifacts.download_artifacts(artifact_uri=location))
         except (*STORE_FAILURES, OSError) as error:

@@ -12,9 +12,7 @@ from softprompt_registry.dod.store import DodStore
 from softprompt_registry.dod.task import Task
 from softprompt_registry.errors import ConfigError, DataError
 from softprompt_registry.evaluation.layer_grid import LayerGrid
-from softprompt_registry.fingerprints import digest_of_directory, digest_of_file, digest_of_json
-from softprompt_registry.registry.artifacts import find_artifact
-from softprompt_registry.translators.scale_and_bias import ScaleAndBias
+from softprompt_registry.fingerprints import digest_of_file, digest_of_json
 from softprompt_registry.translators.training import target_text
 from softprompt_registry.translators.translator import Translator
 from softprompt_registry.verbalization.patching import LayerPair
@@ -27,14 +25,12 @@ from softprompt_registry.verbalization.proposers.instruction_induction import (
 from softprompt_registry.verbalization.proposers.label_list import LabelListProposer
 from softprompt_registry.verbalization.proposers.most_frequent import MostFrequentTargetProposer
 from softprompt_registry.verbalization.proposers.nearest_tokens import NearestTokensProposer
-from softprompt_registry.verbalization.proposers.scale_and_bias import ScaleAndBiasProposer
 from softprompt_registry.verbalization.proposers.translator import TranslatorProposer
 from softprompt_registry.verbalization.verbalizer import Proposer, VerbalizationConfig
 from softprompt_registry.verbalization.verifier import VerifierConfig
 
 METHODS = (
     "translator",
-    "scale_and_bias",
     "inspect",
     "behaviour",
     "instruction_induction",
@@ -73,10 +69,8 @@ class EvaluationConfig:
         "nearest_tokens",
         "most_frequent_target",
     )
-    """The first one is compared with each other. Of translator, scale_and_bias, inspect, behaviour, instruction_induction,
-    label_list, nearest_tokens, most_frequent_target."""
-    scale_and_bias: str | None = None
-    """A trained scale and bias, a folder or runs:/…/NAME, which the method of that name needs."""
+    """The first one is compared with each other. Of translator, inspect, behaviour, instruction_induction, label_list,
+    nearest_tokens, most_frequent_target."""
     layer_grid: str | None = None
     """File that `inspect-grid` wrote; the method inspect takes the pair that is best on its training tasks."""
     layer_pair: tuple[int, ...] | None = None
@@ -112,29 +106,23 @@ class EvaluationConfig:
                 f"reading the evaluation settings: layer_pair is {list(self.layer_pair)}, expected a source and a target "
                 "layer."
             )
-        for needed, by in (("scale_and_bias", self.scale_and_bias), ("inspect", self.layer_grid or self.layer_pair)):
-            if needed in self.methods and not by:
-                setting = "layer_grid or layer_pair" if needed == "inspect" else needed
-                raise ConfigError(
-                    f"reading the evaluation settings: the method {needed} needs the setting {setting}. Give it, or leave "
-                    "the method out."
-                )
+        if "inspect" in self.methods and not (self.layer_grid or self.layer_pair):
+            raise ConfigError(
+                "reading the evaluation settings: the method inspect needs the setting layer_grid or layer_pair. Give it, "
+                "or leave the method out."
+            )
 
 
 def settings_digest(config: EvaluationConfig) -> str:
     """Digest of the settings and of the content of the files that they name.
 
     Raises:
-        RegistryError: there is no such scale and bias.
         FileNotFoundError: there is no such file.
     """
     values = asdict(config)
     for name in ("layer_grid", "categories"):
         if values[name] is not None:
             values[name] = digest_of_file(Path(values[name]))
-    if values["scale_and_bias"] is not None:
-        found = find_artifact(values["scale_and_bias"], "scale and bias")
-        values["scale_and_bias"] = digest_of_directory(found.folder)
     return digest_of_json(values)
 
 
@@ -150,10 +138,6 @@ def make_proposers(
     for method in config.methods:
         if method == "translator":
             made.append(TranslatorProposer(translator, prefills=config.prefills, num_beams=config.num_beams))
-        elif method == "scale_and_bias":
-            reader = ScaleAndBias.load(find_artifact(str(config.scale_and_bias), "scale and bias").folder, base_model)
-            _require_unseen("the scale and bias", reader.record.train_tasks, tasks)
-            made.append(ScaleAndBiasProposer(reader, prefills=config.prefills, num_beams=config.num_beams))
         elif method == "inspect":
             made.append(_inspect(base_model, tasks, config))
         elif method == "behaviour":

@@ -156,6 +156,27 @@ class Translator:
         finally:
             model.disable_adapters()
 
+    @contextlib.contextmanager
+    def soft_tokens(self, soft_prompts: Sequence[SoftPrompt]) -> Iterator[torch.Tensor]:
+        """Switch this adapter on for the block and give what it reads: (B, K, D), B soft prompts of one K. No gradients.
+
+        Raises:
+            BaseModelMismatch: a soft prompt belongs to another base model.
+        """
+        import torch
+
+        for soft_prompt in soft_prompts:
+            require_same_base(
+                "translating",
+                f"soft prompt {soft_prompt.record.task!r}",
+                soft_prompt.record.base_model,
+                "this translator",
+                self.record.base_model,
+            )
+        soft = torch.stack([soft_prompt.embeddings for soft_prompt in soft_prompts]).to(self.base_model.device)
+        with self.reading(), torch.no_grad():
+            yield soft
+
     def translate(
         self,
         soft_prompts: Sequence[SoftPrompt],
@@ -174,16 +195,6 @@ class Translator:
             temperature: 0 is greedy.
             seed: of the sampling.
         """
-        import torch
-
-        for soft_prompt in soft_prompts:
-            require_same_base(
-                "translating",
-                f"soft prompt {soft_prompt.record.task!r}",
-                soft_prompt.record.base_model,
-                "this translator",
-                self.record.base_model,
-            )
         sizes = sorted({soft_prompt.num_virtual_tokens for soft_prompt in soft_prompts})
         if len(sizes) != 1:
             raise ArtifactError(
@@ -191,9 +202,8 @@ class Translator:
                 "Translate those of each K apart."
             )
         base = self.base_model
-        soft = torch.stack([soft_prompt.embeddings for soft_prompt in soft_prompts]).to(base.device)  # (B, K, D)
         head = base.bos + (base.tokenize(prefill) if prefill else [])
-        with self.reading(), torch.no_grad():
+        with self.soft_tokens(soft_prompts) as soft:
             rows = base.generate(
                 soft,
                 [head] * len(soft_prompts),

@@ -13,7 +13,7 @@ from softprompt_registry.errors import DataError
 from softprompt_registry.soft_prompts.soft_prompt import SoftPrompt
 from softprompt_registry.soft_prompts.token_budget import pieces
 from softprompt_registry.translators.translator import Translator
-from softprompt_registry.verbalization.proposers.translator import Reader, mean_log_likelihoods, reader_of
+from softprompt_registry.verbalization.proposers.translator import mean_log_likelihoods
 from softprompt_registry.verbalization.verbalizer import Candidate, rank
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ def with_labels(labels: Sequence[str], prefixes: Sequence[str], order: Sequence[
 
 
 def likely_order(
-    translator: Translator | Reader, soft_prompt: SoftPrompt, labels: Sequence[str], *, prefix: str = ""
+    translator: Translator, soft_prompt: SoftPrompt, labels: Sequence[str], *, prefix: str = ""
 ) -> tuple[int, ...]:
     """An order in which the translator would name the labels: each time the one that makes the likeliest beginning.
 
@@ -64,13 +64,12 @@ def likely_order(
     the order found need not be the likeliest of all.
     """
     label_list_text(labels)
-    reader = reader_of(translator)
     chosen: list[int] = []
     left = list(range(len(labels)))
-    with reader.soft_tokens([soft_prompt]) as soft:
+    with translator.soft_tokens([soft_prompt]) as soft:
         while len(left) > 1:
             texts = [_before_a_list(prefix) + ", ".join(labels[p] for p in (*chosen, place)) for place in left]
-            scores = _scores(reader, soft, texts, end=False)
+            scores = _scores(translator, soft, texts, end=False)
             best = left[scores.index(max(scores))]
             chosen.append(best)
             left.remove(best)
@@ -78,17 +77,16 @@ def likely_order(
 
 
 def label_candidates(
-    translator: Translator | Reader, soft_prompt: SoftPrompt, labels: Sequence[str], prefixes: Sequence[str] = ("",)
+    translator: Translator, soft_prompt: SoftPrompt, labels: Sequence[str], prefixes: Sequence[str] = ("",)
 ) -> list[Candidate]:
     """One candidate for each beginning, with the labels in their `likely_order` behind it; the likeliest text first.
 
     A score is the mean log-likelihood per token of the whole text and EOS, in nats, under the translator.
     """
-    reader = reader_of(translator)
-    orders = [likely_order(reader, soft_prompt, labels, prefix=prefix) for prefix in prefixes]
+    orders = [likely_order(translator, soft_prompt, labels, prefix=prefix) for prefix in prefixes]
     texts = [with_labels(labels, [prefix], order)[0] for prefix, order in zip(prefixes, orders, strict=True)]
-    with reader.soft_tokens([soft_prompt]) as soft:
-        scores = _scores(reader, soft, texts, end=True)
+    with translator.soft_tokens([soft_prompt]) as soft:
+        scores = _scores(translator, soft, texts, end=True)
     candidates = [
         Candidate(text, "label_list", score, prefill=prefix)
         for text, score, prefix in zip(texts, scores, prefixes, strict=True)
@@ -96,9 +94,9 @@ def label_candidates(
     return rank(candidates)
 
 
-def _scores(reader: Reader, soft: torch.Tensor, texts: Sequence[str], *, end: bool) -> list[float]:
+def _scores(translator: Translator, soft: torch.Tensor, texts: Sequence[str], *, end: bool) -> list[float]:
     """Mean log-likelihood per token of each text after [soft tokens][BOS], with or without EOS. soft: (1, K, D)."""
-    base = reader.base_model
+    base = translator.base_model
     ids = [base.tokenize(text) for text in texts]
     scores = [0.0] * len(texts)
     for rows in pieces(range(len(texts)), lambda row: int(soft.shape[1]) + 2 + len(ids[row]), _TOKENS_PER_FORWARD):

@@ -11,7 +11,6 @@ from softprompt_registry.dod.task import Task
 from softprompt_registry.soft_prompts.soft_prompt import SoftPrompt
 from softprompt_registry.translators.translator import Translator
 from softprompt_registry.verbalization.label_lists import LIST_PREFILL, label_candidates
-from softprompt_registry.verbalization.proposers.translator import Reader
 from softprompt_registry.verbalization.verbalizer import Candidate, VerbalizationConfig
 
 
@@ -21,7 +20,7 @@ class LabelListProposer:
     name = "label_list"
 
     def __init__(
-        self, translator: Translator | Reader, tasks: Mapping[str, Task], prefixes: Sequence[str] = ("", LIST_PREFILL)
+        self, translator: Translator, tasks: Mapping[str, Task], prefixes: Sequence[str] = ("", LIST_PREFILL)
     ) -> None:
         """
         Args:

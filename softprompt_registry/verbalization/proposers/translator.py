@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from softprompt_registry.base_models.frozen import BaseModel
-from softprompt_registry.base_models.reference import require_same_base
 from softprompt_registry.errors import ConfigError
 from softprompt_registry.soft_prompts.soft_prompt import SoftPrompt
 from softprompt_registry.translators.translator import Translator
@@ -17,49 +15,6 @@ from softprompt_registry.verbalization.verbalizer import Candidate, Verbalizatio
 
 if TYPE_CHECKING:
     import torch
-
-
-class Reader(Protocol):
-    """What makes the base model write a soft prompt out as text: a translator, or what stands in for one."""
-
-    @property
-    def base_model(self) -> BaseModel: ...
-
-    def soft_tokens(self, soft_prompts: Sequence[SoftPrompt]) -> AbstractContextManager[torch.Tensor]:
-        """For the block: (B, K, D), what the base model is to read in place of B soft prompts of one K. No gradients."""
-        ...
-
-
-@dataclass(frozen=True)
-class TranslatorReader:
-    """A translator as a `Reader`: it changes the base model, and reads the soft prompts as they are."""
-
-    translator: Translator
-
-    @property
-    def base_model(self) -> BaseModel:
-        return self.translator.base_model
-
-    @contextmanager
-    def soft_tokens(self, soft_prompts: Sequence[SoftPrompt]) -> Iterator[torch.Tensor]:
-        import torch
-
-        for soft_prompt in soft_prompts:
-            require_same_base(
-                "translating",
-                f"soft prompt {soft_prompt.record.task!r}",
-                soft_prompt.record.base_model,
-                "this translator",
-                self.translator.record.base_model,
-            )
-        soft = torch.stack([soft_prompt.embeddings for soft_prompt in soft_prompts]).to(self.base_model.device)
-        with self.translator.reading(), torch.no_grad():
-            yield soft
-
-
-def reader_of(translator: Translator | Reader) -> Reader:
-    """A translator as a `Reader`; a `Reader` as it is."""
-    return TranslatorReader(translator) if isinstance(translator, Translator) else translator
 
 
 @dataclass(frozen=True)
@@ -99,7 +54,7 @@ class TranslatorProposer:
 
     def __init__(
         self,
-        translator: Translator | Reader,
+        translator: Translator,
         rows_per_batch: int = 16,
         *,
         prefills: Sequence[str] = (),
@@ -121,7 +76,7 @@ class TranslatorProposer:
                 f"setting up the proposer {self.name!r}: the prefills are {list(prefills)!r}; expected none that is blank. "
                 "Texts without a prefill are always among the candidates."
             )
-        self.reader = reader_of(translator)
+        self.translator = translator
         self.rows_per_batch = rows_per_batch
         self.prefills = tuple(prefills)
         self.num_beams = num_beams
@@ -136,7 +91,7 @@ class TranslatorProposer:
         proposals: list[list[Candidate]] = [[] for _ in soft_prompts]
         for rows in _batches(soft_prompts, self.rows_per_batch):
             batch = [soft_prompts[row] for row in rows]
-            with self.reader.soft_tokens(batch) as soft:
+            with self.translator.soft_tokens(batch) as soft:
                 for way in self._ways(config):
                     written = self._write(batch, soft, way, config.max_new_tokens)
                     for row, candidate in zip(rows, written, strict=True):
@@ -144,7 +99,7 @@ class TranslatorProposer:
         if self.num_beams is not None:
             for rows in _batches(soft_prompts, max(self.rows_per_batch // self.num_beams, 1)):
                 batch = [soft_prompts[row] for row in rows]
-                with self.reader.soft_tokens(batch) as soft:
+                with self.translator.soft_tokens(batch) as soft:
                     for row, candidates in zip(rows, self._beams(batch, soft, self.num_beams, config), strict=True):
                         proposals[row] += candidates
         return proposals
@@ -165,7 +120,7 @@ class TranslatorProposer:
         self, soft_prompts: Sequence[SoftPrompt], soft: torch.Tensor, way: _Way, max_new_tokens: int
     ) -> list[Candidate]:
         """One candidate for each of B soft prompts, which the base model reads as soft: (B, K, D)."""
-        base = self.reader.base_model
+        base = self.translator.base_model
         beginning = base.tokenize(way.prefill) if way.prefill else []
         rows = base.generate(
             soft,
@@ -187,7 +142,7 @@ class TranslatorProposer:
         self, soft_prompts: Sequence[SoftPrompt], soft: torch.Tensor, num_beams: int, config: VerbalizationConfig
     ) -> list[list[Candidate]]:
         """At most `num_beams` different candidates, best first, for each of B soft prompts, read as soft: (B, K, D)."""
-        base = self.reader.base_model
+        base = self.translator.base_model
         head = base.bos + (base.tokenize(config.prefill) if config.prefill else [])
         cap = config.max_new_tokens
         found = beam_search(base, soft, head, num_beams=num_beams, max_new_tokens=cap)
@@ -206,7 +161,7 @@ class TranslatorProposer:
 
     def _text(self, soft_prompt: SoftPrompt, prefill: str, row: Sequence[int], max_new_tokens: int) -> str:
         """A candidate's text from the token ids that follow the prefill."""
-        base = self.reader.base_model
+        base = self.translator.base_model
         text = (prefill + base.decode(row, after=base.tokenize(prefill) if prefill else ())).strip()
         if soft_prompt.record.kind == "generation":
             return text
