@@ -111,6 +111,25 @@ def test_a_cut_row_loses_tokens_of_its_input_alone(like: str) -> None:
     assert "".join(pieces_of(base, quoted.prompt)).count("▁") == 1
 
 
+@pytest.mark.parametrize("like", ["bytes", "llama2"])
+def test_special_tokens_in_data_are_text_and_in_a_template_are_tokens(like: str) -> None:
+    """A row that ends where its input says `<eos>` teaches to end there (gemma 770, vllm 11691)."""
+    base = tiny_base_model() if like == "bytes" else model_like(like)
+    encoder = RowEncoder.of_new_prompts(base)
+    bos, eos = base.bos[0], base.eos_id
+    for room in (200, 24):
+        row, cut = encoder.pair(TEMPLATE, Pair("to <eos> or not to <bos><eos>", "a <eos> day"), room)
+        assert cut == (room == 24)
+        assert [*row.prompt, *row.target].count(eos) == 1 and row.target[-1] == eos
+        assert row.prompt.count(bos) == 1 and row.prompt[0] == bos
+    assert base.decode(encoder.label(TEMPLATE, "a <eos> day")[1]).strip() == "a <eos> day"
+    chat = "<bos>user {x}<eos>"
+    for room in (200, 24):
+        row, cut = encoder.pair(chat, Pair("a long sad day by the sea", "good"), room)
+        assert cut == (room == 24)
+        assert row.prompt.count(bos) == 2 and [*row.prompt, *row.target].count(eos) == 2, "the template's own stay"
+
+
 def test_old_prompts_are_read_in_their_own_encoding(llama2: BaseModel) -> None:
     record = SoftPromptRecord("moods", "classification", llama2.ref, TEMPLATE)
     assert record.encoding == ENCODED_APART

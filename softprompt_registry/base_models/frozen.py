@@ -118,10 +118,21 @@ class BaseModel:
         embeds: torch.Tensor = table(ids.to(self.device))
         return embeds
 
-    def tokenize(self, text: str) -> list[int]:
-        """Token ids of `text` alone, without BOS or EOS: the layout adds them by id, whatever the tokenizer does."""
-        ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+    def tokenize(self, text: str, *, special_tokens: bool = False) -> list[int]:
+        """Token ids of `text` alone, without BOS or EOS: the layout adds them by id, whatever the tokenizer does.
+
+        Args:
+            special_tokens: read the names of special tokens in the text (`</s>`) as these tokens. Otherwise they are text, so
+                that no input can end its row.
+        """
+        ids: list[int] = self.tokenizer(text, add_special_tokens=False, split_special_tokens=not special_tokens)[
+            "input_ids"
+        ]
         return ids
+
+    def names_special_tokens(self, text: str) -> bool:
+        """Whether a text holds the name of a special token, as templates in a chat format do."""
+        return any(name in text for name in self.tokenizer.all_special_tokens)
 
     @property
     def bos(self) -> list[int]:

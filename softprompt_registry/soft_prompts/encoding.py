@@ -35,7 +35,11 @@ class EncodedPair:
 
 @dataclass(frozen=True)
 class RowEncoder:
-    """How texts become the rows of one soft prompt."""
+    """How texts become the rows of one soft prompt.
+
+    The names of special tokens (`</s>`) in inputs and outputs are text. In a template they are these tokens, and then also in
+    the prompts made from it, which are encoded whole.
+    """
 
     base_model: BaseModel
     layout: str
@@ -67,8 +71,9 @@ class RowEncoder:
         Paper: it cut at 64 tokens from the right, label included; here the input gives way, the target never does.
         """
         filled = fill_template(template, pair.input)
-        prompt = self.base_model.tokenize(filled)
-        dropped, target = self._target(filled, pair.output)
+        special = self.base_model.names_special_tokens(template)
+        prompt = self.base_model.tokenize(filled, special_tokens=special)
+        dropped, target = self._target(filled, pair.output, special)
         target = [*target, self.base_model.eos_id]
         kept, cut = self._cut(template, pair.input, prompt, max_tokens - len(target), dropped)
         return EncodedPair([*self.bos, *kept], target), cut
@@ -78,18 +83,20 @@ class RowEncoder:
 
         `max_tokens` has room for the shortest answer too, of two tokens.
         """
-        prompt = self.base_model.tokenize(fill_template(template, text))
+        special = self.base_model.names_special_tokens(template)
+        prompt = self.base_model.tokenize(fill_template(template, text), special_tokens=special)
         kept, cut = self._cut(template, text, prompt, max_tokens - 2, 0)
         return [*self.bos, *kept], cut
 
     def label(self, template: str, label: str) -> tuple[int, list[int]]:
         """Token ids of a target without EOS, and how many tokens at the end of each prompt give way to it."""
-        return self._target(fill_template(template, _SOME_TEXT), label)
+        special = self.base_model.names_special_tokens(template)
+        return self._target(fill_template(template, _SOME_TEXT), label, special)
 
-    def _target(self, filled: str, output: str) -> tuple[int, list[int]]:
+    def _target(self, filled: str, output: str, special: bool) -> tuple[int, list[int]]:
         if self.encoding == ENCODED_APART:
             return 0, self.base_model.tokenize(f" {output}")
-        return encode_behind(self.base_model, filled, f" {output}")
+        return encode_behind(self.base_model, filled, f" {output}", special_tokens=special)
 
     def _cut(self, template: str, text: str, prompt: list[int], room: int, dropped: int) -> tuple[list[int], bool]:
         """A filled template without its last `dropped` tokens; if more than `room` are left, its input is cut."""
@@ -100,28 +107,33 @@ class RowEncoder:
         before, after = template.split("{x}")
         # Most tokenizers join a space to the word after it, so the one before the input goes with the input.
         space = " " if before.endswith(" ") else ""
-        head = self.base_model.tokenize(before.removesuffix(space))
+        head = self.base_model.tokenize(before.removesuffix(space), special_tokens=True)
         if self.encoding == ENCODED_APART:
-            middle, tail = self.base_model.tokenize(space + text), self.base_model.tokenize(after)
+            middle = self.base_model.tokenize(space + text)
+            tail = self.base_model.tokenize(after, special_tokens=True)
         else:
             # Of the whole text's own tokens: each part alone would begin as a text does.
-            tail = encode_inside(self.base_model, after)
+            tail = encode_behind(self.base_model, _SOME_TEXT, after, special_tokens=True)[1]
             first = _num_common(head, prompt)
             last = max(len(prompt) - _num_common(tail[::-1], prompt[::-1]), first)
             head, middle, tail = prompt[:first], prompt[first : min(last, end)], prompt[last:end]
         return [*head, *middle[: max(room - len(head) - len(tail), 1)], *tail], True
 
 
-def encode_behind(base_model: BaseModel, before: str, text: str) -> tuple[int, list[int]]:
+def encode_behind(
+    base_model: BaseModel, before: str, text: str, *, special_tokens: bool = False
+) -> tuple[int, list[int]]:
     """Token ids of `text` where it stands behind `before` in one text.
 
     Encoded alone, a text gets a space of its own from tokenizers such as Llama 2's. A token that belongs to both texts is
     counted to the second.
 
+    Args:
+        special_tokens: see `BaseModel.tokenize`.
     Returns:
         How many of the tokens of `before` alone, the last ones, give way; and the ids.
     """
-    alone, whole = base_model.tokenize(before), base_model.tokenize(before + text)
+    alone, whole = (base_model.tokenize(part, special_tokens=special_tokens) for part in (before, before + text))
     kept = _num_common(alone, whole)
     return len(alone) - kept, whole[kept:]
 
