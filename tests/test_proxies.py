@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from pathlib import Path
 
 import pytest
 from llm_server import LlmServer, Reply
@@ -75,6 +76,16 @@ def test_a_proxy_that_cannot_be_used_is_named(monkeypatch: pytest.MonkeyPatch, a
         ask(ELSEWHERE)
     assert "name 'model.invalid' in NO_PROXY to go without" in str(caught.value)
     assert "hunter2" not in str(caught.value) and caught.value.__cause__ is None
+
+
+def test_certificates_that_cannot_be_read_are_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "empty.pem").touch()
+    for name in ("empty.pem", "none.pem"):
+        monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / name))
+        with pytest.raises(
+            LanguageModelError, match=r"certificates in SSL_CERT_FILE or SSL_CERT_DIR cannot be read \("
+        ):
+            ask(ELSEWHERE)
 
 
 def test_a_proxy_that_fails_is_named(llm_server: LlmServer, monkeypatch: pytest.MonkeyPatch) -> None:

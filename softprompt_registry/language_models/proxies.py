@@ -30,17 +30,21 @@ def http_client(model: str, address: str, event_hooks: dict[str, list[Any]]) -> 
     """The provider's HTTP client, with the proxies of the environment.
 
     Raises:
-        LanguageModelError: the proxy to the server cannot be used.
+        LanguageModelError: the proxy to the server, or the file with certificates, cannot be used.
     """
     import openai
 
     try:
         return openai.DefaultHttpxClient(event_hooks=event_hooks)
-    except OSError:
-        raise  # about a file with certificates
-    except (
-        Exception
-    ) as error:  # ImportError without the package for SOCKS, ValueError or the library's own for an address
+    except OSError as error:
+        raise LanguageModelError(
+            f"connecting to model {model!r}: the certificates in SSL_CERT_FILE or SSL_CERT_DIR cannot be read "
+            f"({error.strerror or type(error).__name__}); expected a PEM file or a folder of such files.",
+            retryable=False,
+            hint="Correct the variable, or unset it.",
+        ) from error
+    # ImportError without the package for SOCKS, ValueError or the library's own for an address.
+    except Exception as error:
         variable = proxy_variable(address)
         if variable is None:  # the client prepares all proxies, also one that no request to this server goes through
             return openai.DefaultHttpxClient(event_hooks=event_hooks, trust_env=False)
