@@ -331,3 +331,16 @@ def test_target_modules_that_are_not_found_are_named(tmp_path: Path) -> None:
 def test_trainings_that_began_with_the_layers_of_a_llama_as_the_default_are_taken_over() -> None:
     assert CONFIG.identity == dataclasses.replace(CONFIG, target_modules=LLAMA_LAYERS).identity
     assert CONFIG.identity != dataclasses.replace(CONFIG, target_modules=("q_proj",)).identity
+
+
+def test_a_model_of_the_hub_is_recorded_with_its_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers 5 no longer says which commit it has loaded. The folder is laid out as the Hub's cache on the disk."""
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    repository = tmp_path / "models--team--tiny"
+    save_tiny_model(repository / "snapshots" / commit)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    for reference in ("team/tiny", "team/tiny@main", f"team/tiny@{commit}"):
+        ref = load_base_model(reference).ref
+        assert (ref.name, ref.revision) == ("team/tiny", commit)

@@ -123,7 +123,7 @@ def _language_model(location: str, revision: str | None, **settings: Any) -> tup
 
     files: dict[str, Any] = {"revision": revision, "trust_remote_code": False}
     config: Any = transformers.AutoConfig.from_pretrained(location, **files)
-    commit = getattr(config, "_commit_hash", None) or revision
+    commit = _commit_of(location, revision)
     text: Any = config.get_text_config()
     auto: Any = transformers.AutoModelForCausalLM
     own_class = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
@@ -140,6 +140,17 @@ def _language_model(location: str, revision: str | None, **settings: Any) -> tup
         location, config=config, output_loading_info=True, ignore_mismatched_sizes=True, **settings, **files
     )
     return model, sorted({*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])}), commit
+
+
+def _commit_of(location: str, revision: str | None) -> str | None:
+    """The commit of a Hub model whose config has just been loaded, which a branch (`main`) no longer names tomorrow."""
+    from huggingface_hub import try_to_load_from_cache
+
+    if Path(location).is_dir():
+        return revision
+    found = try_to_load_from_cache(location, "config.json", revision=revision)
+    # The cache keeps files as snapshots/COMMIT/NAME.
+    return Path(found).parent.name if isinstance(found, str) else revision
 
 
 def _tokenizer(location: str, revision: str | None) -> Any:
