@@ -69,6 +69,7 @@ def base(request: pytest.FixtureRequest) -> BaseModel:
     return of_type(request.param)
 
 
+@pytest.mark.supports("base models", "Gemma 2, OPT, GPT-Neo, MPT", "as the model computes each row alone")
 def test_scores_and_texts_are_those_of_each_row_alone(base: BaseModel) -> None:
     """The reference: the model's own logits of one unpadded row, worked out anew for each token."""
     soft = soft_prompts(base).float()
@@ -134,12 +135,14 @@ def test_logits_are_measured_and_not_looked_up_in_the_config() -> None:
     assert tiny_base_model()._plain_head, "the fast way is for most models"
 
 
+@pytest.mark.supports("base models", "models that read more than embeddings (Falcon-H1)", "refused, in one sentence")
 def test_a_model_that_reads_more_than_embeddings_is_refused() -> None:
     """Falcon-H1 scales embeddings, but not those that it is handed."""
     with pytest.raises(BaseModelError, match="from a token's id .* model type is 'falcon_h1'.*soft tokens have no ids"):
         falcon_h1(embedding_multiplier=2.0)
 
 
+@pytest.mark.supports("base models", "Mamba", "tuned; InSPEcT and row decoding are refused")
 def test_a_model_without_keys_and_values_says_so_where_they_are_needed() -> None:
     base = of_type("mamba")
     with pytest.raises(BaseModelError, match="the model type 'mamba' keeps no keys and values; expected a transformer"):

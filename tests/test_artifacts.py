@@ -25,6 +25,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return place
 
 
+@pytest.mark.supports("files", "folders with spaces and `#` in their names", "supported")
 @pytest.mark.parametrize(
     ("rest", "tasks"),
     [

@@ -189,6 +189,11 @@ def test_greedy_text_is_the_most_likely_token_each_time(base: BaseModel) -> None
     assert base.generate(soft, [[0, 40]], max_new_tokens=6) == [ids[2:]]
 
 
+@pytest.mark.supports(
+    "tokenizers",
+    "several end tokens (`generation_config.eos_token_id` is a list)",
+    "each ends a text",
+)
 @pytest.mark.parametrize("named_by", ["tokenizer", "generation config", "list in generation config", "config"])
 def test_each_row_stops_at_any_end_token_of_tokenizer_and_model(named_by: str) -> None:
     """Chat models end a turn with a token of their own, which their tokenizer does not call the end of the text."""

@@ -105,6 +105,11 @@ def saved(make: Callable[[], Any], folder: Path) -> tuple[Any, Path]:
 # Loaded, and computed as transformers does ----------------------------------------------------------------------------
 
 
+@pytest.mark.supports(
+    "base models",
+    "multimodal: Gemma 3, LLaVA, Mistral 3, Qwen2-VL, Qwen2.5-VL",
+    "the language model is used",
+)
 @pytest.mark.parametrize("make", [gemma3, llava, mistral3, qwen2_vl, qwen2_5_vl])
 def test_the_language_model_of_a_multimodal_checkpoint_reads_soft_prompts(
     make: Callable[[], Any], tmp_path: Path
@@ -148,6 +153,7 @@ def test_the_language_model_of_a_multimodal_checkpoint_reads_soft_prompts(
             assert base.until_end(ids[len(prompt) :]) == written[row]
 
 
+@pytest.mark.supports("tokenizers", "no BOS, no pad token", "supported")
 def test_a_tokenizer_without_bos_and_pad_is_enough(tmp_path: Path) -> None:
     folder = save_tiny_model(tmp_path / "bare")
     edit_json(folder / "tokenizer_config.json", bos_token=..., pad_token=...)
@@ -157,6 +163,11 @@ def test_a_tokenizer_without_bos_and_pad_is_enough(tmp_path: Path) -> None:
     assert base.generate(None, prompts, max_new_tokens=5) == plain.generate(None, prompts, max_new_tokens=5)
 
 
+@pytest.mark.supports(
+    "tokenizers",
+    "more tokens than the embedding matrix has rows",
+    "supported; such a token is refused where it occurs",
+)
 def test_tokens_beyond_the_embedding_matrix_are_refused_where_they_occur(tmp_path: Path) -> None:
     folder = save_tiny_model(tmp_path / "tiny")
     tokenizer = tiny_tokenizer()
@@ -237,6 +248,11 @@ def encoder_and_decoder(folder: Path) -> None:
     edit_json(folder / "config.json", model_type="t5")
 
 
+@pytest.mark.supports(
+    "base models",
+    "code of their own, quantization without its package, no end token, missing shards, weights or heads",
+    "refused, in one sentence",
+)
 @pytest.mark.parametrize(
     ("change", "messages"),
     [
@@ -281,6 +297,11 @@ def bank_of(base: BaseModel, folder: Path) -> SoftPromptBank:
     return SoftPromptBank.save(members, folder)
 
 
+@pytest.mark.supports(
+    "base models",
+    "translators on Llama, Qwen2.5-VL, Phi-3, GPT-2",
+    "all linear layers of the decoder but the head, by their names",
+)
 @pytest.mark.parametrize(
     ("make", "expected"),
     [
@@ -314,6 +335,11 @@ def test_a_translator_adapts_all_linear_layers_of_the_decoder(
     assert translator.translate(prompts, max_new_tokens=5) == again.translate(prompts, max_new_tokens=5)
 
 
+@pytest.mark.supports(
+    "base models",
+    "`target_modules` that the model does not have",
+    "refused; missing and existing names are listed",
+)
 def test_target_modules_that_are_not_found_are_named(tmp_path: Path) -> None:
     """A part of them would be passed over without a word by PEFT."""
     _, folder = saved(phi3, tmp_path / "base")
@@ -333,6 +359,7 @@ def test_trainings_that_began_with_the_layers_of_a_llama_as_the_default_are_take
     assert CONFIG.identity != dataclasses.replace(CONFIG, target_modules=("q_proj",)).identity
 
 
+@pytest.mark.supports("base models", "models of the Hub, by name, branch or commit", "recorded with the commit")
 def test_a_model_of_the_hub_is_recorded_with_its_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """transformers 5 no longer says which commit it has loaded. The folder is laid out as the Hub's cache on the disk."""
     commit = "0123456789abcdef0123456789abcdef01234567"

@@ -108,6 +108,7 @@ AS_WRITTEN: dict[str, Any] = {
 }
 
 
+@pytest.mark.supports("files", "settings in YAML 1.2 (`no`, `2024-10-21` and `12:30` are text)", "read as written")
 @pytest.mark.parametrize(("text", "value"), AS_WRITTEN.items())
 def test_a_value_is_what_the_user_wrote(text: str, value: Any, tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_text(f"block: {text}\nflow: [{text}]\n")

@@ -238,6 +238,7 @@ def test_bad_rows(tmp_path: Path, name: str, content: bytes, expected: str) -> N
         assert found == expected
 
 
+@pytest.mark.supports("files", "`ClassLabel` columns of `datasets` in Parquet", "read by the names of the classes")
 def test_classes_of_a_parquet_file_have_their_names(tmp_path: Path) -> None:
     """`datasets` stores the number of a class; a number that is none, as -1 for an unknown label, is still refused."""
     datasets = pytest.importorskip("datasets")
@@ -380,6 +381,7 @@ def test_stops_at_twenty_problems(tmp_path: Path) -> None:
 # Skipping
 
 
+@pytest.mark.supports("files", "CSV cells of up to 16 million characters", "read")
 def test_a_long_cell_is_no_bad_row(tmp_path: Path) -> None:
     """Python's own limit is 131,072 characters; a lower one that other code has set does not matter."""
     before = csv.field_size_limit(1000)

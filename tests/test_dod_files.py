@@ -26,6 +26,7 @@ from softprompt_registry.recording import NullRecorder
 # Formats
 
 
+@pytest.mark.supports("files", "CSV, TSV, JSON, JSON Lines, NDJSON (also with `.gz`), Parquet", "read")
 @pytest.mark.parametrize("rows", [ROWS, NO_SPLITS], ids=["splits", "no splits"])
 def test_all_formats_give_the_same_digest(tmp_path: Path, rows: list[Row]) -> None:
     files = {
@@ -113,6 +114,7 @@ class ProgressRecorder(NullRecorder):
         self.notes.append(note)
 
 
+@pytest.mark.supports("files", "files with other endings, subfolders", "left out and named")
 def test_other_files_are_left_out_and_listed_and_progress_is_told(tmp_path: Path) -> None:
     for folder in ("sub", "data.csv", ".git"):
         (tmp_path / folder).mkdir()
@@ -245,6 +247,7 @@ def test_duplicates_are_dropped_and_counted(tmp_path: Path) -> None:
 # Spellings of a label
 
 
+@pytest.mark.supports("files", "one label in several spellings", "one label, unless `label_spelling: keep`")
 def test_spellings_of_a_label_are_one_label(tmp_path: Path) -> None:
     outputs = ["Good"] * 4 + ["good ", "GOOD", "good"] + ["so  so"] * 3 + ["So so"] + ["cafe\u0301", "caf\u00e9"] * 2
     report, tasks = build(tmp_path, None, t__jsonl=jsonl_bytes(rows_with(outputs)))

@@ -67,6 +67,11 @@ def pieces_of(base: BaseModel, ids: list[int]) -> list[str]:
 # Rows as one text -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.supports(
+    "tokenizers",
+    "SentencePiece-like (Llama 2, Mistral, unigram)",
+    "a row has the tokens of its whole text",
+)
 @pytest.mark.parametrize("like", KINDS)
 def test_a_row_has_the_tokens_of_its_whole_text(like: str) -> None:
     base = model_like(like)
@@ -111,6 +116,11 @@ def test_a_cut_row_loses_tokens_of_its_input_alone(like: str) -> None:
     assert "".join(pieces_of(base, quoted.prompt)).count("▁") == 1
 
 
+@pytest.mark.supports(
+    "tokenizers",
+    "names of special tokens in inputs and outputs",
+    "text; in a template they are the tokens",
+)
 @pytest.mark.parametrize("like", ["bytes", "llama2"])
 def test_special_tokens_in_data_are_text_and_in_a_template_are_tokens(like: str) -> None:
     """A row that ends where its input says `<eos>` teaches to end there (gemma 770, vllm 11691)."""
@@ -138,6 +148,11 @@ def test_old_prompts_are_read_in_their_own_encoding(llama2: BaseModel) -> None:
     assert pieces_of(llama2, row.target)[0] == "▁▁"
 
 
+@pytest.mark.supports(
+    "tokenizers",
+    "byte-level BPE",
+    "prompt and target have the same tokens together and apart",
+)
 @pytest.mark.parametrize("template", [*TEMPLATES.values(), "{x}", "“{x}” is\n"])
 def test_with_a_byte_level_tokenizer_both_encodings_are_one(template: str) -> None:
     base = tiny_base_model()

@@ -143,6 +143,7 @@ def test_another_base_model_is_refused(base_model: BaseModel, tmp_path: Path) ->
         import_peft(tmp_path / "theirs", tiny_base_model(hidden_size=32), task="x")
 
 
+@pytest.mark.supports("adapters", "other types, sizes that contradict the tensor", "refused, in one sentence")
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -174,6 +175,7 @@ def saved_by_peft(folder: Path, model: PreTrainedModel, *names: str, **how: Any)
     return adapted.get_prompt_embedding_to_save([first, *others][-1]).detach()
 
 
+@pytest.mark.supports("adapters", "`adapter_model.bin`", "refused, with the call that converts it")
 def test_a_pickled_adapter_is_not_opened_but_can_be_saved_again(base_model: BaseModel, tmp_path: Path) -> None:
     embeddings = saved_by_peft(tmp_path / "bin", tiny_base_model().model, safe_serialization=False)
     with pytest.raises(
@@ -185,6 +187,7 @@ def test_a_pickled_adapter_is_not_opened_but_can_be_saved_again(base_model: Base
     assert torch.equal(import_peft(tmp_path / "again", base_model, task="x").embeddings, embeddings)
 
 
+@pytest.mark.supports("adapters", "in a subfolder of its own name", "imported where it is the only one")
 def test_an_adapter_with_a_name_is_found_in_its_folder(base_model: BaseModel, tmp_path: Path) -> None:
     embeddings = saved_by_peft(tmp_path / "one", tiny_base_model().model, "sea")
     assert torch.equal(import_peft(tmp_path / "one", base_model, task="x").embeddings, embeddings)
@@ -196,6 +199,7 @@ def test_an_adapter_with_a_name_is_found_in_its_folder(base_model: BaseModel, tm
         import_peft(tmp_path, base_model, task="x")
 
 
+@pytest.mark.supports("adapters", "with embedding layers", "imported if they are the base model's")
 def test_embedding_layers_beside_the_prompt_must_be_the_base_model_s(base_model: BaseModel, tmp_path: Path) -> None:
     embeddings = saved_by_peft(tmp_path / "theirs", tiny_base_model().model, save_embedding_layers=True)
     assert len(load_file(tmp_path / "theirs" / "adapter_model.safetensors")) == 3
@@ -204,6 +208,7 @@ def test_embedding_layers_beside_the_prompt_must_be_the_base_model_s(base_model:
         import_peft(tmp_path / "theirs", tiny_base_model(seed=1), task="x")
 
 
+@pytest.mark.supports("adapters", "of a grown vocabulary", "imported with the grown base model, otherwise refused")
 def test_an_adapter_of_a_grown_vocabulary_needs_the_grown_base_model(
     base_model: BaseModel, tiny_folder: Path, tmp_path: Path
 ) -> None:
@@ -318,6 +323,11 @@ TOKENIZERS = pytest.mark.parametrize(
 
 
 @TOKENIZERS
+@pytest.mark.supports(
+    "adapters",
+    "PEFT `PROMPT_TUNING`, trained with or without a BOS behind the soft tokens",
+    "imported in its layout; our loss is PEFT's",
+)
 def test_after_import_our_loss_is_the_loss_of_peft(
     make_tokenizer: Callable[[], Any], layout: str, tmp_path: Path
 ) -> None:
@@ -350,6 +360,7 @@ def test_after_import_our_loss_is_the_loss_of_peft(
 
 
 @TOKENIZERS
+@pytest.mark.supports("adapters", "our soft prompts in PEFT", "exported; PEFT's loss is ours")
 def test_an_exported_prompt_has_our_loss_in_peft(
     make_tokenizer: Callable[[], Any], layout: str, tmp_path: Path
 ) -> None:

@@ -42,6 +42,7 @@ def test_lineage_in_a_terminal_without_box_characters(mlflow_store: str, monkeyp
         assert found == to_json(lineage(uri))
 
 
+@pytest.mark.supports("terminals", "cp1252, ASCII and other encodings", "ASCII forms; what has none is escaped")
 @pytest.mark.parametrize(
     ("encoding", "expected"),
     [
@@ -71,6 +72,7 @@ def test_messages_about_misuse_take_every_text(monkeypatch: pytest.MonkeyPatch, 
     assert b"register" in printed(monkeypatch, "cp1252", "--help")[0]
 
 
+@pytest.mark.supports("terminals", "a pipe that is closed early", "the command ends without a traceback")
 def test_a_closed_pipe_ends_the_command_in_silence() -> None:
     """`softprompt … | head -1`"""
     command = [sys.executable, "-m", "softprompt_registry.cli", "--help"]

@@ -154,6 +154,7 @@ def test_a_second_process_is_told_that_the_output_is_busy(tmp_path: Path) -> Non
         pass
 
 
+@pytest.mark.supports("files", "file systems without locks", "refused, in one sentence")
 @pytest.mark.parametrize("lock", [storage.locked, storage.locked_file])
 def test_a_file_system_without_locks_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lock: Any) -> None:
     """Such as NFS mounted with `nolock`, or Lustre without `flock`."""

@@ -37,6 +37,11 @@ def said(*, for_run: bool = True) -> str:
     return message
 
 
+@pytest.mark.supports(
+    "MLflow stores",
+    "servers that refuse, reset, hang, or answer something else",
+    "refused within `SOFTPROMPT_STORE_TIMEOUT_S`",
+)
 @pytest.mark.parametrize(
     ("fault", "words"),
     [
@@ -74,6 +79,7 @@ def test_a_server_that_asks_to_slow_down_is_usable(mlflow_store: str) -> None:
         assert server.requests == 1
 
 
+@pytest.mark.supports("MLflow stores", "`file:` stores, missing drivers, unknown schemes", "refused, in one sentence")
 @pytest.mark.parametrize(
     ("uri", "words"),
     [
@@ -95,6 +101,11 @@ OLD = "0584bdc529eb"
 """A version of MLflow's schema from before 3.17."""
 
 
+@pytest.mark.supports(
+    "MLflow stores",
+    "databases of another MLflow version",
+    "refused, with the command that upgrades them",
+)
 @pytest.mark.parametrize(
     ("version", "words"), [(OLD, "run `mlflow db upgrade sqlite:///"), ("f" * 12, "A newer MLflow")]
 )
@@ -120,6 +131,7 @@ def test_a_database_that_another_process_writes(mlflow_store: str, tmp_path: Pat
     require_store()
 
 
+@pytest.mark.supports("MLflow stores", "deleted or missing experiments and runs", "refused, in one sentence")
 def test_an_experiment_or_run_that_is_not_there(mlflow_store: str, monkeypatch: pytest.MonkeyPatch) -> None:
     client = mlflow.MlflowClient()
     experiment_id = client.get_experiment_by_name("test").experiment_id
@@ -230,6 +242,11 @@ def mended(path: Path, table: str) -> None:
     database.close()
 
 
+@pytest.mark.supports(
+    "MLflow stores",
+    "a store that fails in the middle of a stage",
+    "finished work stays and is logged by the next start",
+)
 def test_a_store_that_fails_after_the_work_loses_none_of_it(mlflow_store: str, tmp_path: Path) -> None:
     base_model, dod, out = tiny_base_model(), tmp_path / "tasks.sqlite", tmp_path / "bank"
     with DodStore.create(dod) as store:
