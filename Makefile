@@ -5,11 +5,12 @@ ON_PATH := PATH="$(CURDIR)/$(BIN):$$PATH"
 
 .PHONY: demo test check ui vllm test-vllm clean
 
-demo: .venv/installed  ## the whole chain on the sample DoD, as an MLflow project (about 12 minutes on two cores)
+demo: .venv/installed  ## the whole chain on the sample DoD, as an MLflow project (about 18 minutes on one core)
 	$(ON_PATH) mlflow run . --env-manager local --experiment-name demo
 
+# Two workers with a thread of torch each: torch's own threads gain little on models as small as the tests'.
 test: check  ## lint, types and all tests
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/pytest -n 2 --dist loadfile
 
 check: .venv/installed  ## lint and types only
 	$(BIN)/ruff check .
