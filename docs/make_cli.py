@@ -13,10 +13,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import click
+from written_page import write_or_check
 
 from softprompt_registry.cli import main as softprompt
 
-PAGE = Path(__file__).with_name("cli.md")
 ROOT = Path(__file__).parent.parent
 WIDTH = 110
 """Wider than a terminal's 80 columns, so that examples stay on one line and can be pasted."""
@@ -195,19 +195,5 @@ def page() -> str:
     return "\n".join(parts)
 
 
-def main(arguments: list[str]) -> int:
-    if arguments not in ([], ["--check"]):
-        print(__doc__, file=sys.stderr)
-        return 2
-    text = page()
-    if not arguments:
-        PAGE.write_text(text, encoding="utf-8")
-        return 0
-    if not PAGE.is_file() or PAGE.read_text(encoding="utf-8") != text:
-        print("docs/cli.md is not what the program says. Run `python docs/make_cli.py`.", file=sys.stderr)
-        return 1
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(write_or_check(__file__, __doc__, page()))

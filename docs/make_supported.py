@@ -11,7 +11,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-PAGE = Path(__file__).with_name("supported.md")
+from written_page import write_or_check
+
 TESTS = Path(__file__).parent.parent / "tests"
 KINDS = ("tokenizers", "base models", "adapters", "target LLMs", "files", "MLflow stores", "terminals")
 HEAD = """\
@@ -52,19 +53,5 @@ def page() -> str:
     return "\n".join(parts)
 
 
-def main(arguments: list[str]) -> int:
-    if arguments not in ([], ["--check"]):
-        print(__doc__, file=sys.stderr)
-        return 2
-    text = page()
-    if not arguments:
-        PAGE.write_text(text, encoding="utf-8")
-        return 0
-    if not PAGE.is_file() or PAGE.read_text(encoding="utf-8") != text:
-        print("docs/supported.md is not what the tests say. Run `python docs/make_supported.py`.", file=sys.stderr)
-        return 1
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(write_or_check(__file__, __doc__, page()))

@@ -39,7 +39,8 @@ def test_a_written_page_is_current(script: str) -> None:
 def test_that_check_can_fail(tmp_path: Path) -> None:
     script = tmp_path / "docs" / "make_cli.py"
     script.parent.mkdir()
-    script.write_text((ROOT / "docs" / "make_cli.py").read_text())
+    for name in (script.name, "written_page.py"):
+        script.with_name(name).write_text((ROOT / "docs" / name).read_text())
     (tmp_path / "softprompt_registry").symlink_to(ROOT / "softprompt_registry")
     assert make_cli(script=script).returncode == 0
     page = script.with_name("cli.md")
