@@ -53,8 +53,8 @@ SETTINGS = [
         "ClassificationConfig",
     ),
     ("build-dod general", "section `general`", "softprompt_registry/dod/general.py", "GeneralConfig"),
-    ("build-dod inspect", "section `inspect`", "softprompt_registry/dod/inspect_datasets.py", "InspectConfig"),
-    ("build-dod ood", "section `ood`", "softprompt_registry/dod/ood_datasets.py", "OodConfig"),
+    ("build-dod inspect", "section `inspect`", "softprompt_registry/dod/labelled_sets.py", "InspectConfig"),
+    ("build-dod ood", "section `ood`", "softprompt_registry/dod/labelled_sets.py", "OodConfig"),
     ("audit-dod", "section `audit`", "softprompt_registry/dod/audit.py", "AuditConfig"),
     ("paraphrase-dod", "section `paraphrase`", "softprompt_registry/dod/paraphrase.py", "ParaphraseConfig"),
     (

@@ -15,7 +15,7 @@ from tiny_llm import tiny_base_model
 
 from softprompt_registry.base_models.frozen import BaseModel
 from softprompt_registry.base_models.growing_cache import growing_cache
-from softprompt_registry.dod.inspect_datasets import EVALUATION_LABELS
+from softprompt_registry.dod.labelled_sets import EVALUATION_LABELS
 from softprompt_registry.errors import BaseModelMismatch, ConfigError
 from softprompt_registry.verbalization import patching
 from softprompt_registry.verbalization.patching import (

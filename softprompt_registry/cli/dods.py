@@ -242,7 +242,7 @@ def build_dod_inspect_command(
       softprompt build-dod inspect --out inspect.sqlite
     """
     from softprompt_registry.config import build_config
-    from softprompt_registry.dod.inspect_datasets import InspectConfig, build_dod_inspect
+    from softprompt_registry.dod.labelled_sets import InspectConfig, build_dod_inspect
 
     # An entry point of MLproject has no way to leave the folder out but an empty text.
     source = Path(folder) if folder else None
@@ -284,7 +284,7 @@ def build_dod_ood_command(
       softprompt build-dod ood --reviews op_spam_v1.4 --essays essays.csv --out ood.sqlite
     """
     from softprompt_registry.config import build_config
-    from softprompt_registry.dod.ood_datasets import OodConfig, build_dod_ood
+    from softprompt_registry.dod.labelled_sets import OodConfig, build_dod_ood
 
     settings = build_config(OodConfig, section_of("ood", config, overrides))
     require_store()

@@ -1,93 +1,220 @@
-"""From labelled rows to a classification task: which column is which, how labels are spelled, what is dropped, which pairs
-are drawn. Every labelled set of `inspect_datasets` and `ood_datasets` goes this way.
+"""The seven fixed classification sets as test tasks with the paper's label words: their table, and what builds their DoDs.
+
+SST-2, SST-5, TREC, Subj and AG News, on which InSPEcT and the paper evaluate, come from local files or, with the extra `hub`,
+from the Hugging Face Hub. The labels of SST-2's test split were never published (they are -1 on the Hub): its validation
+split serves as test, and validation pairs are cut from train. The same is done for any of the five without labelled test
+rows. Hotel reviews and essays, from outside their domain (paper section 5.1.3), come from local files.
 """
 
 from __future__ import annotations
 
 import random
-import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-from softprompt_registry.dod.file_rows import Fault, is_text, rows_of, unit_of
-from softprompt_registry.dod.store import DodStore
+from softprompt_registry.config import flatten
+from softprompt_registry.dod.labelled_rows import (
+    NUM_FOLDS,
+    SPLITS,
+    Found,
+    Labelled,
+    LabelledSet,
+    Splits,
+    from_folder,
+    from_hub,
+    from_path,
+    with_test_rows,
+)
+from softprompt_registry.dod.store import dod_written_whole
 from softprompt_registry.dod.task import Pair, PairSplit, Task
 from softprompt_registry.errors import ConfigError, DataError
+from softprompt_registry.recording import NullRecorder, Recorder
 
-SPLITS: tuple[PairSplit, ...] = ("train", "validation", "test")
-"""A text that occurs in several splits stays in the last of these."""
-MAX_SHOWN_LABELS = 8
-
-Cells = Iterable[tuple[int, object, object]]
-"""Number of a row, its text and its label, both as found."""
-Labelled = tuple[str, str]
-"""A text and our label word for it."""
+_TABLE = (
+    LabelledSet(
+        "sst2",
+        ("positive", "negative"),
+        "Classify the sentiment of the movie review",
+        hub="stanfordnlp/sst2",
+        text_columns=("sentence", "text"),
+        label_columns=("label_text", "label"),
+        numbers={"label": ("negative", "positive")},
+    ),
+    LabelledSet(
+        "sst5",
+        ("terrible", "bad", "neutral", "good", "great"),
+        "Rate how well the movie review speaks of the film",
+        hub="SetFit/sst5",
+        label_columns=("label_text", "label"),
+        words={"very negative": "terrible", "negative": "bad", "positive": "good", "very positive": "great"},
+        numbers={"label": ("terrible", "bad", "neutral", "good", "great")},
+    ),
+    LabelledSet(
+        "trec",
+        ("description", "entity", "abbreviation", "human", "location", "number"),
+        "Name the kind of answer that the question asks for",
+        hub="SetFit/TREC-QC",
+        # `label` and `label_text` of the Hub's copy are the 50 fine classes.
+        label_columns=("label_coarse_text", "label_coarse_original", "label_coarse", "label"),
+        words={
+            "desc": "description",
+            "enty": "entity",
+            "abbr": "abbreviation",
+            "hum": "human",
+            "loc": "location",
+            "num": "number",
+            "description and abstract concepts": "description",
+            "entities": "entity",
+            "human beings": "human",
+            "locations": "location",
+            "numeric values": "number",
+        },
+        numbers={"label_coarse": ("description", "entity", "abbreviation", "human", "number", "location")},
+    ),
+    LabelledSet(
+        "subj",
+        ("objective", "subjective"),
+        "Tell whether the sentence about a film states facts or gives an opinion,",
+        hub="SetFit/subj",
+        label_columns=("label_text", "label"),
+        numbers={"label": ("objective", "subjective")},
+    ),
+    LabelledSet(
+        "agnews",
+        ("world", "sports", "business", "technology"),
+        "Sort the news text by its topic,",
+        hub="fancyzhx/ag_news",
+        label_columns=("label_text", "label"),
+        words={"Sci/Tech": "technology"},
+        numbers={"label": ("world", "sports", "business", "technology")},
+    ),
+    LabelledSet(
+        "hotel_reviews",
+        ("truthful", "deceptive"),
+        "Tell whether a guest of the hotel wrote the review or somebody made it up,",
+        label_columns=("label", "deceptive"),
+        words={"fake": "deceptive", "genuine": "truthful"},
+        numbers={"deceptive": ("truthful", "deceptive")},
+        fold_column="fold",
+        advice="Correct them, or say in `reviews_labels` what they mean.",
+    ),
+    LabelledSet(
+        "essays",
+        ("human", "generated"),
+        "Tell whether a person or a language model wrote the essay,",
+        label_columns=("generated", "label"),
+        words={
+            "human-written": "human",
+            "human written essay": "human",
+            "ai": "generated",
+            "ai-generated": "generated",
+            "ai generated essay": "generated",
+            "machine-generated": "generated",
+        },
+        numbers={"generated": ("human", "generated"), "label": ("human", "generated")},
+        advice="Correct them, or say in `essays_labels` what they mean.",
+    ),
+)
+LABELLED_SETS: dict[str, LabelledSet] = {known.name: known for known in _TABLE}
+EVALUATION_LABELS: dict[str, tuple[str, ...]] = {known.name: known.labels for known in _TABLE if known.hub}
+"""Evaluation set → the paper's label words (section 5.1.2)."""
 
 
 @dataclass(frozen=True)
-class LabelledSet:
-    """A classification set: how it is written by those who publish it, and what it is here."""
+class InspectConfig:
+    """Which of the five sets are built, where they lie on the Hub, and how many pairs each gets."""
 
-    name: str
-    labels: tuple[str, ...]
-    question: str
-    """What to do with a text; its hard prompt goes on with the labels."""
-    text_columns: tuple[str, ...] = ("text",)
-    """The first of these that is there has the text."""
-    label_columns: tuple[str, ...] = ("label",)
-    """The first of these that is there has the label; words stand before numbers, whose order differs between copies."""
-    words: Mapping[str, str] = field(default_factory=dict)
-    """Other spelling of a label → our word."""
-    numbers: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    """Label column → our words for 0, 1, … in it; in other columns a number is an unknown label."""
-    advice: str = "Correct them."
-    """What to do about labels that are not known."""
+    sets: tuple[str, ...] = ("sst2", "sst5", "trec", "subj", "agnews")
+    """Sets to build."""
+    max_train_pairs: int | None = 5000
+    """Draw at most this many train pairs of each set by `seed`, keeping the balance of labels; None keeps all."""
+    max_validation_pairs: int | None = 1000
+    """The same for validation pairs."""
+    max_test_pairs: int | None = None
+    """The same for test pairs; with all of them the scores are those of the published test sets."""
+    validation_share: float = 0.1
+    """Share of the train pairs that becomes the validation pairs of a set that has none, cut by `seed`."""
+    hub: dict[str, str] = field(default_factory=dict)
+    """Set → `repository` or `repository@commit` on the Hub, in place of the newest commit of the paper's (section A.3)."""
+    seed: int = 0
+    """Seed of every draw; it is combined with the set's name, so sets do not depend on each other."""
 
-    @property
-    def hard_prompt(self) -> str:
-        return f"{self.question} as one of: {', '.join(self.labels)}."
-
-    def words_in(self, column: str) -> dict[str, str]:
-        """Every known spelling of a label in `column` → our word."""
-        numbers = {str(number): label for number, label in enumerate(self.numbers.get(column, ()))}
-        known = {**{label: label for label in self.labels}, **numbers, **self.words}
-        return {spelling(found): label for found, label in known.items()}
-
-
-def spelling(label: object) -> str:
-    """A label without what copies of a set differ in: case, hyphens, slashes, `True` for 1, `1.0` for 1."""
-    text = str(label).strip().casefold().removesuffix(".0")
-    return {"true": "1", "false": "0"}.get(text) or re.sub(r"(?<=\w)[-_/\s]+(?=\w)", " ", text)
+    def __post_init__(self) -> None:
+        doing = "reading the config of the evaluation sets"
+        known = list(EVALUATION_LABELS)
+        if not self.sets or len(set(self.sets)) != len(self.sets) or not set(self.sets) <= set(known):
+            raise ConfigError(
+                f"{doing}: sets are {list(self.sets)}; expected one or more of {known}, each once. Correct the list."
+            )
+        if unknown := sorted(set(self.hub) - set(known)):
+            raise ConfigError(f"{doing}: hub names the sets {unknown}; expected only {known}. Correct them.")
+        _check_pair_settings(self, ("validation_share",), doing)
 
 
-class PairSettings(Protocol):
-    """What the settings of both builders say about pairs."""
+@dataclass(frozen=True)
+class OodConfig:
+    """How the files of the two sets are read, and how many pairs each gets."""
 
-    @property
-    def max_train_pairs(self) -> int | None: ...
-    @property
-    def max_validation_pairs(self) -> int | None: ...
-    @property
-    def max_test_pairs(self) -> int | None: ...
-    @property
-    def validation_share(self) -> float: ...
-    @property
-    def seed(self) -> int: ...
+    reviews_text_column: str = "text"
+    """Column (CSV, TSV, Parquet) or key (JSON, JSON Lines) of a review."""
+    reviews_label_column: str | None = None
+    """Column of its label; None takes `label` or else `deceptive`."""
+    reviews_labels: dict[str, str] = field(default_factory=dict)
+    """Label in the file → truthful or deceptive, for labels that are not known without it."""
+    reviews_validation_fold: int = 4
+    """Fold, from 1 to 5, of the validation reviews, where the file has a column `fold` or the folder has folders for them."""
+    reviews_test_fold: int = 5
+    """Fold of the test reviews; the others are train."""
+    essays_text_column: str = "text"
+    """Column or key of an essay."""
+    essays_label_column: str | None = None
+    """Column of its label; None takes `generated` or else `label`, in both of which 1 is read as generated."""
+    essays_labels: dict[str, str] = field(default_factory=dict)
+    """Label in the file → human or generated, for labels that are not known without it."""
+    max_train_pairs: int | None = 5000
+    """Draw at most this many train pairs of each set by `seed`, keeping the balance of labels; None keeps all."""
+    max_validation_pairs: int | None = 1000
+    """The same for validation pairs."""
+    max_test_pairs: int | None = 1000
+    """The same for test pairs."""
+    test_share: float = 0.2
+    """Share of all pairs that becomes the test pairs of a set without folds, cut by `seed`."""
+    validation_share: float = 0.1
+    """Share of the other pairs that becomes the validation pairs of a set without them, cut by `seed`."""
+    seed: int = 0
+    """Seed of every draw; it is combined with the set's name, so that one set does not depend on the other."""
+
+    def __post_init__(self) -> None:
+        doing = "reading the config of the out-of-domain sets"
+        _check_pair_settings(self, ("test_share", "validation_share"), doing)
+        folds = (self.reviews_validation_fold, self.reviews_test_fold)
+        if len(set(folds)) != 2 or not set(folds) <= set(range(1, NUM_FOLDS + 1)):
+            raise ConfigError(
+                f"{doing}: reviews_validation_fold and reviews_test_fold are {folds[0]} and {folds[1]}; expected two "
+                f"numbers from 1 to {NUM_FOLDS}. Correct them."
+            )
+        for key, name in (("reviews_labels", "hotel_reviews"), ("essays_labels", "essays")):
+            known = LABELLED_SETS[name].labels
+            if wrong := sorted(set(getattr(self, key).values()) - set(known)):
+                raise ConfigError(f"{doing}: {key} maps labels to {wrong}; expected only {list(known)}. Correct them.")
 
 
-def check_pair_settings(config: PairSettings, doing: str) -> None:
-    for split in SPLITS:
-        count = getattr(config, f"max_{split}_pairs")
+def _check_pair_settings(config: InspectConfig | OodConfig, shares: Sequence[str], doing: str) -> None:
+    for split, count in _max_pairs(config).items():
         if count is not None and count < 1:
             raise ConfigError(
                 f"{doing}: max_{split}_pairs is {count}; expected 1 or more, or null for all pairs. Correct it."
             )
-    if not 0 < config.validation_share < 1:
-        raise ConfigError(
-            f"{doing}: validation_share is {config.validation_share}; expected a share between 0 and 1. Correct it."
-        )
+    for key in shares:
+        if not 0 < (share := getattr(config, key)) < 1:
+            raise ConfigError(f"{doing}: {key} is {share}; expected a share between 0 and 1. Correct it.")
+
+
+def _max_pairs(config: InspectConfig | OodConfig) -> dict[PairSplit, int | None]:
+    return {split: getattr(config, f"max_{split}_pairs") for split in SPLITS}
 
 
 @dataclass(frozen=True)
@@ -126,118 +253,134 @@ class LabelledSetsReport:
         return {"set" if key == "name" else key: [row[key] for row in rows] for key in rows[0]}
 
 
-@dataclass(frozen=True)
-class SplitRows:
-    """The rows of one split that have a text and a label, and how many have not."""
-
-    rows: Sequence[Labelled] = ()
-    blank: int = 0
-    unlabelled: int = 0
+Reader = Callable[[], Found]
 
 
-def read_file(known: LabelledSet, path: Path, doing: str) -> SplitRows:
-    """The labelled rows of one file."""
-    text, label = columns_of(known, path, doing)
-    cells = ((number, row[text], row[label]) for number, row in cells_of(path, (text, label), doing))
-    return labelled_rows(known, label, cells, f"{doing}: {path.name!r}, {unit_of(path)}")
+def build_dod_inspect(
+    source: Path | None,
+    out: Path,
+    *,
+    config: InspectConfig,
+    overwrite: bool = False,
+    recorder: Recorder | None = None,
+) -> LabelledSetsReport:
+    """Write the evaluation sets into the DoD `out`, whole or not at all: every one a classification task of split "test".
+
+    Texts lose the white space around them and are otherwise kept as they are. A text with two labels is dropped; one that
+    occurs in several splits stays in the one that is held out furthest.
+
+    Args:
+        source: a folder, or None for the Hugging Face Hub. The folder has files `<set>_<split>.jsonl` (or another ending of
+            a task file) with the columns `text` and `label`, or those of the Hub; a label is the paper's word, the Hub's or
+            the Hub's number. A set without such files may have a subfolder `<set>`, saved by `datasets` or downloaded
+            from the Hub.
+        out: the DoD to write; its folder is made where missing.
+        config: see `InspectConfig`.
+        overwrite: replace `out` if it exists.
+        recorder: hears of the progress.
+
+    Raises:
+        DataError: `out` exists, a set or a split of it is missing, a file or label cannot be used, or the Hub cannot be read.
+    """
+    where = "the Hugging Face Hub" if source is None else repr(str(source))
+    doing = f"building the evaluation sets from {where}"
+    if source is not None and not source.is_dir():
+        raise DataError(f"{doing}: there is no such folder; expected one with the sets' files. Correct the path.")
+
+    def read(known: LabelledSet) -> Found:
+        if source is None:
+            splits, origin = from_hub(known, config.hub.get(known.name, str(known.hub)), doing)
+        else:
+            splits, origin = from_folder(known, source, doing)
+        return with_test_rows(splits, f"{doing}: set {known.name!r}"), origin
+
+    readers = {name: partial(read, LABELLED_SETS[name]) for name in config.sets}
+    note = {"builder": "inspect", "from": "hub" if source is None else "files"}
+    return _build(out, readers, config, "evaluation sets", note, doing, overwrite=overwrite, recorder=recorder)
 
 
-def column_names(path: Path) -> list[str]:
-    """A file's columns (in JSON the keys of its first object); empty where it cannot be read."""
-    if path.name.lower().endswith(".parquet"):
-        import pyarrow
-        import pyarrow.parquet
+def build_dod_ood(
+    out: Path,
+    *,
+    reviews: Path | None = None,
+    essays: Path | None = None,
+    config: OodConfig,
+    overwrite: bool = False,
+    recorder: Recorder | None = None,
+) -> LabelledSetsReport:
+    """Write one or both sets into the DoD `out`, whole or not at all: classification tasks of split "test".
 
-        try:
-            return list(pyarrow.parquet.read_schema(path).names)
-        except (OSError, pyarrow.ArrowException):
-            return []
-    for _, row in rows_of(path, ()):
-        return [] if isinstance(row, Fault) else list(row)
-    return []
+    Texts are cleaned as in `build_dod_inspect`.
+
+    Args:
+        out: the DoD to write; its folder is made where missing.
+        reviews: the Deceptive Opinion Spam Corpus: its own folder, with a text file for each review in
+            `…/deceptive_from_MTurk/fold1` and the like, or a CSV, JSON Lines or Parquet file with text, label and
+            optionally `fold`. Without folds the splits are cut by shares.
+        essays: a CSV, JSON Lines or Parquet file of essays with text and label.
+        config: see `OodConfig`.
+        overwrite: replace `out` if it exists.
+        recorder: hears of the progress.
+
+    Raises:
+        DataError: `out` exists, no set is given, or a file or label cannot be used.
+    """
+    doing = "building the out-of-domain sets"
+    held_out: dict[int, PairSplit] = {config.reviews_validation_fold: "validation", config.reviews_test_fold: "test"}
+    readers: dict[str, Reader] = {}
+    if reviews is not None:
+        known = _configured(
+            "hotel_reviews", config.reviews_text_column, config.reviews_label_column, config.reviews_labels
+        )
+        readers[known.name] = partial(from_path, known, reviews, held_out, doing)
+    if essays is not None:
+        known = _configured("essays", config.essays_text_column, config.essays_label_column, config.essays_labels)
+        readers[known.name] = partial(from_path, known, essays, {}, doing)
+    if not readers:
+        raise DataError(f"{doing}: found neither reviews nor essays; expected a path to at least one. Give one.")
+    note = {"builder": "ood"}
+    return _build(out, readers, config, "out-of-domain sets", note, doing, overwrite=overwrite, recorder=recorder)
 
 
-def columns_of(known: LabelledSet, path: Path, doing: str) -> tuple[str, str]:
-    """The columns of text and label in a file."""
-    found = column_names(path)
-    if not found:  # reading the rows will tell why
-        return known.text_columns[0], known.label_columns[0]
-    where = f"{doing}: {path.name!r}, {unit_of(path)} 1"
-    return first_column(known.text_columns, found, where), first_column(known.label_columns, found, where)
-
-
-def first_column(wanted: Sequence[str], found: Sequence[str], where: str) -> str:
-    for name in wanted:
-        if name in found:
-            return name
-    raise DataError(
-        f"{where}: found the columns {list(found)}; expected {' or '.join(map(repr, wanted))}. Rename the column that has it."
+def _configured(name: str, text: str, label: str | None, labels: Mapping[str, str]) -> LabelledSet:
+    known = LABELLED_SETS[name]
+    return replace(
+        known,
+        text_columns=(text,),
+        label_columns=(label,) if label else known.label_columns,
+        words={**known.words, **labels},
     )
 
 
-def cells_of(path: Path, columns: Sequence[str], doing: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The rows of a file with their numbers; every row has the columns."""
-    for number, row in rows_of(path, columns):
-        where = f"{doing}: {path.name!r}, {unit_of(path)} {number}"
-        if isinstance(row, Fault):
-            raise DataError(f"{where}: found {row.found}; expected {row.expected}. {row.advice}")
-        for column in columns:
-            first_column((column,), list(row), where)
-        yield number, row
-
-
-def labelled_rows(known: LabelledSet, column: str, cells: Cells, where: str) -> SplitRows:
-    """The rows with our words for the labels in `column`; `where` is followed by a row's number.
-
-    A label that is -1 or empty was not published. That may be so for a whole split, not for some of its rows.
-    """
-    words = known.words_in(column)
-    rows: list[Labelled] = []
-    blank = 0
-    unlabelled: list[int] = []
-    unknown: dict[str, int] = {}  # label → the row where it is first seen
-    for number, text, label in cells:
-        if text is None or (isinstance(text, str) and not text.strip()):
-            blank += 1
-        elif not isinstance(text, str) or not is_text(text):
-            found = f"{type(text).__name__} {text!r}"[:60]
-            raise DataError(f"{where} {number}: found {found} as text; expected a string of Unicode text. Correct it.")
-        elif label is None or str(label).strip() in ("", "-1"):
-            unlabelled.append(number)
-        elif (word := words.get(spelling(label))) is None:
-            unknown.setdefault(str(label), number)
-        else:
-            rows.append((text.strip(), word))
-    if unknown:
-        shown = ", ".join(map(repr, list(unknown)[:MAX_SHOWN_LABELS])) + (
-            ", …" if len(unknown) > MAX_SHOWN_LABELS else ""
-        )
-        raise DataError(
-            f"{where} {next(iter(unknown.values()))}: found unknown labels in column {column!r}: {shown}; expected "
-            f"{', '.join(map(repr, words))}. {known.advice}"
-        )
-    if unlabelled and rows:
-        raise DataError(
-            f"{where} {unlabelled[0]}: found no label there and in {len(unlabelled) - 1} other rows; expected all rows of a "
-            "split to have one, or none. Add or remove them."
-        )
-    return SplitRows(rows, blank, len(unlabelled))
-
-
-def labelled_task(
-    known: LabelledSet,
-    splits: Mapping[PairSplit, SplitRows],
-    config: PairSettings,
-    *,
-    origin: str,
+def _build(
+    out: Path,
+    readers: Mapping[str, Reader],
+    config: InspectConfig | OodConfig,
+    title: str,
+    note: Mapping[str, Any],
     doing: str,
-    test_share: float | None = None,
-) -> tuple[Task, SetCounts]:
-    """The task of a set and what became of its rows: first they are cleaned, then missing splits cut, then pairs drawn.
+    *,
+    overwrite: bool,
+    recorder: Recorder | None,
+) -> LabelledSetsReport:
+    with dod_written_whole(out, doing, overwrite=overwrite) as store:
+        counts = []
+        with (recorder or NullRecorder()).progress(title, len(readers)) as bar:
+            for name, read in readers.items():
+                splits, origin = read()
+                task, counted = _task(LABELLED_SETS[name], splits, config, origin, doing)
+                store.add_task(task)
+                counts.append(counted)
+                bar.advance(note=name)
+        sets = {counted.name: asdict(counted) for counted in counts}
+        store.set_metadata("build", {**note, "settings": flatten(config), "sets": sets})
+        return LabelledSetsReport(path=out, digest=store.digest, sets=tuple(counts))
 
-    Args:
-        test_share: share of the train rows that becomes the test pairs where `splits` has none; None if it must have.
-    """
+
+def _task(
+    known: LabelledSet, splits: Splits, config: InspectConfig | OodConfig, origin: str, doing: str
+) -> tuple[Task, SetCounts]:
+    """The task of a set and what became of its rows: first they are cleaned, then missing splits cut, then pairs drawn."""
     rows, dropped = _cleaned(splits)
     found = {label for kept in rows.values() for _, label in kept}
     if found != set(known.labels):
@@ -245,19 +388,21 @@ def labelled_task(
             f"{doing}: set {known.name!r} has usable rows of the labels {sorted(found)}; expected some of each of "
             f"{list(known.labels)}. Check that the files are whole."
         )
-    shares: dict[PairSplit, float | None] = {"test": test_share, "validation": config.validation_share}
+    shares: dict[PairSplit, float] = {}
+    if "test" not in splits and isinstance(config, OodConfig):
+        shares["test"] = config.test_share
+    if not rows["validation"]:
+        shares["validation"] = config.validation_share
     for split, share in shares.items():
-        if not rows[split] and share is not None:
-            count = max(round(len(rows["train"]) * share), 1)
-            rows[split], rows["train"] = _draw(rows["train"], count, f"{config.seed}/{known.name}/{split}")
+        count = max(round(len(rows["train"]) * share), 1)
+        rows[split], rows["train"] = _draw(rows["train"], count, f"{config.seed}/{known.name}/{split}")
     empty = [split for split, kept in rows.items() if not kept]
     if empty:
         raise DataError(
             f"{doing}: set {known.name!r} has no rows left for {' and '.join(empty)}; expected some in every split. Add "
             "rows, or check whether its splits hold the same texts."
         )
-    for split in SPLITS:
-        limit = getattr(config, f"max_{split}_pairs")
+    for split, limit in _max_pairs(config).items():
         rows[split], _ = _draw(rows[split], limit, f"{config.seed}/{known.name}/{split} pairs")
     task = Task(
         name=known.name,
@@ -280,7 +425,7 @@ def labelled_task(
     )
 
 
-def _cleaned(splits: Mapping[PairSplit, SplitRows]) -> tuple[dict[PairSplit, list[Labelled]], dict[str, int]]:
+def _cleaned(splits: Splits) -> tuple[dict[PairSplit, list[Labelled]], dict[str, int]]:
     """Every text once, in the split that is held out furthest; and how many rows or texts went for which reason."""
     labels: dict[str, set[str]] = {}
     for read in splits.values():
@@ -319,9 +464,3 @@ def _draw(rows: list[Labelled], count: int | None, seed: str) -> tuple[list[Labe
     drawn = {place for _, _, place in sorted(keyed)[:count]}
     chosen = [row for place, row in enumerate(rows) if place in drawn]
     return chosen, [row for place, row in enumerate(rows) if place not in drawn]
-
-
-def note_build(store: DodStore, builder: str, made_from: Mapping[str, Any], counts: Sequence[SetCounts]) -> None:
-    """Write down how the sets were made."""
-    sets = {counted.name: asdict(counted) for counted in counts}
-    store.set_metadata("build", {"builder": builder, **made_from, "sets": sets})

@@ -9,8 +9,7 @@ import re
 from functools import cache
 from typing import Any
 
-from softprompt_registry.dod.inspect_datasets import EVALUATION_LABELS
-from softprompt_registry.dod.ood_datasets import ESSAYS, REVIEWS
+from softprompt_registry.dod.labelled_sets import LABELLED_SETS
 
 _WORD = re.compile(r"[^\W\d_]+(?:'[^\W\d_]+)?")
 FUNCTION_WORDS = frozenset(
@@ -98,6 +97,5 @@ def held_out_words() -> frozenset[str]:
 
     Paper: its label generator could produce these words, which makes the evaluation easier than it should be.
     """
-    sets = (*EVALUATION_LABELS.values(), REVIEWS.labels, ESSAYS.labels)
-    words = {word for labels in sets for label in labels for word in words_of(label)}
+    words = {word for known in LABELLED_SETS.values() for label in known.labels for word in words_of(label)}
     return frozenset(form for word in words for form in inflections(word))

@@ -1,4 +1,4 @@
-"""The two out-of-domain sets: hotel reviews by fold, from a file or the corpus's folders; essays with labels of any kind."""
+"""The two out-of-domain sets: hotel reviews by fold, from a file or the corpus's folders, and essays."""
 
 from __future__ import annotations
 
@@ -11,14 +11,12 @@ import pytest
 from task_files import Row, csv_bytes, jsonl_bytes, parquet_bytes
 
 from softprompt_registry.config import build_config
-from softprompt_registry.dod.labelled_sets import LabelledSetsReport
-from softprompt_registry.dod.ood_datasets import OodConfig, build_dod_ood
+from softprompt_registry.dod.labelled_sets import LabelledSetsReport, OodConfig, build_dod_ood
 from softprompt_registry.dod.store import DodStore
 from softprompt_registry.dod.task import Task
-from softprompt_registry.errors import ConfigError, DataError
+from softprompt_registry.errors import DataError
 
 REAL_REVIEWS = Path(__file__).parent.parent.parent / "shared" / "data" / "op_spam.jsonl.gz"
-DOING = "building the out-of-domain sets: "
 REVIEWS: list[Row] = [
     {"text": f"stay {fold} {label}", "label": label, "fold": fold, "hotel": "hilton"}
     for fold in range(1, 6)
@@ -43,8 +41,7 @@ def refused(
     with pytest.raises(DataError) as error:
         build_dod_ood(folder / "refused.dod", reviews=reviews, essays=essays, config=config or OodConfig())
     assert not [path.name for path in folder.iterdir() if "refused" in path.name]
-    assert str(error.value).startswith(DOING)
-    return str(error.value).removeprefix(DOING)
+    return str(error.value).removeprefix("building the out-of-domain sets: ")
 
 
 def written(path: Path, content: bytes) -> Path:
@@ -57,22 +54,17 @@ def pairs_of(task: Task, split: Any) -> list[tuple[str, str]]:
     return [(pair.input, pair.output) for pair in task.pairs_of(split)]
 
 
-# Reviews
+# Hotel reviews
 
 
-@pytest.mark.parametrize("name", ["r.jsonl", "r.csv", "r.parquet"])
+@pytest.mark.parametrize("name", ["r.csv", "r.parquet"])
 def test_reviews_are_split_by_fold(tmp_path: Path, name: str) -> None:
-    write_as = {"jsonl": jsonl_bytes, "csv": csv_bytes, "parquet": parquet_bytes}[name.partition(".")[2]]
+    write_as = {"r.csv": csv_bytes, "r.parquet": parquet_bytes}[name]
     report, tasks, note = build(tmp_path / "out.dod", reviews=written(tmp_path / name, write_as(REVIEWS)))
     task = tasks["hotel_reviews"]
     assert (task.kind, task.split, task.labels) == ("classification", "test", ("truthful", "deceptive"))
     assert pairs_of(task, "train") == [
-        ("stay 1 truthful", "truthful"),
-        ("stay 1 deceptive", "deceptive"),
-        ("stay 2 truthful", "truthful"),
-        ("stay 2 deceptive", "deceptive"),
-        ("stay 3 truthful", "truthful"),
-        ("stay 3 deceptive", "deceptive"),
+        (f"stay {fold} {label}", label) for fold in (1, 2, 3) for label in ("truthful", "deceptive")
     ]
     assert pairs_of(task, "validation") == [("stay 4 truthful", "truthful"), ("stay 4 deceptive", "deceptive")]
     assert pairs_of(task, "test") == [("stay 5 truthful", "truthful"), ("stay 5 deceptive", "deceptive")]
@@ -148,15 +140,6 @@ def test_reviews_without_folds_are_cut_by_shares(tmp_path: Path) -> None:
     assert other.digest != report.digest
 
 
-def test_numbers_say_what_a_column_named_deceptive_asks(tmp_path: Path) -> None:
-    rows: list[Row] = [{"text": f"stay {n}", "deceptive": n % 2} for n in range(10)]
-    _, tasks, _ = build(tmp_path / "out.dod", reviews=written(tmp_path / "r.jsonl", jsonl_bytes(rows)))
-    assert {(int(pair.input[-1]) % 2, pair.output) for pair in tasks["hotel_reviews"].pairs} == {
-        (0, "truthful"),
-        (1, "deceptive"),
-    }
-
-
 BAD_REVIEWS: list[tuple[bytes, str]] = [
     (
         jsonl_bytes([*REVIEWS, {"text": "a", "label": 1, "fold": 1}]),
@@ -174,11 +157,6 @@ BAD_REVIEWS: list[tuple[bytes, str]] = [
     (
         jsonl_bytes([row for row in REVIEWS if row["fold"] < 5]),
         "set 'hotel_reviews' has no rows left for test; expected some in every split.",
-    ),
-    (b'{"text": "a", "label": ', "'r.jsonl', line 1: found broken JSON"),
-    (
-        b'{"review": "a", "label": "truthful"}',
-        "'r.jsonl', line 1: found the columns ['review', 'label']; expected 'text'.",
     ),
 ]
 
@@ -218,34 +196,6 @@ def is_right(task: Task) -> bool:
     return all(pair.output == ("human", "generated")[int(pair.input.split()[1]) % 2] for pair in task.pairs)
 
 
-@pytest.mark.parametrize(
-    ("human", "generated", "column"),
-    [
-        (0, 1, "generated"),
-        ("0", "1", "label"),
-        (0.0, 1.0, "generated"),
-        (False, True, "generated"),
-        ("Human-written", "AI-generated", "label"),
-        ("human", "ai", "label"),
-        ("HUMAN", "Generated", "label"),
-        ("Human written essay", "AI generated essay", "label"),
-    ],
-)
-@pytest.mark.parametrize("ending", ["csv", "jsonl"])
-def test_essay_labels_are_recognised(
-    tmp_path: Path, human: object, generated: object, column: str, ending: str
-) -> None:
-    write_as = {"jsonl": jsonl_bytes, "csv": csv_bytes}[ending]
-    source = written(tmp_path / f"e.{ending}", write_as(essay_rows(human, generated, column)))
-    _, tasks, _ = build(tmp_path / "out.dod", essays=source)
-    task = tasks["essays"]
-    assert is_right(task) and task.labels == ("human", "generated") and task.split == "test"
-    assert task.hard_prompts == (
-        "Tell whether a person or a language model wrote the essay, as one of: human, generated.",
-    )
-    assert Counter(pair.split for pair in task.pairs) == {"train": 14, "validation": 2, "test": 4}
-
-
 def test_essay_columns_and_labels_can_be_configured(tmp_path: Path) -> None:
     rows = [{"essay": row["text"], "is_human": row["label"], "label": "x"} for row in essay_rows(1, 0, "label")]
     source = written(tmp_path / "e.csv", csv_bytes(rows))
@@ -270,21 +220,6 @@ def test_configured_labels_come_before_the_known_ones(tmp_path: Path) -> None:
     assert is_right(tasks["essays"])
 
 
-def test_essays_are_cleaned_and_drawn(tmp_path: Path) -> None:
-    extra: list[Row] = [
-        {"text": "essay 0", "generated": 0},
-        {"text": "essay 1", "generated": 0},
-        {"text": " ", "generated": 1},
-    ]
-    source = written(tmp_path / "e.jsonl", jsonl_bytes([*essay_rows(0, 1), *extra]))
-    report, tasks, _ = build(tmp_path / "out.dod", OodConfig(max_train_pairs=6), essays=source)
-    counts = report.sets[0]
-    assert (counts.duplicates, counts.contradicting, counts.blank, counts.leaked) == (1, 1, 1, 0)
-    # 19 essays are left: 4 of them test, 2 of 15 validation, 6 of 13 drawn
-    assert (counts.train, counts.validation, counts.test) == (6, 2, 4)
-    assert "essay 1" not in {pair.input for pair in tasks["essays"].pairs}
-
-
 def test_many_unknown_labels_are_cut_short(tmp_path: Path) -> None:
     rows: list[Row] = [{"text": f"essay {n}", "label": f"model {n}"} for n in range(30)]
     message = refused(tmp_path, essays=written(tmp_path / "e.jsonl", jsonl_bytes(rows)))
@@ -306,17 +241,7 @@ def test_bad_essay_paths(tmp_path: Path, name: str, found: str) -> None:
     )
 
 
-def test_essays_of_one_kind_are_refused(tmp_path: Path) -> None:
-    source = written(tmp_path / "e.jsonl", jsonl_bytes(essay_rows(0, 0)))
-    assert refused(tmp_path, essays=source) == (
-        "set 'essays' has usable rows of the labels ['human']; expected some of each of ['human', 'generated']. Check that "
-        "the files are whole."
-    )
-    source = written(tmp_path / "e.jsonl", jsonl_bytes(essay_rows(-1, -1)))
-    assert refused(tmp_path, essays=source).startswith("set 'essays' has usable rows of the labels []; expected")
-
-
-# Both
+# Both reviews and essays
 
 
 def test_both_sets_in_one_dod(tmp_path: Path) -> None:
@@ -335,26 +260,6 @@ def test_at_least_one_set_and_a_free_name(tmp_path: Path) -> None:
     (tmp_path / "out.dod").write_text("mine")
     with pytest.raises(DataError, match="exists already"):
         build_dod_ood(tmp_path / "out.dod", reviews=tmp_path, config=OodConfig())
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"reviews_test_fold": 4}, "reviews_validation_fold and reviews_test_fold are 4 and 4; expected two numbers"),
-        ({"reviews_test_fold": 6}, "are 4 and 6; expected two numbers from 1 to 5"),
-        (
-            {"essays_labels": {"x": "AI"}},
-            r"essays_labels maps labels to \['AI'\]; expected only \['human', 'generated'\]",
-        ),
-        ({"reviews_labels": {"x": "human"}}, r"reviews_labels maps labels to \['human'\]"),
-        ({"test_share": 1.0}, "test_share is 1.0; expected a share between 0 and 1"),
-        ({"validation_share": 1.5}, "validation_share is 1.5"),
-        ({"max_train_pairs": 0}, "max_train_pairs is 0; expected 1 or more"),
-    ],
-)
-def test_config_errors(settings: dict[str, Any], message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        build_config(OodConfig, settings)
 
 
 @pytest.mark.skipif(not REAL_REVIEWS.is_file(), reason="the real reviews are not beside this checkout")
