@@ -273,41 +273,10 @@ def _words(text: str, letters: int = 100) -> str:
     and the legend leaves out what begins with "_"."""
     import textwrap
 
-    plain = "\n".join(textwrap.wrap(text, letters)).replace("$", r"\$")
+    plain = no_formula("\n".join(textwrap.wrap(text, letters)))
     return f" {plain}" if plain.startswith("_") else plain
 
 
-def inline_svg(figure: Figure, name: str, alt: str, colours: Mapping[str, str]) -> str:
-    """A figure as SVG to stand inside a page: no title, which the page has, text as text, and the page's own colours.
-
-    The same figure and name give the same letters.
-
-    Args:
-        name: of letters and digits; makes the ids in the figure differ from those of the page's other figures.
-        alt: what the figure shows, in words.
-        colours: colour in the figure → what stands for it in the page.
-    """
-    import html
-    import io
-    import re
-    import warnings
-
-    import matplotlib
-
-    figure.axes[0].set_title("")
-    file = io.StringIO()
-    nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-    with warnings.catch_warnings(), matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
-        warnings.filterwarnings("ignore", message="Glyph .* missing from")  # the reader's browser has its own fonts
-        figure.savefig(file, format="svg", transparent=True, metadata=nothing)
-    svg = re.sub(r"<style.*?</style>", "", file.getvalue(), flags=re.DOTALL)  # it would hold for the whole page
-
-    def for_page(tag: re.Match[str]) -> str:
-        text = re.sub(r'( id="|url\(#|href="#)', rf"\1{name}-", tag.group())
-        for colour, in_page in colours.items():
-            text = text.replace(colour, in_page)
-        return re.sub(r"(\d\.\d\d)\d+", r"\1", text)
-
-    # Inside tags only: what stands between them are names from outside.
-    svg = re.sub(r"<[^>]*>", for_page, svg[svg.index("<svg") :])
-    return svg.replace("<svg ", f'<svg role="img" aria-label="{html.escape(alt)}" ', 1)
+def no_formula(text: str) -> str:
+    """A name that comes from outside, as matplotlib shows it unchanged: "$" would begin a formula."""
+    return text.replace("$", r"\$")

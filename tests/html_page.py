@@ -13,6 +13,10 @@ import pytest
 VOID = {"meta", "input", "br", "link", "img", "hr", "wbr"}
 """Tags of HTML that have no end."""
 
+HOSTILE = '<script>alert(\'&"\')</script></style><b onload="x">\' " & &lt; ]]> --> {{ 1 }} $x$ $ _y'
+UNPRINTABLE = "\x00\x1b[0m \u202e \ud800"
+"""Texts that break a page in which anything is not escaped, and that no page can show."""
+
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 in_browser = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium here")
 
@@ -73,7 +77,7 @@ def articles_of(html: str) -> list[str]:
     return re.findall(r"<article.*?</article>", html, flags=re.DOTALL)
 
 
-def check_stands_alone(page: Page, *, num_pictures: int) -> None:
+def check_stands_alone(page: Page) -> None:
     """It needs nothing beside it, its links lead somewhere, and tables and pictures say what they are."""
     attributes = [(name, value or "") for _, found in page.tags for name, value in found.items()]
     links = [value for name, value in attributes if name in ("src", "href", "xlink:href", "data", "action")]
@@ -86,9 +90,11 @@ def check_stands_alone(page: Page, *, num_pictures: int) -> None:
     assert {value.removeprefix("#") for value in [*links, *labelled, *used]} <= set(ids)
     assert all(found.get("scope") in ("col", "row") for tag, found in page.tags if tag == "th")
     pictures = [found for tag, found in page.tags if tag == "svg"]
-    assert [found["role"] for found in pictures] == ["img"] * num_pictures
+    assert [found["role"] for found in pictures] == ["img"] * page.count("figure") != []
     assert all(len(str(found["aria-label"])) > 20 for found in pictures)
     assert page.count("h1") == page.count("main") == 1
+    assert ("html", {"lang": "en"}) in page.tags
+    assert "viewport" in [found.get("name") for tag, found in page.tags if tag == "meta"]
 
 
 def contrast(one: str, other: str) -> float:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import re
 import tracemalloc
 from collections.abc import Callable, Iterable
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
+from html_page import Page
 
 from softprompt_registry.dod.audit import AuditConfig, audit_dod
 from softprompt_registry.dod.audit_findings import FINDING_KINDS, SEVERITIES, Audit, Example, excerpt
@@ -448,25 +447,6 @@ def test_json_is_small_and_kept_in_the_dod(tmp_path: Path) -> None:
     assert audit_dod(audit.path, config=dataclasses.replace(CONFIG, max_examples=100)) == audit
 
 
-class Page(HTMLParser):
-    """What a browser would see."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.text = ""
-        self.feed(text)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_data(self, data: str) -> None:
-        self.text += data
-
-    def count(self, tag: str) -> int:
-        return sum(found == tag for found, _ in self.tags)
-
-
 @pytest.fixture
 def page_of(tmp_path: Path) -> Callable[..., Page]:
     def write(*tasks: Task) -> Page:
@@ -476,33 +456,15 @@ def page_of(tmp_path: Path) -> Callable[..., Page]:
     return write
 
 
-def test_page_shows_everything_and_believes_no_text(page_of: Callable[..., Page], tmp_path: Path) -> None:
+def test_page_shows_everything(page_of: Callable[..., Page], tmp_path: Path) -> None:
     page = page_of(*messy_tasks())
     assert "Numbers measured with this DoD would be wrong." in page.text
     assert [code for code, kind in FINDING_KINDS.items() if kind.why not in page.text] == ["long_hard_prompts"]
-    assert "<script>alert('&')</script>" in page.text  # as text
-    assert (page.count("script"), page.count("b"), page.count("style")) == (0, 0, 1)
     assert page.count("figure") == page.count("svg") == 4
     assert page.count("article") == 24
     assert page.count("tbody") == 1
     assert (tmp_path / "page.html").stat().st_size < 1_000_000
     assert str(tmp_path) not in page.text
-
-
-def test_page_needs_nothing_beside_it_and_is_accessible(page_of: Callable[..., Page]) -> None:
-    page = page_of(*messy_tasks())
-    attributes = [(name, value or "") for _, found in page.tags for name, value in found.items()]
-    links = [value for name, value in attributes if name in ("src", "href", "xlink:href", "data", "action")]
-    assert all(value.startswith("#") for value in links)
-    assert not [value for name, value in attributes if name == "style" and re.search(r"url\((?!#)", value)]
-    ids = [value for name, value in attributes if name == "id"]
-    assert len(set(ids)) == len(ids)
-    assert {value.removeprefix("#") for value in links} <= set(ids)
-    labelled = [found for tag, found in page.tags if tag == "figure"]
-    assert all(str(found["aria-label"]).startswith("Histogram: ") for found in labelled)
-    assert page.count("h1") == 1
-    assert ("html", {"lang": "en"}) in page.tags
-    assert "viewport" in [found.get("name") for tag, found in page.tags if tag == "meta"]
 
 
 def test_page_of_a_clean_dod_and_of_generation_only(page_of: Callable[..., Page], tmp_path: Path) -> None:
@@ -519,8 +481,8 @@ def test_figures(tmp_path: Path) -> None:
     from matplotlib.patches import Rectangle
 
     audit = audit_of(tmp_path, *CLEAN, changed(renamed(SHOUT, "yell"), 0, num_tokens=5000))
-    figures = audit_figures(audit)
-    names = ["pairs_per_task.png", "label_balance.png", "label_in_inputs.png", "pair_lengths.png"]
+    figures = {drawn.name: drawn.figure for drawn in audit_figures(audit)}
+    names = ["pairs_per_task", "label_balance", "label_in_inputs", "pair_lengths"]
     assert list(figures) == names
     # Bars count every task with a value, and every pair.
     heights = {
@@ -528,9 +490,7 @@ def test_figures(tmp_path: Path) -> None:
         for name, figure in figures.items()
     }
     assert heights == dict(zip(names, [4, 2, 2, 32], strict=True))
-    assert figures["pair_lengths.png"].axes[0].get_xscale() == "log"
-    for name, figure in figures.items():
-        figure.savefig(tmp_path / name)
+    assert figures["pair_lengths"].axes[0].get_xscale() == "log"
 
 
 def test_memory_holds_one_task_and_not_the_dod(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ LAYERS = [
         "processes",
         "text_matching",
         "figures",
-        "html_pages",
+        "pages",
     },
     {"base_models", "language_models"},
     {"dod", "sample"},

@@ -1,4 +1,4 @@
-"""The page and the pictures of portability: what they say, that they believe no text, and that a browser shows them."""
+"""The page and the pictures of portability: what they say, and how large the page is."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from html_page import Page, articles_of, browsed, check_stands_alone, contrast, flat, in_browser, rows_of
+from html_page import HOSTILE, UNPRINTABLE, Page, articles_of, browsed, flat, in_browser, rows_of
 from matplotlib.patches import Rectangle
 
-from softprompt_registry import figures
 from softprompt_registry.dod.task import Pair, Task
 from softprompt_registry.language_models.protocol import Prices, Usage
+from softprompt_registry.pages.svg import inline_svg
 from softprompt_registry.portability.analysis import Portability, measure_portability
 from softprompt_registry.portability.answers import (
     CONDITIONS,
@@ -132,6 +132,8 @@ def test_the_better_translation_is_the_one_set_against_the_others() -> None:
 def test_the_table_has_a_row_for_each_condition_with_what_its_numbers_rest_on() -> None:
     rows = rows_of(plain())
     assert rows[0][:3] == ["Prompt", "task ROUGE-L", "label accuracy"]
+    without_prices = measure_portability(ANSWERS, TASKS, draws=DRAWS)
+    assert "cost" in rows[0] and "cost" not in rows_of(page_of(result=without_prices))[0]
     no_prompt = next(row for row in rows if row[0] == "no prompt")
     assert no_prompt[-4:] == ["4 of 5, 2 tasks", "1", "1", "1"]
     translated = next(row for row in rows if row[0] == "translated")
@@ -260,62 +262,25 @@ def test_a_page_of_a_hundred_tasks_twelve_conditions_and_three_targets_is_small(
 
 # That it believes nothing ---------------------------------------------------------------------------------------------
 
-EVIL = '<script>alert(\'&"\')</script></style><b onload="x">\' " & &lt; ]]> --> {{ 1 }} $x$ $ _y'
 
-
-def evil_page() -> str:
+def hostile_page() -> str:
     """The same hostile text in every place that takes one."""
-    task = Task(f"t {EVIL}", "classification", (Pair(EVIL, EVIL, "test"), Pair("x", "y", "test")), (EVIL, "y"))
+    task = Task(
+        f"t {HOSTILE}", "classification", (Pair(HOSTILE, HOSTILE, "test"), Pair("x", "y", "test")), (HOSTILE, "y")
+    )
     tasks = {task.name: task}
     answers = []
-    for target in (f"big {EVIL}", f"other {EVIL}"):
+    for target in (f"big {HOSTILE}", f"other {HOSTILE}"):
         for condition in (TRANSLATED, FEW_SHOT_3, FEW_SHOT_5):
-            prompt = EVIL + condition
-            question = Question(task.name, condition, target, 0, EVIL, EVIL, EVIL, prompt, EVIL)
-            text = "\x00\x1b[0m \u202e \ud800" if condition == TRANSLATED else EVIL
+            prompt = HOSTILE + condition
+            question = Question(task.name, condition, target, 0, HOSTILE, HOSTILE, HOSTILE, prompt, HOSTILE)
+            text = UNPRINTABLE if condition == TRANSLATED else HOSTILE
             answers.append(Answer(question, text, "stop", 5, 5))
-            second = Question(task.name, condition, target, 1, "x", "y", EVIL, prompt, EVIL)
-            answers.append(Answer(second, None, error=EVIL))
-    soft = Question(task.name, SOFT_PROMPT, f"small {EVIL}", 0, EVIL, EVIL, None, EVIL, None)
-    answers.append(Answer(soft, EVIL, "stop", 5, 5))
-    return portability_page(measured(answers, tasks), answers, title=EVIL, when=EVIL, settings={EVIL: EVIL})
-
-
-def test_no_text_becomes_markup() -> None:
-    page = Page(evil_page())
-    assert page.count("script") == 0 and page.count("style") == 1
-    assert all(found.keys() <= {"class"} for tag, found in page.tags if tag == "b")
-    assert not [found for _, found in page.tags if any(name.startswith("on") for name in found)]
-    assert page.text.count(EVIL) >= 20
-    assert "\N{REPLACEMENT CHARACTER}" in page.text
-    page.html.encode()  # half characters would not go into a file
-
-
-def test_the_page_needs_nothing_beside_it_and_is_accessible() -> None:
-    page = Page(plain())
-    check_stands_alone(page, num_pictures=3)
-    assert page_of() == page.html
-
-
-def test_letters_stand_out_in_light_and_dark() -> None:
-    style = plain().split("</style>")[0]
-    light, dark = (
-        dict(re.findall(r"--([\w-]+): (#\w{6})", part))
-        for part in style.split("@media (prefers-color-scheme: dark)")[:2]
-    )
-    assert light.keys() == dark.keys() and len(light) == 13 + len(figures.PALETTE)
-    fronts = {
-        "text": ("page", "card", "fine-on", "warning-on", "note-on", "bad-on"),
-        "soft": ("page", "card", "fine-on", "warning-on", "bad-on"),
-        "fine": ("fine-on",),
-        "warning": ("warning-on",),
-        "note": ("note-on", "card"),
-        "bad": ("bad-on", "card"),
-    }
-    for colours in (light, dark):
-        for front, backs in fronts.items():
-            for back in backs:
-                assert contrast(colours[front], colours[back]) >= 4.5, (front, back)
+            second = Question(task.name, condition, target, 1, "x", "y", HOSTILE, prompt, HOSTILE)
+            answers.append(Answer(second, None, error=HOSTILE))
+    soft = Question(task.name, SOFT_PROMPT, f"small {HOSTILE}", 0, HOSTILE, HOSTILE, None, HOSTILE, None)
+    answers.append(Answer(soft, HOSTILE, "stop", 5, 5))
+    return portability_page(measured(answers, tasks), answers, title=HOSTILE, when=HOSTILE, settings={HOSTILE: HOSTILE})
 
 
 # Pictures -------------------------------------------------------------------------------------------------------------
@@ -356,7 +321,7 @@ def test_pictures_of_a_target_that_counts_no_tokens_leave_costs_out() -> None:
 def test_a_name_with_dollars_is_no_formula() -> None:
     result = measured(answers_of(SAID, "big $\\frac{1$"))
     for drawn in portability_figures(result):
-        assert "<svg" in figures.inline_svg(drawn.figure, drawn.name, drawn.alt, {})
+        assert "<svg" in inline_svg(drawn)
 
 
 def test_every_condition_has_a_name_for_people() -> None:
@@ -364,21 +329,6 @@ def test_every_condition_has_a_name_for_people() -> None:
 
 
 # In a browser ---------------------------------------------------------------------------------------------------------
-
-
-@in_browser
-def test_a_browser_shows_the_page_without_complaint(tmp_path: Path) -> None:
-    for number, html in enumerate((plain(), evil_page())):
-        (tmp_path / str(number)).mkdir()
-        shown, console = browsed(tmp_path / str(number), html)
-        assert console == [] and "How to read this" in shown
-
-
-@in_browser
-def test_a_browser_runs_no_script(tmp_path: Path) -> None:
-    shown, console = browsed(tmp_path, plain().replace("</body>", "<script>document.title = 'taken'</script></body>"))
-    assert "<title>Portable</title>" in shown
-    assert len(console) == 1 and "Content Security Policy" in console[0]
 
 
 @in_browser

@@ -1,4 +1,4 @@
-"""The report of an evaluation: what it says, that it believes no text, and that a browser shows it."""
+"""The report of an evaluation: what it says, and that filter and sort work in a browser."""
 
 from __future__ import annotations
 
@@ -9,11 +9,10 @@ import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
-from xml.etree import ElementTree
 
 import numpy as np
 import pytest
-from html_page import Page, browsed, check_stands_alone, contrast, flat, in_browser, rows_of
+from html_page import HOSTILE, UNPRINTABLE, Page, browsed, flat, in_browser, rows_of
 from numpy.typing import NDArray
 
 from softprompt_registry import figures
@@ -23,10 +22,11 @@ from softprompt_registry.evaluation.analysis import Confusion
 from softprompt_registry.evaluation.metrics import label_score
 from softprompt_registry.evaluation.report_data import Faithfulness, ReportData, report_data, report_json
 from softprompt_registry.evaluation.report_figures import report_figures
-from softprompt_registry.evaluation.report_page import report_page, signed, verdict
+from softprompt_registry.evaluation.report_page import report_page, verdict
 from softprompt_registry.evaluation.statistics import paired_bootstrap
 from softprompt_registry.evaluation.verbalizations import Evaluation, evaluate_verbalizations
-from softprompt_registry.html_pages import shown_text
+from softprompt_registry.pages.formatting import signed
+from softprompt_registry.pages.svg import inline_svg
 from softprompt_registry.verbalization.verbalizer import Verbalization
 from softprompt_registry.verbalization.verification import Gain, Verification, Verified
 
@@ -392,10 +392,6 @@ def test_what_is_said_of_something_else_is_refused(known: Mapping[str, Any], wor
         reported(TASKS, evaluated(TASKS, a=["x"] * 8), **known)
 
 
-def test_numbers() -> None:
-    assert [signed(value) for value in (0.126, -0.126, 0.0, -0.001, 12)] == ["+0.13", "−0.13", "0.00", "0.00", "+12.00"]
-
-
 # As JSON --------------------------------------------------------------------------------------------------------------
 
 
@@ -423,97 +419,64 @@ def test_json_holds_everything_under_names() -> None:
 
 # As a page ------------------------------------------------------------------------------------------------------------
 
-EVIL = '<script>alert(\'&"\')</script></style><b onload="x">\' " & &lt; ]]> --> {{ 1 }} $x$ $ _y'
 
-
-def evil_data() -> ReportData:
+def hostile_data() -> ReportData:
     """The same hostile text in every place that takes one."""
-    task = classification(f"moods {EVIL}", f"joy {EVIL}", "fear")
-    other = generation("free", f"Say {EVIL}")
-    methods = {f"a {EVIL}": [f"{EVIL} fear joy {EVIL}", "\x00\x1b[0m \u202e \ud800 \n\t x"], f"_{EVIL}": [EVIL, "y"]}
+    task = classification(f"moods {HOSTILE}", f"joy {HOSTILE}", "fear")
+    other = generation("free", f"Say {HOSTILE}")
+    methods = {
+        f"a {HOSTILE}": [f"{HOSTILE} fear joy {HOSTILE}", f"{UNPRINTABLE} \n\t x"],
+        f"_{HOSTILE}": [HOSTILE, "y"],
+    }
     names = list(methods)
-    evaluation = evaluated([task, other], abstained={(names[0], task.name): EVIL}, **methods)
+    evaluation = evaluated([task, other], abstained={(names[0], task.name): HOSTILE}, **methods)
     return reported(
         [task, other],
         evaluation,
-        title=EVIL,
-        when=EVIL,
-        base_model=EVIL,
-        settings={EVIL: EVIL},
+        title=HOSTILE,
+        when=HOSTILE,
+        base_model=HOSTILE,
+        settings={HOSTILE: HOSTILE},
         accuracy={task.name: 0.5, other.name: 0.25},
-        categories={task.name: EVIL, other.name: "\u611f\u60c5 #000000"},
+        categories={task.name: HOSTILE, other.name: "\u611f\u60c5 #000000"},
         faithfulness={(names[0], task.name): Faithfulness(0.5, 0.25, 0.75)},
         prefills={(names[1], task.name): "<script>"},
-        confusions={names[0]: [Confusion(task.name, other.name, 1.0, 0.5), Confusion(other.name, EVIL, 1.0, 0.5)]},
+        confusions={names[0]: [Confusion(task.name, other.name, 1.0, 0.5), Confusion(other.name, HOSTILE, 1.0, 0.5)]},
     )
 
 
-def test_no_text_becomes_markup() -> None:
-    page = Page(report_page(evil_data()))
-    assert (page.count("script"), page.count("style"), page.count("b")) == (1, 1, 0)
-    assert not [found for _, found in page.tags if any(name.startswith("on") for name in found)]
-    assert page.texts["h1"] == page.texts["title"] == [EVIL]
+def test_hostile_texts_are_shown_as_they_are() -> None:
+    page = Page(report_page(hostile_data()))
+    assert page.texts["h1"] == page.texts["title"] == [HOSTILE]
     article = page.article(1)
-    assert article.texts["h3"] == [f"moods {EVIL}"]
-    assert said_in(article, 0).texts["p"] == [f"joy {EVIL}, fear"]
-    assert f"{EVIL} fear joy {EVIL}" in said_in(article, 1).text
-    assert said_in(article, 1).texts["mark"] == ["fear", f"joy {EVIL}"]
-    assert f"Abstained: {EVIL}" in said_in(article, 1).text
+    assert article.texts["h3"] == [f"moods {HOSTILE}"]
+    assert said_in(article, 0).texts["p"] == [f"joy {HOSTILE}, fear"]
+    assert f"{HOSTILE} fear joy {HOSTILE}" in said_in(article, 1).text
+    assert said_in(article, 1).texts["mark"] == ["fear", f"joy {HOSTILE}"]
+    assert f"Abstained: {HOSTILE}" in said_in(article, 1).text
     assert "\N{REPLACEMENT CHARACTER}" in said_in(page.article(2), 1).text
-    report_page(evil_data()).encode()  # half characters would not go into a file
-    assert page.text.count(EVIL) >= 20
     assert "\u611f\u60c5 #000000 (1)" in page.text, "in the figure too, and not taken for a colour"
 
 
-def test_what_a_page_cannot_show_is_marked() -> None:
-    assert shown_text("a\n\tb\x00\u202ec\ud800\r") == "a\n\tb" + "\N{REPLACEMENT CHARACTER}" * 2 + "c" + "\ufffd" * 2
-
-
-def test_the_page_needs_nothing_beside_it_and_is_accessible() -> None:
+def full_data() -> ReportData:
+    """Eight tasks with all that gives a figure."""
     names = [task.name for task in TASKS]
-    data = eight(
+    return eight(
         categories={name: "ab"[number % 2] for number, name in enumerate(names)},
         accuracy={name: number / 8 for number, name in enumerate(names)},
         faithfulness={("inspect", name): Faithfulness(number / 8) for number, name in enumerate(names)},
     )
-    page = Page(report_page(data))
-    check_stands_alone(page, num_pictures=4)
+
+
+def test_all_tasks_are_there_without_javascript_and_controls_are_hidden() -> None:
+    page = Page(report_page(full_data()))
     assert page.count("label") == page.count("select") + page.count("input") == 4
-    assert ("html", {"lang": "en"}) in page.tags
-    assert "viewport" in [found.get("name") for tag, found in page.tags if tag == "meta"]
     assert next(found for tag, found in page.tags if found.get("id") == "controls")["hidden"] is None
-    assert page.count("article") == 8, "all are there without JavaScript"
-    assert report_page(data) == page.html
-
-
-def test_letters_and_lines_stand_out_in_light_and_dark() -> None:
-    style = Page(report_page(eight())).texts["style"][0]
-    light_style, dark_style = style.split("@media (prefers-color-scheme: dark)")[:2]
-    light = dict(re.findall(r"--([\w-]+): (#\w{6})", light_style))
-    dark = dict(re.findall(r"--([\w-]+): (#\w{6})", dark_style))
-    assert light.keys() == dark.keys() and len(light) == 13 + len(figures.PALETTE)
-    for colours in (light, dark):
-        for front, backs in {
-            "text": ("page", "card", "hit", "fine-on", "warning-on", "note-on"),
-            "soft": ("page", "card", "hit"),
-            "fine": ("fine-on",),
-            "warning": ("warning-on",),
-            "note": ("note-on", "card"),
-        }.items():
-            for back in backs:
-                assert contrast(colours[front], colours[back]) >= 4.5, (front, back)
-        for number in range(len(figures.PALETTE)):
-            assert contrast(colours[f"series-{number}"], colours["card"]) >= 3
+    assert page.count("article") == 8
 
 
 def test_figures_are_there_and_drawn_from_the_data() -> None:
-    names = [task.name for task in TASKS]
-    data = eight(
-        categories={name: "ab"[number % 2] for number, name in enumerate(names)},
-        accuracy={name: number / 8 for number, name in enumerate(names)},
-        faithfulness={("inspect", name): Faithfulness(number / 8) for number, name in enumerate(names)},
-    )
-    drawn = {figure.name: figure for figure in report_figures(data)}
+    drawn = {figure.name: figure for figure in report_figures(full_data())}
     assert list(drawn) == ["methods", "coverage", "accuracy", "categories"]
     assert (
         "Percentile rank: translator 1.00, inspect " in drawn["methods"].alt and "chance 0.50." in drawn["methods"].alt
@@ -523,12 +486,7 @@ def test_figures_are_there_and_drawn_from_the_data() -> None:
     assert "a (4): translator 1.00, inspect " in drawn["categories"].alt
     points = [line for line in drawn["accuracy"].figure.axes[0].lines if line.get_label() == "translator"][0]
     assert [tuple(point) for point in points.get_xydata()] == [(number / 8, 1.0) for number in range(8)]
-    for name, figure in drawn.items():
-        svg = figures.inline_svg(figure.figure, name, 'an "alt" <text>', {"#0072b2": "var(--one)"})
-        root = ElementTree.fromstring(svg)
-        assert root.attrib["aria-label"] == 'an "alt" <text>'
-        assert "<text" in svg and "#0072b2" not in svg and "var(--one)" in svg
-        assert len(svg) < 40_000
+    assert all(len(inline_svg(figure)) < 40_000 for figure in drawn.values())
     few = report_figures(eight())
     assert [figure.name for figure in few] == ["methods"]
 
@@ -581,24 +539,6 @@ def test_a_page_of_five_methods_and_a_hundred_tasks_is_small() -> None:
 
 
 @in_browser
-def test_a_browser_shows_the_page_without_complaint(tmp_path: Path) -> None:
-    for number, data in enumerate((eight(), evil_data())):
-        (tmp_path / str(number)).mkdir()
-        shown, console = browsed(tmp_path / str(number), report_page(data))
-        assert console == []
-        assert '<output id="shown">' in shown and f"{len(data.tasks)} of {len(data.tasks)} tasks</output>" in shown
-        assert re.search(r'<div id="controls"[^>]*>', shown).group().count("hidden") == 0  # type: ignore[union-attr]
-
-
-@in_browser
-def test_a_browser_runs_no_script_but_the_pages_own(tmp_path: Path) -> None:
-    html = report_page(eight()).replace("</body>", "<script>document.title = 'taken over'</script></body>")
-    shown, console = browsed(tmp_path, html)
-    assert "<title>A report</title>" in shown
-    assert len(console) == 1 and "Content Security Policy" in console[0]
-
-
-@in_browser
 def test_filter_and_sort_work(tmp_path: Path) -> None:
     names = [task.name for task in TASKS]
     data = eight(
@@ -635,6 +575,7 @@ def test_filter_and_sort_work(tmp_path: Path) -> None:
     html = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", report_page(data))
     shown, console = browsed(tmp_path, html.replace("</body>", driver.replace("STEPS", json.dumps(steps))))
     assert console == []
+    assert re.search(r'<div id="controls"[^>]*>', shown).group().count("hidden") == 0  # type: ignore[union-attr]
     found = json.loads(re.search(r"<title>(.*?)</title>", shown).group(1))  # type: ignore[union-attr]
     assert found == [
         "1 2 3 4 5 6 7 8",

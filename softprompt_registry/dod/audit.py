@@ -25,7 +25,6 @@ from softprompt_registry.dod.audit_findings import (
     Sizes,
     TaskRow,
     excerpt,
-    plural,
     what_is_found,
 )
 from softprompt_registry.dod.audit_texts import NO_PUNCTUATION, SameRoots, SharedTexts, hash_of, telling_words
@@ -33,6 +32,7 @@ from softprompt_registry.dod.store import DodStore
 from softprompt_registry.dod.task import PAIR_SPLITS, TASK_SPLITS, Pair, Task, TaskSplit, text_key
 from softprompt_registry.dod.vocabulary import held_out_words, words_of
 from softprompt_registry.errors import ConfigError, DataError
+from softprompt_registry.pages.formatting import plural
 from softprompt_registry.recording import NullRecorder, Recorder
 
 

@@ -7,10 +7,9 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
-if TYPE_CHECKING:
-    pass
+from softprompt_registry.pages.formatting import percent, plural
 
 Severity = Literal["error", "warning", "note"]
 """`error`: a number measured with this DoD would be wrong, or a task cannot be used. `warning`: a task teaches less than
@@ -345,19 +344,10 @@ class Audit:
         }
 
 
-def plural(count: int, unit: str) -> str:
-    """ "1 task", "5,500 tasks"."""
-    return f"{count:,} {unit}{'' if count == 1 else 's'}"
-
-
 def what_is_found(kind: FindingKind, settings: Mapping[str, Any]) -> str:
     """What follows the count: "tasks" "with fewer than 50 pairs"."""
-    shares = {name: _percent(value) for name, value in settings.items() if name.endswith("_share")}
+    shares = {name: percent(value) for name, value in settings.items() if name.endswith("_share")}
     return kind.what.format(**{**settings, **shares})
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.3g} %"
 
 
 def excerpt(text: str) -> str:

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from softprompt_registry import figures
 from softprompt_registry.evaluation.verbalizations import UNBOUNDED
+from softprompt_registry.pages.svg import PageFigure
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
     from softprompt_registry.evaluation.report_data import ReportData
 
 METRIC_NAMES = {
@@ -29,25 +27,11 @@ MOST_CATEGORIES = 20
 """More categories than this make no figure; the table has them all."""
 
 
-@dataclass(frozen=True)
-class ReportFigure:
-    """A figure and the words that go with it."""
-
-    name: str
-    """Of letters, for ids and file names."""
-    title: str
-    figure: Figure
-    alt: str
-    """What it shows, for those who do not see it."""
-    caption: str
-    """How to read it."""
-
-
 def metric_name(metric: str) -> str:
     return METRIC_NAMES.get(metric, metric)
 
 
-def report_figures(data: ReportData) -> list[ReportFigure]:
+def report_figures(data: ReportData) -> list[PageFigure]:
     """All that the data allow: methods compared, quality by coverage and by soft-prompt accuracy, garbage, means by
     category."""
     drawn = [_methods(data)]
@@ -64,21 +48,21 @@ def report_figures(data: ReportData) -> list[ReportFigure]:
     return drawn
 
 
-def _methods(data: ReportData) -> ReportFigure:
+def _methods(data: ReportData) -> PageFigure:
     bounded = [name for name in METRIC_NAMES if name not in UNBOUNDED]
     metrics = [name for name in bounded if any(name in method.intervals for method in data.methods)]
     chances = {metric_name(metric): chance for metric in metrics if (chance := data.chance(metric)) is not None}
     return _intervals(data, "methods", "Methods compared", metrics, chances)
 
 
-def _faithfulness(data: ReportData) -> ReportFigure:
+def _faithfulness(data: ReportData) -> PageFigure:
     # Apart from the others, since it may lie far below 0.
     return _intervals(data, "faithfulness", "Faithfulness", ["faithfulness"], {})
 
 
 def _intervals(
     data: ReportData, name: str, title: str, metrics: Sequence[str], chances: Mapping[str, float]
-) -> ReportFigure:
+) -> PageFigure:
     values = {
         method.name: {metric_name(metric): method.intervals[metric] for metric in metrics if metric in method.intervals}
         for method in data.methods
@@ -88,7 +72,7 @@ def _intervals(
         means = [f"{method} {by[metric].mean:.2f}" for method, by in values.items() if metric in by]
         chance = [f"chance {chances[metric]:.2f}"] if metric in chances else []
         lines.append(f"{metric}: {', '.join(means + chance)}.")
-    return ReportFigure(
+    return PageFigure(
         name,
         title,
         figures.means_with_intervals(title, values, [metric_name(metric) for metric in metrics], chances=chances),
@@ -97,7 +81,7 @@ def _intervals(
     )
 
 
-def _coverage(data: ReportData) -> ReportFigure:
+def _coverage(data: ReportData) -> PageFigure:
     title, quality = "Quality against coverage", metric_name(data.ranked_by)
     curves = {name: [(p.coverage, p.quality) for p in curve.points] for name, curve in data.curves.items()}
     lines = [
@@ -105,7 +89,7 @@ def _coverage(data: ReportData) -> ReportFigure:
         "coverages."
         for name, curve in data.curves.items()
     ]
-    return ReportFigure(
+    return PageFigure(
         "coverage",
         title,
         figures.quality_by_coverage(title, curves, y=f"{quality} of answered tasks"),
@@ -114,7 +98,7 @@ def _coverage(data: ReportData) -> ReportFigure:
     )
 
 
-def _garbage(data: ReportData) -> ReportFigure:
+def _garbage(data: ReportData) -> PageFigure:
     title = "Garbage refused, texts given"
     shares = {
         "garbage refused": [(point.threshold, point.garbage_refused) for point in data.garbage],
@@ -124,7 +108,7 @@ def _garbage(data: ReportData) -> ReportFigure:
     if good:
         shares["good ones of these given"] = good
     lines = [f"{name}: {points[0][1]:.0%} at 0, {points[-1][1]:.0%} at 1." for name, points in shares.items()]
-    return ReportFigure(
+    return PageFigure(
         "garbage",
         title,
         figures.shares_by_threshold(title, shares, x="required faithfulness"),
@@ -133,7 +117,7 @@ def _garbage(data: ReportData) -> ReportFigure:
     )
 
 
-def _accuracy(data: ReportData) -> ReportFigure:
+def _accuracy(data: ReportData) -> PageFigure:
     title, quality = "Quality against soft-prompt accuracy", metric_name(data.ranked_by)
     points = {
         method.name: [
@@ -143,7 +127,7 @@ def _accuracy(data: ReportData) -> ReportFigure:
         ]
         for method in data.methods
     }
-    return ReportFigure(
+    return PageFigure(
         "accuracy",
         title,
         figures.scatter(title, points, x="accuracy of the soft prompt", y=quality),
@@ -163,7 +147,7 @@ def correlation_words(data: ReportData, method: str) -> str:
     return f"Spearman {found.spearman:.2f}{within}, Pearson {found.pearson:.2f}, over {found.n} tasks"
 
 
-def _categories(data: ReportData) -> ReportFigure:
+def _categories(data: ReportData) -> PageFigure:
     title, quality = "Categories", metric_name(data.ranked_by)
     sizes = {name: f"{name} ({size})" for name, size in data.category_names.items()}
     values = {
@@ -178,7 +162,7 @@ def _categories(data: ReportData) -> ReportFigure:
         f"{group}: {', '.join(f'{method} {by[group]:.2f}' for method, by in values.items() if group in by)}."
         for group in sizes.values()
     ]
-    return ReportFigure(
+    return PageFigure(
         "categories",
         title,
         figures.grouped_bars(title, values, list(sizes.values()), x=quality),

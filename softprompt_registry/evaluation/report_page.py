@@ -2,38 +2,23 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 from statistics import fmean
-from typing import Literal, NamedTuple
 
-from softprompt_registry.dod.audit_findings import plural
 from softprompt_registry.evaluation.analysis import label_pieces, missed_labels
 from softprompt_registry.evaluation.report_data import MethodReport, ReportData
 from softprompt_registry.evaluation.report_figures import METRIC_NAMES, metric_name, report_figures
 from softprompt_registry.evaluation.statistics import PairedComparison
 from softprompt_registry.figures import PALETTE
-from softprompt_registry.html_pages import inline_pictures, page_environment, shown_text
+from softprompt_registry.pages.formatting import number, plural, signed
+from softprompt_registry.pages.page import Tone, Verdict, render_page
 
 FEW_TASKS = 20
 """Below this the page warns that a bootstrap over tasks has little to draw from."""
 
 MIN_TASKS = 6
 """On fewer tasks nothing is called the best: winning on all five is chance once in sixteen times (two-sided sign test)."""
-
-Tone = Literal["fine", "warning", "note"]
-
-_PAGES = Path(__file__).parent / "pages"
-
-
-class Verdict(NamedTuple):
-    """Which method is best, and what speaks for and against believing it."""
-
-    tone: Tone
-    headline: str
-    points: tuple[tuple[Tone, str], ...]
 
 
 def verdict(data: ReportData) -> Verdict:
@@ -50,21 +35,28 @@ def verdict(data: ReportData) -> Verdict:
     leads = {item.other: item.metrics[data.ranked_by] for item in data.comparisons if item.method == best.name}
     points = tuple(_lead(rival.name, leads.get(rival.name)) for rival in rivals) + tuple(_grounds(data, best))
     if not rivals:
-        return Verdict("note", f"{best.name} reaches {score}; there is no other method to compare it with.", points)
+        return Verdict(f"{best.name} reaches {score}; there is no other method to compare it with.", points, "note")
     is_clear = all(rival.name in leads and leads[rival.name].low > 0 for rival in rivals)
     if is_clear and len(data.tasks) >= MIN_TASKS:
-        return Verdict("fine", f"{best.name} is the best method: {score}.", points)
-    return Verdict("warning", f"No method is clearly the best; {best.name} scores highest: {score}.", points)
+        return Verdict(f"{best.name} is the best method: {score}.", points, "fine")
+    return Verdict(f"No method is clearly the best; {best.name} scores highest: {score}.", points, "warning")
 
 
 def _lead(rival: str, lead: PairedComparison | None) -> tuple[Tone, str]:
     if lead is None:
         return "warning", f"Not compared with {rival}, task by task."
-    size = f"{signed(lead.difference)} ({signed(lead.low)} to {signed(lead.high)})"
-    counts = f"better in {lead.wins}, equal in {lead.ties} and worse in {lead.losses} of {plural(lead.n, 'task')}"
+    size, counts = difference_words(lead)
     if lead.low > 0:
         return "fine", f"Ahead of {rival} by {size}: {counts}."
     return "warning", f"The lead over {rival} may be chance: {size}, {counts}."
+
+
+def difference_words(found: PairedComparison) -> tuple[str, str]:
+    """The difference with its interval, and in how many tasks the first is better; parts of a sentence."""
+    return (
+        f"{signed(found.difference)} ({signed(found.low)} to {signed(found.high)})",
+        f"better in {found.wins}, equal in {found.ties} and worse in {found.losses} of {plural(found.n, 'task')}",
+    )
 
 
 def _grounds(data: ReportData, best: MethodReport) -> Iterator[tuple[Tone, str]]:
@@ -94,33 +86,32 @@ def _grounds(data: ReportData, best: MethodReport) -> Iterator[tuple[Tone, str]]
 
 
 def report_page(data: ReportData) -> str:
-    """One HTML page that needs nothing beside it: figures, style and script are inside, and nothing is fetched.
-
-    Filter and sort need JavaScript; everything else is there without it. No text of a model or a task is believed: all
-    are escaped, and the page allows no script but its own.
-    """
-    from markupsafe import Markup
-
-    environment = page_environment(_PAGES)
-    environment.filters.update(number=number, signed=signed, shown=shown_text, metric=metric_name)
-    environment.globals.update(pieces=label_pieces, missed=missed_labels, plural=plural, percent=percent)
-    script = (_PAGES / "report.js").read_text(encoding="utf-8")
+    """The report as one HTML page. Filter and sort need JavaScript; everything else is there without it."""
+    template = Path(__file__).with_suffix(".html.j2")
     columns = [name for name in METRIC_NAMES if all(name in method.metrics for method in data.methods)]
     keys = _sort_keys(data)
-    return environment.get_template("report.html.j2").render(
+    known = [data.when, data.base_model]
+    tasks = f"{plural(len(data.methods), 'method')} on the same soft prompts of {plural(len(data.tasks), 'task')}"
+    return render_page(
+        template,
+        title=data.title,
+        subtitle=" · ".join([*filter(None, known), tasks]),
+        verdicts=[verdict(data)],
+        figures=report_figures(data),
+        settings=data.settings,
+        script=template.with_name("report_page.js").read_text(encoding="utf-8"),
         data=data,
-        verdict=verdict(data),
-        plots=inline_pictures(report_figures(data)),
         columns=columns,
         winners={metric: max(method.metrics[metric] for method in data.rivals or data.methods) for metric in columns},
         all_metrics=[metric for metric in data.methods[0].metrics if not metric.endswith("_chance")],
         series=[f"var(--series-{place % len(PALETTE)})" for place in range(len(data.methods))],
-        colours=PALETTE,
         sort_titles=list(keys),
         sort_values=list(zip(*keys.values(), strict=True)),
         places={task.name: place for place, task in enumerate(data.tasks, start=1)},
-        script=Markup(script),
-        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+        metric_name=metric_name,
+        pieces=label_pieces,
+        missed=missed_labels,
+        bar_place=bar_place,
     )
 
 
@@ -140,17 +131,6 @@ def _sort_keys(data: ReportData) -> dict[str, list[float | None]]:
     return keys
 
 
-def number(value: float) -> str:
-    """Two decimals, with a real minus sign."""
-    return signed(value).removeprefix("+")
-
-
-def signed(value: float) -> str:
-    """Two decimals with a sign; zero has none."""
-    text = f"{value:+.2f}"
-    return "0.00" if text in ("+0.00", "-0.00") else text.replace("-", "\N{MINUS SIGN}")
-
-
-def percent(share: float) -> float:
+def bar_place(share: float) -> float:
     """A share as a place on a bar that goes from 0 to 1; what lies beyond stands at its end."""
     return round(100 * min(1.0, max(0.0, share)), 1)

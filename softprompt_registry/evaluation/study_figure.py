@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from softprompt_registry.evaluation.rank_correlation import RankCorrelation
 from softprompt_registry.evaluation.study_table import ALL_POINTS, StudyTable, skill_pairs
-from softprompt_registry.figures import PALETTE
+from softprompt_registry.figures import PALETTE, no_formula
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -55,7 +55,7 @@ def study_figure(title: str, table: StudyTable) -> Figure:
         if metric in CHANCE:
             panel.axhline(CHANCE[metric], color="#000000", linestyle=":", linewidth=1)
         panel.set_title(metric, fontsize=10)
-        panel.set_xticks(range(len(names)), [_plain(name) for name in names], rotation=30, ha="right", fontsize=8)
+        panel.set_xticks(range(len(names)), [no_formula(name) for name in names], rotation=30, ha="right", fontsize=8)
         panel.set_xlim(-0.5, len(names) - 0.5)
         panel.grid(axis="y", alpha=0.3)
         panel.spines[["top", "right"]].set_visible(False)
@@ -104,7 +104,7 @@ def skill_figure(
                 color=PALETTE[number % len(PALETTE)],
                 markersize=5,
                 alpha=0.6,
-                label=_plain(point),
+                label=no_formula(point),
             )
         found = correlations.get(f"{skill} and {metric}", {}).get(ALL_POINTS)
         axes[place].set(xlabel=skill.replace("_", " ") + " of the soft prompt", ylabel=f"{metric} of its text")
@@ -120,8 +120,3 @@ def skill_figure(
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=8)
     return figure
-
-
-def _plain(text: str) -> str:
-    """A name that comes from outside, as matplotlib shows it unchanged: "$" would begin a formula."""
-    return text.replace("$", r"\$")

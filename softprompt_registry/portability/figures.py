@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
-
-from softprompt_registry.evaluation.report_page import signed
-from softprompt_registry.figures import PALETTE, scatter
+from softprompt_registry.figures import PALETTE, no_formula, scatter
+from softprompt_registry.pages.formatting import signed
+from softprompt_registry.pages.svg import PageFigure
 from softprompt_registry.portability.analysis import ALL_TASKS, Measure, Portability
 from softprompt_registry.portability.answers import (
     FEW_SHOT_3,
@@ -22,9 +20,6 @@ from softprompt_registry.portability.answers import (
     TRANSLATED_VERIFIED,
     VERIFIED_BEST,
 )
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 CONDITION_NAMES = {
     NO_PROMPT: "no prompt",
@@ -55,27 +50,13 @@ _STRONGEST = 0.6
 """Share of colour in a cell of the heat map whose difference is 1 or more; a page's letters stay readable on it."""
 
 
-@dataclass(frozen=True)
-class PortabilityFigure:
-    """A figure and the words that go with it."""
-
-    name: str
-    """Of letters, digits and "_", for ids and file names."""
-    title: str
-    figure: Figure
-    alt: str
-    """What it shows, for those who do not see it."""
-    caption: str
-    """How to read it."""
-
-
 def measure_name(measure: Measure) -> str:
     """As people call it."""
     name = METRIC_NAMES[measure.metric]
     return name if measure.kind is None else f"{name}, {measure.kind}"
 
 
-def portability_figures(result: Portability) -> list[PortabilityFigure]:
+def portability_figures(result: Portability) -> list[PageFigure]:
     """For each target: scores of the conditions, score against tokens where they were counted, differences of all pairs."""
     drawn = []
     for number, target in enumerate(result.targets):
@@ -87,7 +68,7 @@ def portability_figures(result: Portability) -> list[PortabilityFigure]:
     return drawn
 
 
-def _scores(result: Portability, target: str, name: str) -> PortabilityFigure:
+def _scores(result: Portability, target: str, name: str) -> PageFigure:
     """The paper's Figure 3: a bar per condition with its interval; a panel per measure."""
     from matplotlib.figure import Figure
 
@@ -125,11 +106,11 @@ def _scores(result: Portability, target: str, name: str) -> PortabilityFigure:
     panels[0].set_yticks(range(len(conditions)), [CONDITION_NAMES[condition] for condition in conditions])
     panels[0].set_ylim(len(conditions) - 0.5, -0.5)
     # Not by `loc`: a page takes away the title that stands in the middle.
-    panels[0].set_title(_plain(title), fontsize=11, x=0, ha="left")
+    panels[0].set_title(no_formula(title), fontsize=11, x=0, ha="left")
     caption = "Means over tasks with their 95 % bootstrap intervals."
     if SOFT_PROMPT in conditions:
         caption += f" The soft prompt works on {result.small_model}."
-    return PortabilityFigure(name, title, figure, " ".join(words), caption)
+    return PageFigure(name, title, figure, " ".join(words), caption, is_wide=True)
 
 
 def _cost_points(result: Portability, target: str) -> dict[str, list[tuple[float, float]]]:
@@ -142,19 +123,21 @@ def _cost_points(result: Portability, target: str) -> dict[str, list[tuple[float
     return points
 
 
-def _costs(points: dict[str, list[tuple[float, float]]], target: str, name: str) -> PortabilityFigure:
+def _costs(points: dict[str, list[tuple[float, float]]], target: str, name: str) -> PageFigure:
     title = f"Score against cost on {target}"
     words = [f"{condition}: {tokens:.0f} tokens, {score:.2f}." for condition, [(tokens, score)] in points.items()]
-    return PortabilityFigure(
+    return PageFigure(
         name,
         title,
-        scatter(_plain(title), points, x="tokens per answer, prompt and completion", y=METRIC_NAMES[ALL_TASKS.metric]),
+        scatter(
+            no_formula(title), points, x="tokens per answer, prompt and completion", y=METRIC_NAMES[ALL_TASKS.metric]
+        ),
         " ".join(words),
         "High and left is good and cheap. Scores are means over tasks, tokens means over answers.",
     )
 
 
-def _differences(result: Portability, target: str, name: str) -> PortabilityFigure:
+def _differences(result: Portability, target: str, name: str) -> PageFigure:
     """Every condition (row) minus every other (column)."""
     from matplotlib.figure import Figure
     from matplotlib.patches import Rectangle
@@ -190,10 +173,10 @@ def _differences(result: Portability, target: str, name: str) -> PortabilityFigu
     names = [CONDITION_NAMES[condition] for condition in conditions]
     axes.set_xticks(range(size), names, rotation=45, ha="right", fontsize=8)
     axes.set_yticks(range(size), names, fontsize=8)
-    axes.set(xlim=(-0.5, size - 0.5), ylim=(size - 0.5, -0.5), title=_plain(title))
+    axes.set(xlim=(-0.5, size - 0.5), ylim=(size - 0.5, -0.5), title=no_formula(title))
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
-    return PortabilityFigure(
+    return PageFigure(
         name,
         title,
         figure,
@@ -215,8 +198,3 @@ def _colour(condition: str) -> str:
     if condition in _FEW_SHOT:
         return PALETTE[1]
     return PALETTE[2] if condition in _OTHER_TEXTS else _GREY
-
-
-def _plain(text: str) -> str:
-    """A name that comes from outside, as matplotlib shows it unchanged: "$" would begin a formula."""
-    return text.replace("$", r"\$")

@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from softprompt_registry.dod.audit_findings import plural
-from softprompt_registry.evaluation.report_page import FEW_TASKS, Tone, number, signed
+from softprompt_registry.evaluation.report_page import FEW_TASKS, difference_words
 from softprompt_registry.evaluation.statistics import PairedComparison
-from softprompt_registry.figures import PALETTE
-from softprompt_registry.html_pages import inline_pictures, page_environment, shown_text
 from softprompt_registry.language_models.protocol import Usage
+from softprompt_registry.pages.formatting import number, plural
+from softprompt_registry.pages.page import Tone, Verdict, render_page
 from softprompt_registry.portability.analysis import ALL_TASKS, FEW_SHOTS, TRANSLATIONS, Margin, Portability
 from softprompt_registry.portability.answers import (
     CONDITIONS,
@@ -31,35 +30,26 @@ from softprompt_registry.portability.figures import (
     measure_name,
     portability_figures,
 )
-from softprompt_registry.portability.shown_tasks import MAX_TASKS, shown_tasks
+from softprompt_registry.portability.shown_tasks import shown_tasks
 
 RIVALS = (NO_PROMPT, VERIFIED_BEST, INSPECT, INSTRUCTION_INDUCTION, *FEW_SHOTS, GROUND_TRUTH, SOFT_PROMPT)
 """What the translation is set against on the page's first screen."""
 
-_PAGES = Path(__file__).parent / "pages"
 _MARKS = {"right": "✓", "partly": "≈", "wrong": "✗", "empty": "∅", "refused": "⊘", "missing": "?"}
 
 
-class Summary(NamedTuple):
-    """What the better of the two translations is worth on one target."""
-
-    target: str
-    headline: str
-    points: tuple[tuple[Tone, str], ...]
-
-
-def summaries(result: Portability) -> list[Summary]:
-    """The page's first lines, a few for each target."""
+def summaries(result: Portability) -> list[Verdict]:
+    """For each target, what the better of the two translations is worth there."""
     return [_summary(result, target) for target in result.targets]
 
 
-def _summary(result: Portability, target: str) -> Summary:
+def _summary(result: Portability, target: str) -> Verdict:
     intervals = {name: result.interval(target, name) for name in result.conditions(target)}
     measured = {name: interval for name, interval in intervals.items() if interval is not None}
     translations = [name for name in TRANSLATIONS if name in measured]
     if not translations:
         headline = f"{target}: no answer under a translated prompt."
-        return Summary(target, headline, tuple(_gaps(result, target)))
+        return Verdict(headline, tuple(_gaps(result, target)))
     best = translations[-1]  # the verified one: which does better here is known only afterwards
     mean, low, high = measured[best]
     headline = (
@@ -75,12 +65,11 @@ def _summary(result: Portability, target: str) -> Summary:
         tokens, share = saved
         words = f"{100 * abs(share):.0f} % {'fewer' if share >= 0 else 'more'} tokens"
         points.append(("note", f"Takes {words} than {CONDITION_NAMES[FEW_SHOT_5]}: {abs(tokens):.0f} for each answer."))
-    return Summary(target, headline, (*points, *_gaps(result, target)))
+    return Verdict(headline, (*points, *_gaps(result, target)))
 
 
 def _against(rival: str, found: PairedComparison) -> tuple[Tone, str]:
-    size = f"{signed(found.difference)} ({signed(found.low)} to {signed(found.high)})"
-    counts = f"better in {found.wins}, equal in {found.ties} and worse in {found.losses} of {plural(found.n, 'task')}"
+    size, counts = difference_words(found)
     if found.low > 0:
         return "fine", f"Ahead of {rival} by {size}: {counts}."
     if found.high < 0:
@@ -113,44 +102,44 @@ def portability_page(
     settings: Mapping[str, Any] | None = None,
     usage: Mapping[str, Usage] | None = None,
 ) -> str:
-    """One HTML page that needs nothing beside it: figures and style are inside, there is no script, nothing is fetched.
-
-    No text of a model or a task is believed: all are escaped. Of each task only some test inputs are shown, of long texts
-    the beginning, and the page says so.
+    """The run as one HTML page, which says that it shows only some test inputs of each task and the beginning of long texts.
 
     Args:
         answers: those that `result` was worked out from.
         settings: of the run, shown at the end of the page.
         usage: by target, of all requests behind the answers; conditions may share requests, so it is no sum over them.
     """
-    environment = page_environment(_PAGES)
-    environment.filters.update(
-        number=number, signed=signed, shown=shown_text, condition=CONDITION_NAMES.__getitem__, measure=measure_name
-    )
-    environment.globals.update(plural=plural)
     tasks = shown_tasks(result, answers)
-    places = {task.name: place for place, task in enumerate(tasks, start=1)}
-    return environment.get_template("portability.html.j2").render(
-        usage=usage or {},
+    num_tasks = len({answer.task for answer in result.answers})
+    metrics = {place: result.metrics(*place) for place in _rows(result)}
+    counts = [
+        plural(num_tasks, "task"),
+        plural(len(result.targets), "target LLM"),
+        plural(len(result.answers), "question"),
+    ]
+    return render_page(
+        Path(__file__).with_suffix(".html.j2"),
         title=title,
-        when=when,
+        subtitle=" · ".join(([when] if when else []) + counts),
+        verdicts=summaries(result),
+        figures=portability_figures(result),
+        settings=settings or {},
+        usage=usage or {},
         result=result,
-        summaries=summaries(result),
-        metrics={place: result.metrics(*place) for place in _rows(result)},
+        metrics=metrics,
+        has_cost=any("cost" in found for found in metrics.values()),
         comparisons={
             target: _comparison_rows(result, target) for target in result.targets if len(result.conditions(target)) > 1
         },
         margins=_margin_rows(result),
-        plots=inline_pictures(portability_figures(result)),
         conditions=[name for name in CONDITIONS if any(condition == name for _, condition in result.places)],
         tasks=tasks,
-        places=places,
-        num_tasks=len({answer.task for answer in result.answers}),
-        max_tasks=MAX_TASKS,
+        places={task.name: place for place, task in enumerate(tasks, start=1)},
+        num_tasks=num_tasks,
         metric_names=METRIC_NAMES,
+        condition_name=CONDITION_NAMES.__getitem__,
+        measure_name=measure_name,
         marks=_MARKS,
-        colours=PALETTE,
-        settings=dict(settings or {}),
         SOFT_PROMPT=SOFT_PROMPT,
     )
 

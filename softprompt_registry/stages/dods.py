@@ -90,7 +90,7 @@ def audit(
         note_in_dod(dod_path, "audit", found.to_json())
         log_dod(dod_path, context="audited")
         recorder.artifact(page)
-        for name, figure in audit_figures(found).items():
-            recorder.figure(name, figure)
+        for drawn in audit_figures(found):
+            recorder.figure(f"{drawn.name}.png", drawn.figure)
         recorder.table("tasks.json", found.table())
     return run_id, found
