@@ -78,7 +78,7 @@ def articles_of(html: str) -> list[str]:
 
 
 def check_stands_alone(page: Page) -> None:
-    """It needs nothing beside it, its links lead somewhere, and tables and pictures say what they are."""
+    """It needs nothing beside it, its links lead somewhere, and tables and figures say what they are."""
     attributes = [(name, value or "") for _, found in page.tags for name, value in found.items()]
     links = [value for name, value in attributes if name in ("src", "href", "xlink:href", "data", "action")]
     assert all(value.startswith("#") for value in links)
@@ -89,9 +89,9 @@ def check_stands_alone(page: Page) -> None:
     used = re.findall(r"url\(#([^)]*)\)", page.html)
     assert {value.removeprefix("#") for value in [*links, *labelled, *used]} <= set(ids)
     assert all(found.get("scope") in ("col", "row") for tag, found in page.tags if tag == "th")
-    pictures = [found for tag, found in page.tags if tag == "svg"]
-    assert [found["role"] for found in pictures] == ["img"] * page.count("figure") != []
-    assert all(len(str(found["aria-label"])) > 20 for found in pictures)
+    drawn = [found for tag, found in page.tags if tag == "svg"]
+    assert len(drawn) == page.count("figure") > 0
+    assert all(found["role"] == "img" and len(str(found["aria-label"])) > 20 for found in drawn)
     assert page.count("h1") == page.count("main") == 1
     assert ("html", {"lang": "en"}) in page.tags
     assert "viewport" in [found.get("name") for tag, found in page.tags if tag == "meta"]

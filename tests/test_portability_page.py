@@ -1,4 +1,4 @@
-"""The page and the pictures of portability: what they say, and how large the page is."""
+"""The page and the figures of portability: what they say, and how large the page is."""
 
 from __future__ import annotations
 

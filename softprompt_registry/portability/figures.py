@@ -1,4 +1,4 @@
-"""The pictures of portability, each with what it shows in words."""
+"""The figures of the portability page, each with what it shows in words."""
 
 from __future__ import annotations
 
