@@ -2,35 +2,36 @@
 
 Steps: the benchmark's lists say which tasks are used and on which side; English tasks only; every output of an instance
 becomes a pair of its own; empty, repeated and too long pairs go; small tasks go; of the rest some pairs are drawn. The
-result depends neither on the order of the files nor on that of the instances. What is drawn of
-a task is decided in `general_pairs.py`; the readers are in `general_layouts.py` and `general_sources.py`.
+result depends neither on the order of the files nor on that of the instances. The readers are in `general_layouts.py`
+and `general_sources.py`.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 from softprompt_registry.base_models.reference import tokenizer_digest
 from softprompt_registry.config import flatten
 from softprompt_registry.dod.files import MAX_PROBLEMS
 from softprompt_registry.dod.general_layouts import open_source
-from softprompt_registry.dod.general_pairs import COUNTS, PairDraw, TokenCounter
 from softprompt_registry.dod.general_sources import (
     LANGUAGE_KEYS,
     DamagedTask,
     Source,
     SourceTask,
     SplitLists,
-    TaskFacts,
+    TaskContent,
     read_split_lists,
 )
 from softprompt_registry.dod.store import dod_written_whole, require_free
 from softprompt_registry.dod.task import TASK_SPLITS, Pair, Task, TaskSplit, seed_of, split_pairs_by_input
 from softprompt_registry.errors import ConfigError, DataError
+from softprompt_registry.fingerprints import digest_of_json
 from softprompt_registry.recording import NullRecorder, Recorder
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ class GeneralConfig:
     min_pairs: int = 500
     """Drop tasks with fewer pairs left than this (section A.7)."""
     max_pairs_per_task: int | None = 500
-    """Draw at most this many pairs of each task by `seed`; None keeps all, a whole task in memory at a time."""
+    """Draw at most this many pairs of each task by `seed`; None keeps all."""
     pair_shares: tuple[float, float, float] = (0.8, 0.1, 0.1)
     """Shares of train, validation and test pairs in a task."""
     language: str | None = "English"
@@ -80,6 +81,9 @@ class GeneralConfig:
 
 
 TaskStatus = Literal["kept", "excluded", "unlisted", "other language", "too few pairs", "damaged"]
+COUNTS = ("instances", "bad_instances", "pairs", "empty", "duplicates", "too_long", "available", "drawn")
+TOKENIZE_CHARS = 1 << 18
+"""Pairs are tokenized together while they have about this many characters."""
 
 
 @dataclass(frozen=True)
@@ -122,7 +126,16 @@ class GeneralReport:
 
     def totals(self) -> dict[str, int]:
         """Tasks by what became of them, and the counts of all tasks together."""
-        return _totals(self.rows, self.skipped)
+        statuses = Counter(row.status for row in self.rows)
+        kept = Counter(row.split for row in self.rows if row.kept)
+        not_kept = (status for status in get_args(TaskStatus) if status != "kept")
+        return {
+            "tasks": len(self.rows),
+            **{f"{split}_tasks": kept[split] for split in TASK_SPLITS},
+            **{f"{status.replace(' ', '_')}_tasks": statuses[status] for status in not_kept},
+            "skipped_places": len(self.skipped),
+            **{count: sum(getattr(row, count) for row in self.rows) for count in COUNTS},
+        }
 
     def table(self) -> dict[str, list[Any]]:
         """The rows as columns, for `Recorder.table` and for printing."""
@@ -140,8 +153,8 @@ def build_dod_general(
 ) -> GeneralReport:
     """Build the General DoD `out`, whole or not at all.
 
-    A damaged task is left out whole and named in the report, and the build goes on. Memory stays at one task's drawn
-    pairs and some 100 bytes for each pair of the task that is read.
+    A damaged task is left out whole and named in the report, and the build continues. One task is in memory at a time:
+    some three to six times the size of its file.
 
     Args:
         source: a folder with the benchmark's repository (tasks/*.json, splits/default/), a flat copy (tasks.jsonl,
@@ -162,16 +175,15 @@ def build_dod_general(
     doing = f"building the General DoD from {str(source)!r}"
     require_free(out, doing, overwrite=overwrite)  # before minutes are spent on reading
     sides = _Sides(config)
-    counter = TokenCounter(tokenizer, config.max_tokens)
     rows: list[TaskRow] = []
     with (
         dod_written_whole(out, doing, overwrite=overwrite) as store,
-        open_source(source, recorder, keep=sides.keep) as opened,
+        open_source(source, recorder, sides.side_of) as opened,
         recorder.progress("General DoD", opened.num_tasks) as bar,
     ):
         sides.require_lists(opened, doing)
         for found in opened.tasks:
-            row, task = _build_task(found, sides.side_of(found.name, found.side, opened.lists), counter, config)
+            row, task = _build_task(found, sides.side_of(found.name, found.side, opened.lists), tokenizer, config)
             if task is not None:
                 store.add_task(task)
             if row.status == "damaged":
@@ -213,9 +225,6 @@ class _Sides:
             return self.lists.side_of(name) or self._unlisted
         return told or (beside.side_of(name) if beside else None) or self._unlisted
 
-    def keep(self, name: str, told: str | None, beside: SplitLists | None) -> bool:
-        return self.side_of(name, told, beside) not in (None, "excluded")
-
     def require_lists(self, source: Source, doing: str) -> None:
         if source.layout == "repository" and not (self.lists or source.lists or self._unlisted):
             raise DataError(
@@ -226,36 +235,97 @@ class _Sides:
 
 
 def _build_task(
-    found: SourceTask, side: str | None, counter: TokenCounter, config: GeneralConfig
+    found: SourceTask, side: str | None, tokenizer: PreTrainedTokenizerBase, config: GeneralConfig
 ) -> tuple[TaskRow, Task | None]:
     """What becomes of a task, and the task if it is kept."""
     if side is None:
         return TaskRow(found.name, "", "unlisted", "on none of the benchmark's lists"), None
     if side == "excluded":
         return TaskRow(found.name, "", "excluded", "excluded by the benchmark"), None
-    row = TaskRow(found.name, side, "kept")
-    pairs = PairDraw(
-        found.name, counter, max_tokens=config.max_tokens, max_pairs=config.max_pairs_per_task, seed=config.seed
-    )
+    if side not in TASK_SPLITS:
+        return TaskRow(found.name, "", "damaged", f"the split is {side!r}, not train, test or excluded"), None
     try:
-        if side not in TASK_SPLITS:
-            row = replace(row, split="")
-            raise DamagedTask(f"the split is {side!r}, not train, test or excluded")
-        facts = found.read(pairs.add)
-        other = _other_language(facts, config.language)
-        drawn = pairs.drawn()
-        row = replace(row, **pairs.counts)
+        content = found.read()
+        other = _other_language(content, config.language)
+        counts, drawn = _draw_pairs(found.name, content.instances, tokenizer, config)
+        row = TaskRow(found.name, side, "kept", **counts)
         if other:
             return replace(row, status="other language", reason=other, drawn=0), None
-        if pairs.counts["available"] < config.min_pairs:
-            reason = f"{pairs.counts['available']} pairs, fewer than {config.min_pairs}"
+        if row.available < config.min_pairs:
+            reason = f"{row.available} pairs, fewer than {config.min_pairs}"
             return replace(row, status="too few pairs", reason=reason, drawn=0), None
-        return row, _task_of(found.name, cast(TaskSplit, side), facts, drawn, config)
+        return row, _task_of(found.name, cast(TaskSplit, side), content, drawn, config)
     except DamagedTask as error:
-        return TaskRow(found.name, row.split, "damaged", str(error)), None
+        return TaskRow(found.name, side, "damaged", str(error)), None
 
 
-def _task_of(name: str, side: TaskSplit, facts: TaskFacts, drawn: list[Pair], config: GeneralConfig) -> Task:
+def _draw_pairs(
+    name: str, instances: Iterable[tuple[Any, Any]], tokenizer: PreTrainedTokenizerBase, config: GeneralConfig
+) -> tuple[dict[str, Any], list[Pair]]:
+    """The `COUNTS` of a task, and its pairs with the smallest hashes, in their order.
+
+    The hash covers seed, task and pair, so the draw depends on nothing else, and pairs sorted by it are also shuffled.
+    """
+    counts: dict[str, Any] = dict.fromkeys(COUNTS, 0)
+    seed = seed_of("pairs", config.seed, name)
+    by_hash: dict[str, Pair] = {}
+    for text, outputs in instances:
+        counts["instances"] += 1
+        outputs = [outputs] if isinstance(outputs, str) else outputs
+        if not isinstance(outputs, list) or not outputs or not _are_texts([text, *outputs]):
+            counts["bad_instances"] += 1
+            continue
+        # Paper: names unwinding as its last step. We unwind first, so that each pair is measured by itself.
+        for output in outputs:
+            counts["pairs"] += 1
+            if not text.strip() or not output.strip():
+                counts["empty"] += 1
+                continue
+            key = digest_of_json([seed, text, output])[:32]
+            # Paper: says nothing of repeated pairs. We drop them, so that none is on both sides of a split.
+            if key in by_hash:
+                counts["duplicates"] += 1
+            else:
+                by_hash[key] = Pair(text, output)
+    drawn: list[Pair] = []
+    for pair in _with_num_tokens([by_hash[key] for key in sorted(by_hash)], tokenizer):
+        if config.max_tokens is not None and cast(int, pair.num_tokens) > config.max_tokens:
+            counts["too_long"] += 1
+            continue
+        counts["available"] += 1
+        if config.max_pairs_per_task is None or len(drawn) < config.max_pairs_per_task:
+            drawn.append(pair)
+    return counts | {"drawn": len(drawn)}, drawn
+
+
+def _are_texts(values: list[Any]) -> bool:
+    """Strings that UTF-8 can hold; they may be empty."""
+    try:
+        "".join(values).encode()
+    except (TypeError, UnicodeEncodeError):
+        return False
+    return True
+
+
+def _with_num_tokens(pairs: Sequence[Pair], tokenizer: PreTrainedTokenizerBase) -> Iterator[Pair]:
+    """The pairs with the tokens of input and output, without special ones."""
+    ends = itertools.accumulate(len(pair.input) + len(pair.output) for pair in pairs)
+    for _, group in itertools.groupby(zip(pairs, ends, strict=True), key=lambda item: item[1] // TOKENIZE_CHARS):
+        batch = [pair for pair, _ in group]
+        texts = list(dict.fromkeys(text for pair in batch for text in (pair.input, pair.output)))
+        ids = tokenizer(
+            texts,
+            add_special_tokens=False,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            verbose=False,  # no notice that a text is longer than the model's context
+        )["input_ids"]
+        lengths = dict(zip(texts, map(len, cast("list[list[int]]", ids)), strict=True))
+        for pair in batch:
+            yield pair._replace(num_tokens=lengths[pair.input] + lengths[pair.output])
+
+
+def _task_of(name: str, side: TaskSplit, content: TaskContent, drawn: list[Pair], config: GeneralConfig) -> Task:
     # Paper: pairs are split 90/10 inside a task. We hold test pairs back as well, so that a soft prompt is measured on
     # pairs that did not stop its tuning.
     inputs = [pair.input for pair in drawn]
@@ -265,22 +335,22 @@ def _task_of(name: str, side: TaskSplit, facts: TaskFacts, drawn: list[Pair], co
             name=name,
             kind="generation",  # as in the paper, also where the outputs are a handful of labels
             split=side,
-            hard_prompts=facts.definitions,
-            source=facts.source,
+            hard_prompts=content.definitions,
+            source=content.source,
             pairs=tuple(pair._replace(split=split) for pair, split in zip(drawn, splits, strict=True)),
         )
     except DataError as error:  # a name that a DoD cannot have
         raise DamagedTask(str(error)) from error
 
 
-def _other_language(facts: TaskFacts, language: str | None) -> str:
+def _other_language(content: TaskContent, language: str | None) -> str:
     """Which other languages a task has; empty if it is all in `language`."""
-    if language is None or facts.languages is None:
+    if language is None or content.languages is None:
         return ""
-    missing = [key for key in LANGUAGE_KEYS if key not in facts.languages]
+    missing = [key for key in LANGUAGE_KEYS if key not in content.languages]
     if missing:
         raise DamagedTask(f"there is no {missing[0]!r}")
-    others = {key: names for key, names in facts.languages.items() if set(names) != {language}}
+    others = {key: names for key, names in content.languages.items() if set(names) != {language}}
     return ", ".join(f"{key} {list(names)}" for key, names in others.items())
 
 
@@ -304,22 +374,6 @@ def _require_tasks(report: GeneralReport, doing: str) -> None:
         f"{doing}: found {len(report.rows)} tasks and none to keep ({dict(found)}); expected at least one. Correct the "
         f"source, its lists, or min_pairs and max_tokens.{lines}"
     )
-
-
-def _totals(rows: Iterable[TaskRow], skipped: Mapping[str, str]) -> dict[str, int]:
-    rows = list(rows)
-    statuses = Counter(row.status for row in rows)
-    return {
-        "tasks": len(rows),
-        "train_tasks": sum(row.kept and row.split == "train" for row in rows),
-        "test_tasks": sum(row.kept and row.split == "test" for row in rows),
-        **{f"{status.replace(' ', '_')}_tasks": statuses[status] for status in NOT_KEPT},
-        "skipped_places": len(skipped),
-        **{count: sum(getattr(row, count) for row in rows) for count in COUNTS},
-    }
-
-
-NOT_KEPT: tuple[TaskStatus, ...] = ("excluded", "unlisted", "other language", "too few pairs", "damaged")
 
 
 def _build_record(
