@@ -5,8 +5,8 @@ from __future__ import annotations
 import gzip
 import json
 import random
-import subprocess
 import sys
+import tracemalloc
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -663,35 +663,23 @@ def test_nothing_to_keep(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> 
 # The output
 
 
-PROGRAM = """
-import resource, sys
-from pathlib import Path
-from transformers import PreTrainedTokenizerFast
-from softprompt_registry.dod.general import GeneralConfig, build_dod_general
-
-tokenizer = PreTrainedTokenizerFast.from_pretrained(sys.argv[1])
-tokenizer(["warm up"])
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-report = build_dod_general(sys.argv[2], Path(sys.argv[3]), tokenizer=tokenizer, config=GeneralConfig())
-after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-print(after - before, report.rows[0].pairs, report.rows[0].drawn)
-"""
-
-
 def test_memory_on_a_large_file(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     """A task file of some 130 MB, in which one letter beyond U+FFFF makes each letter four bytes while it is read."""
-    tokenizer.save_pretrained(tmp_path / "tokenizer")
     instances = [
         {**each, "explanation": f"{number} \U0001f600" + "lorem ipsum " * 300}
         for number, each in enumerate(numbered(35_000))
     ]
-    folder = write_repository(tmp_path / "in", {"t": json.dumps(raw_task(instances), ensure_ascii=False).encode()})
+    folder = write_repository(tmp_path, {"t": json.dumps(raw_task(instances), ensure_ascii=False).encode()})
     assert (folder / "tasks" / "t.json").stat().st_size > 120 << 20
-    arguments = [sys.executable, "-c", PROGRAM, str(tmp_path / "tokenizer"), str(folder), str(tmp_path / "x.dod")]
-    result = subprocess.run(arguments, stdout=subprocess.PIPE, text=True, timeout=120, check=True)
-    kilobytes, pairs, drawn = map(int, result.stdout.split())
-    assert (pairs, drawn) == (35_000, 500)
-    assert kilobytes < 1 << 20
+    del instances
+    tracemalloc.start()
+    try:
+        report, _ = build(folder, tokenizer)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert (report.rows[0].pairs, report.rows[0].drawn) == (35_000, 500)
+    assert 120 << 20 < peak < 1100 << 20
 
 
 def test_metadata(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:

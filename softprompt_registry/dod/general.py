@@ -154,7 +154,7 @@ def build_dod_general(
     """Build the General DoD `out`, whole or not at all.
 
     A damaged task is left out whole and named in the report, and the build continues. One task is in memory at a time:
-    some three to six times the size of its file.
+    some two to eight times the size of its file, by its letters.
 
     Args:
         source: a folder with the benchmark's repository (tasks/*.json, splits/default/), a flat copy (tasks.jsonl,
