@@ -179,7 +179,7 @@ def test_azure_retries_and_hides_the_key_like_any_other(server: LlmServer, caplo
         [Reply(body=b"\xff\xfe\x00garbage")],
         [Reply(body=b"")],
         [Reply(body=["not", "an", "object"])],
-        [Reply(body={"id": "chatcmpl-1"}), Reply(body={"choices": None})],
+        [Reply(body={"id": "chatcmpl-1"}), Reply(body={"choices": []})],
         [Reply(cut=True)],
     ],
 )

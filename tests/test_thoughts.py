@@ -84,7 +84,6 @@ def test_an_answer_beside_thoughts(llm_server: LlmServer, fields: dict[str, Any]
         message(content=[1, 2]),
         {"choices": [{"message": {"role": "assistant"}}]},
         {"choices": [{"finish_reason": "stop"}]},
-        {"choices": []},
     ],
 )
 def test_an_answer_that_cannot_be_read_is_paid_for_once(llm_server: LlmServer, body: Any) -> None:

@@ -56,10 +56,8 @@ def read_reply(content: bytes, endpoint: Literal["chat", "completions"]) -> Repl
         raise BadReply(f"a JSON {type(body).__name__} instead of an object")
     choices = body.get("choices")
     if not isinstance(choices, list) or not choices or not isinstance(choices[0], dict):
-        # Some gateways report a failure behind them with status 200. An empty list is an answer, for instance a blocked one.
-        if body.get("error"):
-            raise BadReply(f"no choices; {provider_message(body['error'])}")
-        raise BadReply("no choices", was_answered=choices == [])
+        # Some gateways report a failure behind them with status 200, also by an empty list: nothing was generated.
+        raise BadReply(f"no choices; {provider_message(body['error'])}" if body.get("error") else "no choices")
     choice = choices[0]
     finish_reason = choice.get("finish_reason")
     holder, field = (choice, "text") if endpoint == "completions" else (choice.get("message"), "content")
