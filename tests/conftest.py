@@ -6,7 +6,6 @@ import contextlib
 import importlib.util
 import os
 import shutil
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -103,13 +102,9 @@ def tiny_folder(_tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def llm_server(monkeypatch: pytest.MonkeyPatch) -> Iterator[LlmServer]:
     """A server that speaks OpenAI's API, with its key in the environment."""
     from llm_server import KEY, LlmServer
+    from running_server import running
 
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    with LlmServer() as server:
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-        thread.start()
+    with running(LlmServer()) as server:
         yield server
-        server.stopping.set()
-        server.shutdown()
-        thread.join()

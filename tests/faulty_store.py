@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, urlsplit
 
+from running_server import running
+
 
 class FaultyServer(ThreadingHTTPServer):
     def __init__(self, fault: str) -> None:
@@ -65,11 +67,6 @@ class _Handler(BaseHTTPRequestHandler):
 
 @contextmanager
 def faulty_server(fault: str) -> Iterator[FaultyServer]:
-    with FaultyServer(fault) as server:
+    with running(FaultyServer(fault)) as server:
         server.handle_error = lambda *_: None  # type: ignore[method-assign]  # the client hung up
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-        thread.start()
         yield server
-        server.stopping.set()
-        server.shutdown()
-        thread.join()
