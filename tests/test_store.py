@@ -157,12 +157,9 @@ def test_artifacts_that_could_not_be_written(mlflow_store: str, tmp_path: Path) 
     assert f"{str(tmp_path / 'taken')!r} is no folder" in said()
 
 
-def test_the_registry_is_checked_too(mlflow_store: str) -> None:
-    mlflow.set_registry_uri("http://me:secret@127.0.0.1:1")
-    try:
-        assert "model registry 'http://***@127.0.0.1:1': " in said(for_run=False)
-    finally:
-        mlflow.set_registry_uri("")
+def test_the_registry_is_checked_too(mlflow_store: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_REGISTRY_URI", "http://me:secret@127.0.0.1:1")
+    assert "model registry 'http://***@127.0.0.1:1': " in said(for_run=False)
 
 
 @pytest.mark.parametrize("text", ["soon", "0", "nan", "1e30"])
