@@ -4,17 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
 from softprompt_registry.dod.task import Pair, Task
-from softprompt_registry.errors import DataError
+from softprompt_registry.errors import ArtifactError, DataError
+from softprompt_registry.evaluation.record import EvaluationRecord
+from softprompt_registry.evaluation.text_scores import EvaluatedTask
 from softprompt_registry.evaluation.verbalizations import COMPARED, Evaluation, evaluate_verbalizations
 from softprompt_registry.printing import print_evaluation
 from softprompt_registry.verbalization.abstention import AbstentionRule
 from softprompt_registry.verbalization.verbalizer import Verbalization
+from softprompt_registry.verbalization.verification import Gain, Verification, Verified
 
 
 class AxisEncoder:
@@ -184,6 +188,40 @@ def test_a_task_that_is_unknown_or_without_a_truth_is_refused() -> None:
     mute = TASKS | {"free": Task("free", "generation", (Pair("x", "y"),))}
     with pytest.raises(DataError, match="task 'free' is not in the DoD or has no ground truth"):
         evaluate_verbalizations({"a": PERFECT}, mute, AxisEncoder())
+
+
+def test_a_record_comes_back_from_its_files_with_the_same_scores(tmp_path: Path) -> None:
+    tasks = {name: EvaluatedTask.of(task, 0.75) for name, task in TASKS.items()}
+    tried = [
+        Verification(
+            **{"task": item.task, "soft_prompt_id": item.soft_prompt_id, "base_fingerprint": "f" * 64},
+            **{"evidence": "pairs", "items": (0,), "no_prompt_scores": (-2.0,), "soft_prompt_scores": (-1.0,)},
+            **{
+                "gain": Gain(1.0, 0.9, 1.1),
+                "reason": None,
+                "truncated_inputs": 0,
+                "draws": 10,
+                "level": 0.95,
+                "seed": 0,
+            },
+            candidates=(Verified(item.text, -1.5, 0.5, 0.25, 0.75, (-1.5,)),),
+        )
+        for item in PERFECT
+    ]
+    settings = {"seed": "3", "verifier.seed": "5"}
+    record = EvaluationRecord(tasks, {"translator": PERFECT}, [], tried, AbstentionRule(0.3), settings)
+    record.save(tmp_path)
+    loaded = EvaluationRecord.load(tmp_path, settings)
+    assert loaded == record and loaded.tasks["moods"].ground_truth == "joy, fear"
+    assert (loaded.seed, loaded.split_seed) == (3, 5)
+    expected = evaluate_verbalizations({"translator": PERFECT}, TASKS, AxisEncoder(), reporting=tried, seed=3)
+    assert loaded.score(AxisEncoder()) == expected
+    assert expected.methods["translator"].rows[0].scores["faithfulness"] == 0.5
+    with pytest.raises(ArtifactError, match=r"incomplete \('verifier.seed'\)"):
+        EvaluationRecord.load(tmp_path, {"seed": "3"})
+    (tmp_path / "rule.json").unlink()
+    with pytest.raises(ArtifactError, match="'.*rule.json' is missing"):
+        EvaluationRecord.load(tmp_path, settings)
 
 
 def test_withheld_texts_are_printed_with_their_reasons(capsys: pytest.CaptureFixture[str]) -> None:

@@ -106,14 +106,17 @@ class Task:
     def ground_truth(self) -> str:
         """What a perfect verbalization would say: the label list for classification (paper section 4.3), else the
         first hard prompt; empty when neither is known."""
-        if self.kind == "classification":
-            return ", ".join(self.labels)
-        return self.hard_prompts[0] if self.hard_prompts else ""
+        return ground_truth_of(self.kind, self.labels, self.hard_prompts)
 
     @property
     def template(self) -> str:
         """The frame that the soft prompt was tuned in (paper section A.4); the target follows after one space."""
         return TEMPLATES[self.kind]
+
+
+def ground_truth_of(kind: TaskKind, labels: Sequence[str], hard_prompts: Sequence[str]) -> str:
+    """See `Task.ground_truth`."""
+    return ", ".join(labels) if kind == "classification" else next(iter(hard_prompts), "")
 
 
 TEMPLATES: dict[str, str] = {"classification": "Sentence: {x} Label:", "generation": "Input: {x}\nOutput:"}

@@ -7,10 +7,11 @@ truths come from; what they are scored by is here.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from statistics import fmean
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from softprompt_registry.dod.task import Task
+from softprompt_registry.dod.task import Task, TaskKind, ground_truth_of
 from softprompt_registry.evaluation.metrics import (
     LabelScore,
     TextEncoder,
@@ -50,7 +51,38 @@ class TextScores(NamedTuple):
     """Means of the rows, the ranking metrics of both directions with their chance levels, `num_tasks` and `empty_share`."""
 
 
-def truth_of(task: Task) -> Truth:
+@dataclass(frozen=True)
+class EvaluatedTask:
+    """What an evaluation keeps of a task: all that texts are compared with, and no pairs."""
+
+    name: str
+    kind: TaskKind
+    labels: tuple[str, ...]
+    hard_prompts: tuple[str, ...]
+    source: str
+    digest: str
+    accuracy: float | None = None
+    """Score of the soft prompt itself on test pairs: label accuracy, or exact match; None if it was not measured."""
+
+    @classmethod
+    def of(cls, task: Task, accuracy: float | None = None) -> EvaluatedTask:
+        return cls(task.name, task.kind, task.labels, task.hard_prompts, task.source, task.digest, accuracy)
+
+    @property
+    def ground_truth(self) -> str:
+        """See `Task.ground_truth`."""
+        return ground_truth_of(self.kind, self.labels, self.hard_prompts)
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, record: dict[str, Any]) -> EvaluatedTask:
+        texts = {name: tuple(record[name]) for name in ("labels", "hard_prompts")}
+        return cls(**{**record, **texts})
+
+
+def truth_of(task: Task | EvaluatedTask) -> Truth:
     """The label list of a classification, any of the hard prompts of another task."""
     if task.kind == "classification":
         return Truth(task.ground_truth, tuple(task.labels))

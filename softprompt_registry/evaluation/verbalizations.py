@@ -12,6 +12,7 @@ from softprompt_registry.errors import DataError
 from softprompt_registry.evaluation.metrics import TextEncoder
 from softprompt_registry.evaluation.statistics import PairedComparison, paired_bootstrap
 from softprompt_registry.evaluation.text_scores import (
+    EvaluatedTask,
     mean_scores,
     score_against_truths,
     score_columns,
@@ -83,7 +84,7 @@ class Evaluation:
 
 def evaluate_verbalizations(
     verbalizations: Mapping[str, Sequence[Verbalization]],
-    tasks: Mapping[str, Task],
+    tasks: Mapping[str, Task | EvaluatedTask],
     encoder: TextEncoder,
     *,
     reporting: Sequence[Verification] | None = None,
@@ -131,7 +132,7 @@ def evaluate_verbalizations(
 
 def _method_result(
     items: Sequence[Verbalization],
-    tasks: Sequence[Task],
+    tasks: Sequence[Task | EvaluatedTask],
     encoder: TextEncoder,
     reporting: Sequence[Verification] | None,
 ) -> MethodResult:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import mlflow
 from mlflow.exceptions import MlflowException
 
 from softprompt_registry.base_models.reference import BaseModelRef
-from softprompt_registry.errors import RegistryError
+from softprompt_registry.errors import ArtifactError, RegistryError
+from softprompt_registry.evaluation.record import FILES, EvaluationRecord
 from softprompt_registry.registry.lookup import REGISTRY_SCHEMES, find_by_uri, parse_model_uri, split_member
 from softprompt_registry.registry.store import STORE_FAILURES, in_one_line, require_store
 from softprompt_registry.soft_prompts.bank import SoftPromptBank
@@ -69,6 +71,31 @@ def find_artifact(uri: str, kind: str) -> FoundArtifact:
             f"Name a {kind}."
         )
     return FoundArtifact(found, member, model_id)
+
+
+def find_evaluation(run: str) -> EvaluationRecord:
+    """What a run of `evaluate` found: its files, with the run's params as the settings.
+
+    Args:
+        run: its id, or `runs:/<id>`.
+
+    Raises:
+        ArtifactError: the run is not there, or is not one of `evaluate`.
+    """
+    run_id = run.removeprefix("runs:/").strip("/")
+    prefix = "evaluation."
+    try:
+        params = mlflow.get_run(run_id).data.params
+        settings = {key.removeprefix(prefix): value for key, value in params.items() if key.startswith(prefix)}
+        with TemporaryDirectory() as folder:
+            for name in FILES:
+                mlflow.artifacts.download_artifacts(run_id=run_id, artifact_path=name, dst_path=folder)
+            return EvaluationRecord.load(Path(folder), settings)
+    except (*STORE_FAILURES, OSError) as error:
+        raise ArtifactError(
+            f"reading the evaluation of run {run_id!r}: {in_one_line(error)}. Expected a run of `softprompt evaluate` with "
+            f"the files {', '.join(FILES)}. Give the run id that the command printed."
+        ) from error
 
 
 def model_id_of(uri: str) -> str | None:

@@ -7,6 +7,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import mlflow
@@ -18,8 +19,10 @@ from softprompt_registry.config import flatten
 from softprompt_registry.dod.task import Task
 from softprompt_registry.errors import ConfigError
 from softprompt_registry.evaluation.garbage import GarbageResult
+from softprompt_registry.evaluation.record import EvaluationRecord
 from softprompt_registry.evaluation.report_data import Faithfulness, report_data, report_json
 from softprompt_registry.evaluation.report_page import report_page
+from softprompt_registry.evaluation.text_scores import EvaluatedTask
 from softprompt_registry.evaluation.verbalizations import COMPARED, UNBOUNDED, Evaluation
 from softprompt_registry.recording import Recorder
 from softprompt_registry.registry import conventions
@@ -27,9 +30,6 @@ from softprompt_registry.stages.proposing import EvaluationConfig
 from softprompt_registry.verbalization.abstention import AbstentionRule
 from softprompt_registry.verbalization.methods import WITH_VERIFIER, MethodTexts
 from softprompt_registry.verbalization.proposers.label_list import LabelListProposer
-
-CANDIDATES, REPORTING, TASKS = "candidates.json", "verification_reporting.json", "tasks.json"
-"""From these three files all metrics of the methods can be computed again."""
 
 
 @dataclass(frozen=True)
@@ -63,11 +63,10 @@ def record_evaluation(
     Args:
         model_id: the translator's LoggedModel, which gets the scores of its greedy texts.
     """
-    _record_sources(found)
+    _record_sources(found, config)
     _record_methods(found.evaluation, recorder, dataset, model_id)
     _record_report(found, base_model, config)
     recorder.table("abstention_rule.json", found.calibration)
-    mlflow.log_dict(found.rule.to_json(), "rule.json")
     failures = [("", task, reason) for task, reason in found.left_out.items()]
     failures += [(method, task, reason) for (method, task), reason in found.made.failures.items()]
     columns = zip(*failures, strict=True) if failures else ((), (), ())
@@ -80,26 +79,14 @@ def record_evaluation(
             recorder.metric(f"{conventions.EVALUATION_PREFIX}{name}", value)
 
 
-def _record_sources(found: Evaluated) -> None:
-    """The texts with all candidates, what the verifier measured, and the truths."""
-    mlflow.log_dict(
-        {method: [item.to_json() for item in items] for method, items in found.made.texts.items()}, CANDIDATES
-    )
-    for name, verifications in (("verification_ranking.json", found.made.ranking), (REPORTING, found.made.reporting)):
-        mlflow.log_dict({"tasks": [item.to_json() for item in verifications]}, name)
-    tasks = [
-        {
-            "name": task.name,
-            "kind": task.kind,
-            "labels": list(task.labels),
-            "hard_prompts": list(task.hard_prompts),
-            "source": task.source,
-            "digest": task.digest,
-            "accuracy": found.accuracy.get(task.name),
-        }
-        for task in found.tasks.values()
-    ]
-    mlflow.log_dict({"tasks": tasks}, TASKS)
+def _record_sources(found: Evaluated, config: EvaluationConfig) -> None:
+    """The texts with all candidates, what the verifier measured, the truths and the rule."""
+    tasks = {name: EvaluatedTask.of(task, found.accuracy.get(name)) for name, task in found.tasks.items()}
+    made = found.made
+    record = EvaluationRecord(tasks, made.texts, made.ranking, made.reporting, found.rule, flatten(config))
+    with TemporaryDirectory() as folder:
+        record.save(Path(folder))
+        mlflow.log_artifacts(folder)
 
 
 def _record_methods(evaluation: Evaluation, recorder: Recorder, dataset: DodDataset, model_id: str | None) -> None:

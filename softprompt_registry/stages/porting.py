@@ -21,6 +21,7 @@ from softprompt_registry.config import flatten
 from softprompt_registry.dod.store import DodStore
 from softprompt_registry.dod.task import Task
 from softprompt_registry.errors import ArtifactError, ConfigError, DataError
+from softprompt_registry.evaluation.record import CANDIDATES, TASKS
 from softprompt_registry.language_models.answer_cache import AnswerCache
 from softprompt_registry.language_models.protocol import Usage, without_folders
 from softprompt_registry.portability.analysis import Portability, measure_portability
@@ -46,7 +47,6 @@ from softprompt_registry.registry.artifacts import find_artifact
 from softprompt_registry.registry.lookup import find_logged_model
 from softprompt_registry.registry.store import STORE_FAILURES, in_one_line
 from softprompt_registry.soft_prompts.bank import SoftPromptBank
-from softprompt_registry.stages.evaluation_records import CANDIDATES, TASKS
 from softprompt_registry.stages.running import log_inputs, stage_run
 from softprompt_registry.stages.training import require_same_dod
 from softprompt_registry.storage import complete_record

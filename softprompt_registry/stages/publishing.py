@@ -12,6 +12,7 @@ from mlflow.entities import LoggedModel, LoggedModelInput, Run
 
 from mlflow_plugins.recording import MlflowRecorder
 from softprompt_registry.errors import ArtifactError, RegistryError
+from softprompt_registry.evaluation.record import CANDIDATES, REPORTING, TASKS
 from softprompt_registry.portability.answers import FEW_SHOT_TRANSLATED
 from softprompt_registry.portability.hard_prompts import LABEL_LIST, METHODS, instruction
 from softprompt_registry.registry import conventions
@@ -29,7 +30,6 @@ from softprompt_registry.registry.publishing import (
     target_scores,
 )
 from softprompt_registry.registry.store import STORE_FAILURES, in_one_line
-from softprompt_registry.stages.evaluation_records import CANDIDATES, REPORTING, TASKS
 from softprompt_registry.stages.running import stage_run
 from softprompt_registry.storage import complete_record
 from softprompt_registry.verbalization.methods import ALL, WITH_VERIFIER
