@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 from softprompt_registry.base_models.decoding import RowDecoder
 from softprompt_registry.base_models.frozen import BaseModel
 from softprompt_registry.errors import BaseModelError
-from softprompt_registry.evaluation.garbage import garbage_prompts
+from softprompt_registry.evaluation.control_prompts import control_prompts
 from softprompt_registry.soft_prompts.fleet import train_step
 from softprompt_registry.soft_prompts.progress import (
     DodOrigin,
@@ -111,7 +111,7 @@ def test_a_soft_prompt_is_tuned_on_it(base: BaseModel) -> None:
     tokens = base.model.get_input_embeddings()(torch.arange(base.ref.vocab_size)).float()
     assert all((tokens == row).all(dim=1).any() for row in progress.initial)
     soft_prompt = finished_prompt(base, progress, CONFIG, {}, DodOrigin())
-    (random_vectors,) = garbage_prompts(base, [soft_prompt], 1)
+    (random_vectors,) = control_prompts(base, [soft_prompt], 1)
     assert random_vectors.kind == "random vectors"
     assert random_vectors.soft_prompt.embeddings.std().item() == pytest.approx(tokens.std().item(), rel=0.3)
 

@@ -106,7 +106,7 @@ def test_a_task_that_cannot_be_verified_is_left_out_and_named(found: Any) -> Non
     assert sorted(table["task"]) == ["bare", "few", "mute"]
 
 
-def test_garbage_is_read_and_counted(found: Any) -> None:
+def test_control_prompts_are_read_and_counted(found: Any) -> None:
     table = mlflow.load_table("garbage.json", run_ids=[found["run_id"]])
     assert list(table["kind"]) == ["random vectors", "noise", "shuffled tokens"] * 2
     assert list(table["task"]) == ["heats"] * 3 + ["speeds"] * 3
@@ -116,7 +116,7 @@ def test_garbage_is_read_and_counted(found: Any) -> None:
     assert found["garbage_curve"]["garbage_refused"] == list(curve["garbage_refused"])
     report = mlflow.artifacts.load_dict(f"runs:/{found['run_id']}/report.json")
     assert [point["garbage_refused"] for point in report["garbage"]] == list(curve["garbage_refused"])
-    assert "Garbage refused, texts given" in mlflow.artifacts.load_text(f"runs:/{found['run_id']}/report.html")
+    assert "Control prompts refused, texts given" in mlflow.artifacts.load_text(f"runs:/{found['run_id']}/report.html")
     logged = mlflow.get_run(found["run_id"]).data.metrics
     assert {name.removeprefix("evaluation.") for name in logged} >= set(found["garbage"])
 

@@ -17,16 +17,18 @@ from numpy.typing import NDArray
 
 from softprompt_registry import figures
 from softprompt_registry.dod.task import Pair, Task
-from softprompt_registry.errors import ConfigError, DataError
-from softprompt_registry.evaluation.analysis import Confusion
+from softprompt_registry.errors import DataError
 from softprompt_registry.evaluation.metrics import label_score
-from softprompt_registry.evaluation.report_data import Faithfulness, ReportData, report_data, report_json
+from softprompt_registry.evaluation.record import EvaluationRecord
+from softprompt_registry.evaluation.report_data import ReportData, report_data, report_json
 from softprompt_registry.evaluation.report_figures import report_figures
 from softprompt_registry.evaluation.report_page import report_page, verdict
 from softprompt_registry.evaluation.statistics import paired_bootstrap
-from softprompt_registry.evaluation.verbalizations import Evaluation, evaluate_verbalizations
+from softprompt_registry.evaluation.text_scores import EvaluatedTask
+from softprompt_registry.evaluation.verbalizations import Faithfulness, evaluate_verbalizations
 from softprompt_registry.pages.formatting import signed
 from softprompt_registry.pages.svg import inline_svg
+from softprompt_registry.verbalization.abstention import AbstentionRule
 from softprompt_registry.verbalization.verbalizer import Verbalization
 from softprompt_registry.verbalization.verification import Gain, Verification, Verified
 
@@ -50,24 +52,8 @@ def generation(name: str, *prompts: str) -> Task:
     return Task(name, "generation", (Pair("x", "y"),), hard_prompts=prompts)
 
 
-def evaluated(
-    tasks: Sequence[Task],
-    prefill: str = "",
-    abstained: Mapping[tuple[str, str], str] | None = None,
-    reporting: Sequence[Verification] | None = None,
-    **methods: Sequence[str],
-) -> Evaluation:
-    """By method, a text for each task in order; `abstained` has reasons by method and task."""
-    said = {}
-    for method, texts in methods.items():
-        said[method] = []
-        for text, task in zip(texts, tasks, strict=True):
-            reason = (abstained or {}).get((method, task.name))
-            item = Verbalization(text, task.name, (), f"id of {task.name}", "f" * 64, prefill=prefill)
-            if reason is not None:
-                item = dataclasses.replace(item, abstained=True, reason=reason)
-            said[method].append(item)
-    return evaluate_verbalizations(said, {task.name: task for task in tasks}, BagEncoder(), reporting=reporting)
+def said(task: Task, text: str, faithfulness: float | None = None, **known: Any) -> Verbalization:
+    return Verbalization(text, task.name, (), f"id of {task.name}", "f" * 64, faithfulness=faithfulness, **known)
 
 
 def verified(task: Task, *candidates: Verified) -> Verification:
@@ -89,25 +75,53 @@ def verified(task: Task, *candidates: Verified) -> Verification:
     )
 
 
-def reported(tasks: Sequence[Task], evaluation: Evaluation, **known: Any) -> ReportData:
-    known = {"title": "A report"} | known
-    return report_data(evaluation, {task.name: task for task in tasks}, **known)
+def reported(
+    tasks: Sequence[Task],
+    methods: Mapping[str, Sequence[str | Verbalization]],
+    *,
+    accuracy: Mapping[str, float] | None = None,
+    reporting: Sequence[Verification] | None = None,
+    settings: Mapping[str, Any] | None = None,
+    **known: Any,
+) -> ReportData:
+    """The report of texts: by method, one for each task in order."""
+    texts = {
+        method: [
+            item if isinstance(item, Verbalization) else said(task, item)
+            for item, task in zip(items, tasks, strict=True)
+        ]
+        for method, items in methods.items()
+    }
+    kept = {task.name: EvaluatedTask.of(task, (accuracy or {}).get(task.name)) for task in tasks}
+    record = EvaluationRecord(kept, texts, [], list(reporting or ()), AbstentionRule(), {"seed": 3, **(settings or {})})
+    plain = evaluate_verbalizations(texts, kept, BagEncoder(), reporting=reporting, seed=record.seed)
+    return report_data(record, plain, **known)
 
 
 WORDS = ["joy", "fear", "up", "down", "red", "blue", "hot", "cold"]
 TASKS = [classification(f"{a}-{b}", a, b) for a in WORDS for b in WORDS[::-1] if a < b][:8]
 
 
-def eight(abstained: Mapping[tuple[str, str], str] | None = None, **known: Any) -> ReportData:
-    """Eight tasks: the translator names all labels, the other method the first one with some noise, the last nothing."""
-    evaluation = evaluated(
-        TASKS,
-        abstained=abstained,
-        translator=[task.ground_truth for task in TASKS],
-        inspect=[f"{task.labels[0]} or some thing" for task in TASKS],
-        silent=[""] * 8,
+def eight(
+    *, faithfulness: Mapping[int, float] | None = None, abstained: Mapping[int, str] | None = None, **known: Any
+) -> ReportData:
+    """Eight tasks: the translator names all labels, the other method the first one with some noise, the last nothing.
+
+    `faithfulness` of the second method's texts, and why they are withheld, by the place of the task.
+    """
+    second = [
+        said(
+            task,
+            f"{task.labels[0]} or some thing",
+            (faithfulness or {}).get(number),
+            abstained=number in (abstained or {}),
+            reason=(abstained or {}).get(number),
+        )
+        for number, task in enumerate(TASKS)
+    ]
+    return reported(
+        TASKS, {"translator": [task.ground_truth for task in TASKS], "inspect": second, "silent": [""] * 8}, **known
     )
-    return reported(TASKS, evaluation, **known)
 
 
 def said_in(article: Page, method: int) -> Page:
@@ -159,7 +173,7 @@ def test_the_table_has_every_method_with_intervals_and_chance_beside_the_ranking
 
 def test_a_lead_that_may_be_chance_is_no_victory() -> None:
     texts = [task.ground_truth for task in TASKS]
-    mixed = evaluated(TASKS, a=["", *texts[1:]], b=[*texts[:6], "", ""], c=texts[:1] + [""] * 7)
+    mixed = {"a": ["", *texts[1:]], "b": [*texts[:6], "", ""], "c": texts[:1] + [""] * 7}
     found = verdict(reported(TASKS, mixed))
     assert found.tone == "warning"
     assert found.headline.startswith("No method is clearly the best; a scores highest: Label F1 0.88 (")
@@ -170,14 +184,13 @@ def test_a_lead_that_may_be_chance_is_no_victory() -> None:
 def test_winning_on_five_tasks_is_not_enough_and_on_six_it_is() -> None:
     for count, tone in ((5, "warning"), (6, "fine")):
         tasks = TASKS[:count]
-        evaluation = evaluated(tasks, good=[task.ground_truth for task in tasks], bad=[""] * count)
-        assert verdict(reported(tasks, evaluation)).tone == tone
+        methods = {"good": [task.ground_truth for task in tasks], "bad": [""] * count}
+        assert verdict(reported(tasks, methods)).tone == tone
 
 
 def test_the_best_method_is_compared_even_if_it_is_not_the_first() -> None:
     texts = [task.ground_truth for task in TASKS]
-    evaluation = evaluated(TASKS, weak=[""] * 8, best=texts, middle=[task.labels[0] for task in TASKS])
-    data = reported(TASKS, evaluation, seed=3)
+    data = reported(TASKS, {"weak": [""] * 8, "best": texts, "middle": [task.labels[0] for task in TASKS]})
     assert [(item.method, item.other) for item in data.comparisons] == [
         ("weak", "best"),
         ("weak", "middle"),
@@ -186,28 +199,24 @@ def test_the_best_method_is_compared_even_if_it_is_not_the_first() -> None:
     ]
     expected = paired_bootstrap([1.0] * 8, [2 / 3] * 8, seed=3)
     assert data.comparisons[3].metrics["label_f1"] == expected
-    assert data.comparisons[0].metrics == evaluation.comparisons["best"]
     assert verdict(data).headline.startswith("best is the best method")
 
 
-def test_a_method_that_is_told_the_labels_is_shown_and_is_no_rival() -> None:
+def test_a_method_with_privileged_information_is_shown_and_is_no_rival() -> None:
     texts = [task.ground_truth for task in TASKS]
-    evaluation = evaluated(TASKS, told=texts, weak=[""] * 8, honest=[task.labels[0] for task in TASKS])
-    data = reported(TASKS, evaluation, told=["told"])
+    methods = {"label_list": texts, "weak": [""] * 8, "honest": [task.labels[0] for task in TASKS]}
+    data = reported(TASKS, methods)
     assert data.best.name == "honest" and ("honest", "weak") in [(item.method, item.other) for item in data.comparisons]
     found = verdict(data)
     assert found.headline.startswith("honest is the best method")
-    assert not any("told" in words for _, words in found.points)
-    assert "told: told what is asked for, and no rivals of the others." in " ".join(report_page(data).split())
-    assert verdict(reported(TASKS, evaluation)).headline.startswith("told is the best method")
-    with pytest.raises(DataError, match="found told of 'other'"):
-        reported(TASKS, evaluation, told=["other"])
+    assert not any("label_list" in words for _, words in found.points)
+    assert "label_list: given privileged information, and no rivals" in " ".join(report_page(data).split())
 
 
 def test_what_the_verifier_changes_about_a_method_is_among_the_differences() -> None:
     texts = [task.ground_truth for task in TASKS]
     named = {"first": texts, "plain": [""] * 8, "plain+verifier": [task.labels[0] for task in TASKS]}
-    data = reported(TASKS, evaluated(TASKS, **named))
+    data = reported(TASKS, named)
     pairs = [(item.method, item.other) for item in data.comparisons]
     assert pairs == [("first", "plain"), ("first", "plain+verifier"), ("plain+verifier", "plain")]
     assert data.comparisons[2].metrics["label_f1"].difference == pytest.approx(2 / 3)
@@ -216,71 +225,50 @@ def test_what_the_verifier_changes_about_a_method_is_among_the_differences() -> 
 
 
 def test_texts_at_chance_are_called_so_and_empty_ones_are_counted() -> None:
-    same = evaluated(TASKS, constant=["nothing"] * 8)
+    same = {"constant": ["nothing"] * 8}
     at_chance = "percentile rank 0.50 (0.50 to 0.50), chance 0.50"
     warned = ("warning", f"Its texts may not tell the tasks apart better than chance: {at_chance}.")
     assert warned in verdict(reported(TASKS, same)).points
-    silent = verdict(reported(TASKS, evaluated(TASKS, silent=["x"] * 7 + [""]))).points
+    silent = verdict(reported(TASKS, {"silent": ["x"] * 7 + [""]})).points
     assert ("warning", "1 of its 8 texts is empty, which scores lowest.") in silent
 
 
-def test_faithfulness_and_abstentions_are_in_the_verdict_and_in_the_task() -> None:
-    first, second, third = (("translator", task.name) for task in TASKS[:3])
-    data = eight(
-        faithfulness={first: Faithfulness(0.5, 0.25, 0.75), second: Faithfulness(None), third: Faithfulness(1.25)},
-        abstained={second: "the soft prompt gains nothing"},
-    )
-    page = Page(report_page(data))
-    assert "Mean faithfulness 0.88 over the 2 of 8 texts that have one." in page.text
-    assert "It abstains on 1 of 8 tasks, which count all the same; the others have Label F1 1.00." in page.text
-    one, two, three = (said_in(page.article(number), 1) for number in (1, 2, 3))
-    meter = next(found for tag, found in one.tags if found.get("class") == "meter")
-    assert (meter["role"], meter["aria-label"]) == ("img", "faithfulness 0.50, 0.25 to 0.75")
-    styles = [found["style"] for tag, found in one.tags if "%" in str(found.get("style"))]
-    assert styles == ["left: 0; width: 50.0%", "left: 25.0%; right: 25.0%"]
-    assert two.tags[0] == ("div", {"class": "said abstained"})
-    assert "Abstained: the soft prompt gains nothing" in flat(two.text)
-    assert "faithfulness not defined" in two.text
-    assert "width: 100.0%" in three.html and "1.25" in three.text, "the bar ends where it ends"
-    assert "abstained" not in one.html and "faithfulness" not in said_in(page.article(4), 1).text
-
-
-def test_abstentions_may_be_said_beside_the_evaluation() -> None:
-    evaluation = evaluated(TASKS[:3], abstained={("a", TASKS[0].name): "its own"}, a=["x"] * 3)
-    data = reported(TASKS[:3], evaluation, abstained={("a", TASKS[1].name): "from outside"})
-    found = [(task.texts["a"].abstained, task.texts["a"].reason) for task in data.tasks]
-    assert found == [(True, "its own"), (True, "from outside"), (False, None)]
-
-
 def test_what_was_decided_on_makes_the_curve_and_what_was_measured_on_other_pairs_is_shown() -> None:
-    tasks = TASKS[:3]
-    texts = [tasks[0].ground_truth, tasks[1].labels[0], ""]
+    tasks = TASKS[:4]
+    texts = [tasks[0].ground_truth, tasks[1].labels[0], "", "x"]
     found = [
         verified(tasks[0], Verified(texts[0], -1.25, 0.75, 0.5, 1.0, (-1.5, -1.0))),
         verified(tasks[1], Verified(texts[1], -1.75, 0.25, -0.5, 0.5, (-2.0, -1.5))),
         verified(tasks[2], Verified(texts[2], -2.0, None, None, None, (-2.0, -2.0))),
+        verified(tasks[3], Verified(texts[3], -0.5, 1.25, 1.0, 1.5, (-1.0, 0.0))),
     ]
-    evaluation = evaluated(tasks, reporting=found, a=texts)
-    data = reported(tasks, evaluation)
+    why = "the soft prompt gains nothing"
+    items = [said(task, text, value) for task, text, value in zip(tasks, texts, (0.1, 0.2, 0.3, 0.4), strict=True)]
+    items[2] = dataclasses.replace(items[2], abstained=True, reason=why)
+    data = reported(tasks, {"a": items}, reporting=found)
     measured = [task.texts["a"].faithfulness for task in data.tasks]
-    assert measured == [Faithfulness(0.75, 0.5, 1.0), Faithfulness(0.25, -0.5, 0.5), Faithfulness(None)]
-    assert [point.threshold for point in data.curves["a"].points] == [0.75, 0.25, None]
+    assert measured[:3] == [Faithfulness(0.75, 0.5, 1.0), Faithfulness(0.25, -0.5, 0.5), Faithfulness(None)]
+    assert [point.threshold for point in data.curves["a"].points] == [0.4, 0.3, 0.2, 0.1]
     page = Page(report_page(data))
-    assert "Mean faithfulness 0.50 over the 2 of 3 texts that have one." in page.text
-    assert "Held-out log-likelihood −1.75" in said_in(page.article(2), 1).text
-    assert said_in(page.article(2), 1).text.count("aithfulness") == 1, "as a bar, not once more as a number"
+    assert "Mean faithfulness 0.75 over the 3 of 4 texts that have one." in page.text
+    assert "It abstains on 1 of 4 tasks, which count all the same; the others have Label F1 0.56." in page.text
+    one, two, three, four = (said_in(page.article(number), 1) for number in (1, 2, 3, 4))
+    meter = next(found for tag, found in one.tags if found.get("class") == "meter")
+    assert (meter["role"], meter["aria-label"]) == ("img", "faithfulness 0.75, 0.50 to 1.00")
+    styles = [found["style"] for tag, found in one.tags if "%" in str(found.get("style"))]
+    assert styles == ["left: 0; width: 75.0%", "left: 50.0%; right: 0.0%"]
+    assert "Held-out log-likelihood −1.75" in two.text
+    assert two.text.count("aithfulness") == 1, "as a bar, not once more as a number"
+    assert three.tags[0] == ("div", {"class": "said abstained"}) and f"Abstained: {why}" in flat(three.text)
+    assert "faithfulness not defined" in three.text
+    assert "width: 100.0%" in four.html and "1.25" in four.text, "the bar ends where it ends"
     assert [figure.name for figure in report_figures(data)] == ["methods", "faithfulness", "coverage"]
-    assert ["−1.67−2.00 to −1.25"] == [row[8] for row in cells_of(page.html)[0][1:]]
-    decided = {("a", task.name): Faithfulness(value) for task, value in zip(tasks, (0.1, 0.2, 0.3), strict=True)}
-    data = reported(tasks, evaluation, faithfulness=decided)
-    assert [point.threshold for point in data.curves["a"].points] == [0.3, 0.2, 0.1]
-    assert [task.texts["a"].faithfulness for task in data.tasks] == measured
 
 
 def test_each_task_shows_the_truth_beside_every_methods_text() -> None:
     tasks = [*TASKS[:2], generation("free", "Say it.", "Tell them now.")]
-    evaluation = evaluated(tasks, a=["red", "", "say it"], b=["x", "y", "z"])
-    page = Page(report_page(reported(tasks, evaluation, accuracy={tasks[0].name: 0.825})))
+    methods = {"a": ["red", "", "say it"], "b": ["x", "y", "z"]}
+    page = Page(report_page(reported(tasks, methods, accuracy={tasks[0].name: 0.825})))
     assert page.count("article") == 3
     assert page.texts["h3"][-3:] == [task.name for task in tasks]
     for number, task in enumerate(tasks, start=1):
@@ -294,8 +282,7 @@ def test_each_task_shows_the_truth_beside_every_methods_text() -> None:
 def test_labels_are_marked_exactly_where_the_metric_counts_them() -> None:
     task = classification("toxic?", "toxic", "not toxic", "e-mail", "joy")
     text = "Not toxic, TOXIC: an e mail; enjoy <joyful> toxics"
-    evaluation = evaluated([task], a=[text])
-    page = Page(report_page(reported([task], evaluation)))
+    page = Page(report_page(reported([task], {"a": [text]})))
     said = said_in(page.article(1), 1)
     assert said.texts["mark"] == ["Not toxic", "TOXIC", "e mail"]
     assert said.texts["s"] == ["joy"]
@@ -306,24 +293,13 @@ def test_labels_are_marked_exactly_where_the_metric_counts_them() -> None:
 
 def test_the_prefill_is_shown_and_neither_marked_nor_counted() -> None:
     task = classification("moods", "joy", "fear")
-    evaluation = evaluated([task], prefill="Name the joy: ", a=["Name the joy: fear"])
-    data = reported([task], evaluation, prefills={("a", "moods"): "Name the joy: "})
-    said = said_in(Page(report_page(data)).article(1), 1)
-    assert said.texts["mark"] == ["fear"] and said.texts["s"] == ["joy"]
-    assert "Name the joy: fear" in said.text
+    data = reported([task], {"a": [said(task, "Name the joy: fear", prefill="Name the joy: ")]})
+    shown = said_in(Page(report_page(data)).article(1), 1)
+    assert shown.texts["mark"] == ["fear"] and shown.texts["s"] == ["joy"]
+    assert "Name the joy: fear" in shown.text
     assert data.tasks[0].texts["a"].scores["label_recall"] == 1 / 2
-    nothing = evaluated([task], prefill="Name the joy: ", a=["Name the joy:"])
-    data = reported([task], nothing, prefills={("a", "moods"): "Name the joy: "})
-    assert (data.tasks[0].texts["a"].text, data.tasks[0].texts["a"].prefill) == ("", "Name the joy:")
-
-
-def test_a_text_nearer_to_another_task_says_so() -> None:
-    found = [Confusion(task.name, TASKS[3].name, 0.5, 0.25) for task in TASKS]
-    page = Page(report_page(eight(confusions={"inspect": found})))
-    said = said_in(page.article(1), 2)
-    assert f"nearest to {TASKS[3].name}" in flat(said.text)
-    assert ("a", {"href": "#task-4"}) in said.tags
-    assert "nearest" not in page.article(4).text, "that is its own"
+    data = reported([task], {"a": [said(task, "Name the joy:", prefill="Name the joy: ")]})
+    assert (data.tasks[0].texts["a"].found, data.tasks[0].texts["a"].prefill) == ("", "Name the joy:")
 
 
 def test_categories_correlations_and_curves_have_their_tables() -> None:
@@ -331,7 +307,7 @@ def test_categories_correlations_and_curves_have_their_tables() -> None:
     data = eight(
         categories={name: "light" if number < 3 else "dark" for number, name in enumerate(names)},
         accuracy={name: number / 8 for number, name in enumerate(names)},
-        faithfulness={("inspect", name): Faithfulness(number / 8) for number, name in enumerate(names)},
+        faithfulness={number: number / 8 for number in range(8)},
     )
     page = Page(report_page(data))
     rows = [row for table in cells_of(page.html) for row in table]
@@ -345,20 +321,18 @@ def test_categories_correlations_and_curves_have_their_tables() -> None:
 
 def test_a_mixed_evaluation_is_ranked_by_what_all_tasks_have() -> None:
     tasks = [*TASKS[:2], generation("free", "Say it.")]
-    evaluation = evaluated(tasks, a=["x"] * 3, b=["say it"] * 3)
-    data = reported(tasks, evaluation)
+    data = reported(tasks, {"a": ["x"] * 3, "b": ["say it"] * 3})
     assert (data.ranked_by, data.best.name) == ("cosine", "b")
     assert data.category_names == {"classification": 2, "generation": 1}
-    assert reported(tasks, evaluation, ranked_by="rouge_l").ranked_by == "rouge_l"
-    assert reported(TASKS[:2], evaluated(TASKS[:2], a=["x", "y"])).ranked_by == "label_f1"
-    with pytest.raises(ConfigError, match="found ranked_by='label_f1', expected a metric that every task has"):
-        reported(tasks, evaluation, ranked_by="label_f1")
+    assert reported(TASKS[:2], {"a": ["x", "y"]}).ranked_by == "label_f1"
+    with pytest.raises(DataError, match="found no category for"):
+        reported(tasks, {"a": ["x"] * 3}, categories={"free": "x"})
 
 
 def test_the_least_there_can_be() -> None:
     """One task, one method, nothing known beside."""
     task = generation("free", "Say it.")
-    data = reported([task], evaluated([task], only=["Say what?"]))
+    data = reported([task], {"only": ["Say what?"]})
     page = Page(report_page(data))
     assert page.texts["strong"][0].startswith("only reaches Cosine 0.50 (0.50 to 0.50); there is no other method")
     assert "Only 1 task:" in page.text and "1 method on the same soft prompts of 1 task" in page.text
@@ -367,53 +341,26 @@ def test_the_least_there_can_be() -> None:
     assert len(page.texts["strong"]) == 1, "nothing wins without a rival"
 
 
-def test_tasks_that_do_not_fit_are_refused() -> None:
-    evaluation = evaluated(TASKS, a=["x"] * 8)
-    with pytest.raises(DataError, match=r"found no task \['joy-.*expected one soft prompt for each task"):
-        reported(TASKS[1:], evaluation)
-    twice = evaluated([TASKS[0]] * 2, a=["x", "y"])
-    with pytest.raises(DataError, match="more than once"):
-        reported(TASKS, twice)
-
-
-@pytest.mark.parametrize(
-    ("known", "words"),
-    [
-        ({"faithfulness": {("b", TASKS[0].name): None}}, "found faithfulness of .*which is no text"),
-        ({"abstained": {("a", "other"): "why"}}, "found abstained of .*which is no text"),
-        ({"prefills": {("a", "other"): "Say"}}, "found prefills of .*which is no text"),
-        ({"accuracy": {"other": 1.0}}, "found accuracy of 'other', which is no task"),
-        ({"confusions": {"b": []}}, "found confusions of 'b', which is no method"),
-        ({"categories": {"other": "x"}}, "found no category for"),
-    ],
-)
-def test_what_is_said_of_something_else_is_refused(known: Mapping[str, Any], words: str) -> None:
-    with pytest.raises(DataError, match=words):
-        reported(TASKS, evaluated(TASKS, a=["x"] * 8), **known)
-
-
 # As JSON --------------------------------------------------------------------------------------------------------------
 
 
 def test_json_holds_everything_under_names() -> None:
-    key = ("translator", TASKS[0].name)
     accuracy = {task.name: number / 8 for number, task in enumerate(TASKS)}
     data = eight(
-        faithfulness={key: Faithfulness(0.5, 0.25, 0.75)},
-        abstained={key: "why"},
-        accuracy=accuracy,
-        settings={"seed": 1, "path": Path("x"), "prefill": None},
+        faithfulness={0: 0.5}, abstained={0: "why"}, accuracy=accuracy, settings={"path": Path("x"), "prefill": None}
     )
     record = json.loads(json.dumps(report_json(data), allow_nan=False))
     assert record["format_version"] == 1
     assert set(record) == {"format_version"} | {field.name for field in dataclasses.fields(ReportData)}
-    text = record["tasks"][0]["texts"]["translator"]
-    assert text["faithfulness"] == {"value": 0.5, "low": 0.25, "high": 0.75}
-    assert (text["abstained"], text["reason"], text["text"]) == (True, "why", TASKS[0].ground_truth)
+    text = record["tasks"][0]["texts"]["inspect"]
+    assert set(text["scores"]) >= {"label_f1", "cosine"} and text["text"] == f"{TASKS[0].labels[0]} or some thing"
+    assert {name: value for name, value in text.items() if name not in ("text", "scores")} == {
+        **{"prefill": "", "faithfulness": None, "decided_on": 0.5, "abstained": True, "reason": "why", "nearest": None}
+    }
     assert record["comparisons"][0]["metrics"]["label_f1"]["wins"] == 8
-    assert record["curves"]["translator"]["points"][0] == {"coverage": 0.125, "quality": 1.0, "threshold": 0.5}
+    assert record["curves"]["inspect"]["points"][0] == {"coverage": 0.125, "quality": 1 / 3, "threshold": 0.5}
     assert record["correlations"]["silent"]["reason"] == "quality is the same in all 8 tasks"
-    assert record["settings"] == {"seed": 1, "path": "x", "prefill": None}
+    assert record["settings"] == {"seed": 3, "path": "x", "prefill": None}
     assert record["methods"][0]["intervals"]["cosine"] == pytest.approx({"mean": 1.0, "low": 1.0, "high": 1.0})
 
 
@@ -425,23 +372,21 @@ def hostile_data() -> ReportData:
     task = classification(f"moods {HOSTILE}", f"joy {HOSTILE}", "fear")
     other = generation("free", f"Say {HOSTILE}")
     methods = {
-        f"a {HOSTILE}": [f"{HOSTILE} fear joy {HOSTILE}", f"{UNPRINTABLE} \n\t x"],
-        f"_{HOSTILE}": [HOSTILE, "y"],
+        f"a {HOSTILE}": [
+            said(task, f"{HOSTILE} fear joy {HOSTILE}", 0.5, abstained=True, reason=HOSTILE),
+            f"{UNPRINTABLE} \n\t x",
+        ],
+        f"_{HOSTILE}": [said(task, HOSTILE, prefill=HOSTILE[:8]), "y"],
     }
-    names = list(methods)
-    evaluation = evaluated([task, other], abstained={(names[0], task.name): HOSTILE}, **methods)
     return reported(
         [task, other],
-        evaluation,
+        methods,
         title=HOSTILE,
         when=HOSTILE,
         base_model=HOSTILE,
         settings={HOSTILE: HOSTILE},
         accuracy={task.name: 0.5, other.name: 0.25},
         categories={task.name: HOSTILE, other.name: "\u611f\u60c5 #000000"},
-        faithfulness={(names[0], task.name): Faithfulness(0.5, 0.25, 0.75)},
-        prefills={(names[1], task.name): "<script>"},
-        confusions={names[0]: [Confusion(task.name, other.name, 1.0, 0.5), Confusion(other.name, HOSTILE, 1.0, 0.5)]},
     )
 
 
@@ -464,7 +409,7 @@ def full_data() -> ReportData:
     return eight(
         categories={name: "ab"[number % 2] for number, name in enumerate(names)},
         accuracy={name: number / 8 for number, name in enumerate(names)},
-        faithfulness={("inspect", name): Faithfulness(number / 8) for number, name in enumerate(names)},
+        faithfulness={number: number / 8 for number in range(8)},
     )
 
 
@@ -517,16 +462,16 @@ def large_data() -> ReportData:
         for number in range(100)
     ]
     methods = {f"method {number}": [some(40) for _ in tasks] for number in range(5)}
-    keys = [(method, task.name) for method in methods for task in tasks]
-    values = dict(zip(keys, generator.random(len(keys)).tolist(), strict=True))
-    return reported(
-        tasks,
-        evaluated(
-            tasks, abstained={key: "below the threshold" for key, value in values.items() if value < 0.2}, **methods
-        ),
-        accuracy={task.name: value for task, value in zip(tasks, generator.random(100).tolist(), strict=True)},
-        faithfulness={key: Faithfulness(value, value / 2, value * 1.1) for key, value in values.items()},
-    )
+    values = iter(generator.random(500).tolist())
+    texts = {
+        method: [
+            said(task, text, value, abstained=value < 0.2, reason="below the threshold")
+            for task, text, value in zip(tasks, of_method, values, strict=False)
+        ]
+        for method, of_method in methods.items()
+    }
+    accuracy = {task.name: value for task, value in zip(tasks, generator.random(100).tolist(), strict=True)}
+    return reported(tasks, texts, accuracy=accuracy)
 
 
 def test_a_page_of_five_methods_and_a_hundred_tasks_is_small() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from softprompt_registry.errors import ConfigError, DataError
+from softprompt_registry.errors import DataError
 from softprompt_registry.evaluation import statistics
 from softprompt_registry.evaluation.statistics import Interval, PairedComparison, bootstrap_mean, paired_bootstrap
 
@@ -51,23 +51,9 @@ def test_the_same_seed_gives_the_same_interval_and_another_does_not() -> None:
     assert bootstrap_mean(scores, seed=3) == bootstrap_mean(scores, seed=3) != bootstrap_mean(scores, seed=4)
 
 
-def test_swapping_the_conditions_mirrors_the_interval() -> None:
-    a, b = np.random.default_rng(5).random((2, 30)).tolist()
-    forward, backward = paired_bootstrap(a, b, seed=0), paired_bootstrap(b, a, seed=0)
-    assert forward[:3] == pytest.approx((-backward.difference, -backward.high, -backward.low))
-    assert (forward.wins, forward.losses) == (backward.losses, backward.wins)
-
-
 def test_a_paired_comparison_is_the_bootstrap_of_the_differences() -> None:
     a, b = [0.75, 0.5, 1.0], [0.25, 0.5, 0.125]
     assert paired_bootstrap(a, b, seed=9, draws=500)[:3] == bootstrap_mean([1 / 2, 0.0, 7 / 8], seed=9, draws=500)
-
-
-def test_the_interval_has_the_width_of_the_normal_approximation() -> None:
-    values = np.random.default_rng(0).normal(size=2_000)
-    mean, low, high = bootstrap_mean(values.tolist(), seed=0)
-    half_width = 1.96 * values.std() / np.sqrt(2_000)
-    assert (mean - low, high - mean) == pytest.approx((half_width, half_width), rel=0.05)
 
 
 def test_the_interval_covers_the_truth_as_often_as_it_says() -> None:
@@ -84,10 +70,6 @@ def test_many_tasks_are_drawn_in_blocks_without_leaving_a_draw_out(monkeypatch: 
     assert bootstrap_mean(values, seed=0, draws=1_001) == pytest.approx(whole, abs=0.01)
     monkeypatch.setattr(statistics, "_BLOCK_ENTRIES", 1)
     assert bootstrap_mean(values, seed=0, draws=1_001) == pytest.approx(whole, abs=0.01)
-
-
-def test_one_task_says_nothing_about_others() -> None:
-    assert bootstrap_mean([0.5], seed=0) == Interval(0.5, 0.5, 0.5)
 
 
 def test_unequal_lengths_are_refused() -> None:
@@ -107,9 +89,3 @@ def test_a_missing_score_is_refused_and_located(bad: float) -> None:
         bootstrap_mean([0.5, bad], seed=0)
     with pytest.raises(DataError, match=r"comparing two conditions: found NaN or infinity at positions \[0\]"):
         paired_bootstrap([0.5, 0.5], [bad, 0.5], seed=0)
-
-
-@pytest.mark.parametrize(("draws", "level"), [(0, 0.95), (100, 0.0), (100, 1.0), (100, 95)])
-def test_impossible_settings_are_refused(draws: int, level: float) -> None:
-    with pytest.raises(ConfigError, match="a level between 0 and 1"):
-        bootstrap_mean([0.5], seed=0, draws=draws, level=level)

@@ -8,13 +8,12 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from scipy.stats import spearmanr
 
 from softprompt_registry.errors import ArtifactError, DataError
-from softprompt_registry.evaluation.rank_correlation import rank_correlation
 from softprompt_registry.evaluation.statistics import bootstrap_mean, paired_bootstrap
 from softprompt_registry.evaluation.study_figure import skill_figure, study_figure
-from softprompt_registry.evaluation.study_table import ALL_POINTS, PointResult, StudyTable, TaskScores
+from softprompt_registry.evaluation.study_table import ALL_POINTS, PointResult, StudyTable
+from softprompt_registry.evaluation.verbalizations import TaskRow
 
 DOD = "d" * 64
 F1 = {"small": {"a": 0.0, "b": 0.5, "c": 0.5}, "large": {"a": 1.0, "b": 0.5, "c": 0.0}}
@@ -25,7 +24,7 @@ def point(name: str, value: float | None, *, dod: str = DOD, method: str = "tran
     """Three classification tasks, of which `c` has no cosine here, and one that has no labels."""
     f1, cosine = F1[name], COSINE[name]
     rows = tuple(
-        TaskScores(
+        TaskRow(
             task,
             "generation" if task == "free" else "classification",
             f"truth of {task}",
@@ -52,49 +51,6 @@ def point(name: str, value: float | None, *, dod: str = DOD, method: str = "tran
 
 
 TABLE = StudyTable("dod-size", "translator", (point("small", 0.25), point("large", 1.0)), seed=5)
-
-
-# Rank correlation -----------------------------------------------------------------------------------------------------
-
-
-def test_the_rank_correlation_is_spearmans() -> None:
-    # Ranks 1..4 against 1, 3, 2, 4: rho = 1 - 6 (0 + 1 + 1 + 0) / (4 · 15) = 0.8.
-    found = rank_correlation([1, 2, 3, 4], [10, 300, 20, 4000], ["a", "b", "c", "d"], seed=0)
-    assert found is not None and found.rho == pytest.approx(0.8)
-    assert -1 <= found.low <= 0.8 <= found.high <= 1
-    assert (found.num_pairs, found.num_tasks) == (4, 4)
-
-
-def test_equal_values_share_their_mean_rank() -> None:
-    x, y = [1, 1, 2, 3, 3, 3], [0.5, 0.1, 0.5, 0.5, 0.9, 0.2]
-    found = rank_correlation(x, y, list("abcdef"), seed=0)
-    assert found is not None and found.rho == pytest.approx(float(spearmanr(x, y).statistic))
-
-
-def test_what_is_constant_or_too_short_has_no_rank_correlation() -> None:
-    assert rank_correlation([1, 1, 1], [1, 2, 3], list("abc"), seed=0) is None
-    assert rank_correlation([1, 2, 3], [5, 5, 5], list("abc"), seed=0) is None
-    assert rank_correlation([1, 2], [1, 2], list("ab"), seed=0) is None
-    assert rank_correlation([], [], [], seed=0) is None
-
-
-def test_many_observations_of_few_tasks_count_as_few() -> None:
-    """Twenty times the same four tasks tell no more than once: an interval over rows would become narrow."""
-    x, y = [1.0, 2.0, 3.0, 4.0], [1.0, 3.0, 2.0, 4.0]
-    once = rank_correlation(x, y, list("abcd"), seed=1)
-    often = rank_correlation(x * 20, y * 20, list("abcd") * 20, seed=1)
-    apart = rank_correlation(x * 20, y * 20, [str(number) for number in range(80)], seed=1)
-    assert once is not None and often is not None and apart is not None
-    assert often.rho == pytest.approx(0.8) and (often.num_pairs, often.num_tasks) == (80, 4)
-    assert often.high - often.low > 3 * (apart.high - apart.low)
-    assert rank_correlation(x, y, list("abcd"), seed=1) == once
-
-
-def test_scores_of_unequal_length_are_refused() -> None:
-    with pytest.raises(DataError, match="found 2 and 3 numbers of 2 tasks"):
-        rank_correlation([1, 2], [1, 2, 3], ["a", "b"], seed=0)
-    with pytest.raises(DataError, match="all finite"):
-        rank_correlation([1, float("nan"), 2], [1, 2, 3], list("abc"), seed=0)
 
 
 # The table ------------------------------------------------------------------------------------------------------------
@@ -164,7 +120,10 @@ def test_skill_is_set_against_what_was_verbalized() -> None:
 
 
 def test_a_study_can_be_computed_again_from_its_record() -> None:
-    again = StudyTable.from_json(json.loads(json.dumps(TABLE.to_json())))
+    record = json.loads(json.dumps(TABLE.to_json()))
+    row = record["points"][0]["rows"]["translator"][0]
+    assert list(row) == ["task", "kind", "truth", "text", "scores", "abstained"]
+    again = StudyTable.from_json(record)
     assert again == TABLE
     assert (again.intervals, again.differences) == (TABLE.intervals, TABLE.differences)
     assert again.columns() == TABLE.columns() and again.correlations() == TABLE.correlations()

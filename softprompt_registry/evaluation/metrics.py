@@ -1,4 +1,4 @@
-"""How close a verbalization is to the truth: label recall and F1, ROUGE-L, exact match, cosine, percentile ranks.
+"""How close a verbalization is to the truth: label recall and F1, ROUGE-L, cosine, percentile ranks.
 
 Every function takes plain texts or arrays and returns plain numbers; none of them knows a task, a file or a model. The
 definitions are the paper's, whose sections are given, made exact where it leaves room. Empty text is never an error and never
@@ -22,7 +22,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from softprompt_registry.errors import BaseModelError, ConfigError, DataError
-from softprompt_registry.text_matching import exact_match as exact_match
 
 LabelMode = Literal["paper", "phrase"]
 
@@ -50,11 +49,6 @@ class LabelScore(NamedTuple):
     recall: float
     precision: float
     f1: float
-
-    @property
-    def class_rate(self) -> float:
-        """InSPEcT's name for the recall of the label set (section 4.4 of the paper)."""
-        return self.recall
 
 
 def label_score(text: str, labels: Iterable[str], mode: LabelMode = "paper") -> LabelScore:
@@ -135,16 +129,6 @@ def rouge_l(prediction: str, references: Sequence[str]) -> float:
         )
     scorer = _rouge_scorer()
     return max(float(scorer.score(reference, prediction)["rougeL"].fmeasure) for reference in references)
-
-
-def mean_rouge_l(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> float:
-    """Mean of `rouge_l` over items; `references[i]` are the references of `predictions[i]`.
-
-    Raises:
-        DataError: the two differ in length, there is no item, or an item has no reference.
-    """
-    _check_same_length("computing the mean ROUGE-L", predictions=len(predictions), references=len(references))
-    return fmean(map(rouge_l, predictions, references))
 
 
 @cache
@@ -344,35 +328,11 @@ class RankingMetrics(NamedTuple):
 
 
 def ranking_metrics(
-    prediction_embeddings: NDArray[np.floating[Any]],
-    truth_embeddings: NDArray[np.floating[Any]],
-    predictions_empty: Sequence[bool] | NDArray[np.bool_],
-    truths: Sequence[str],
-) -> RankingMetrics:
-    """Mean percentile rank and top-1 of the cosines between all predictions and all truths (A.10 of the paper).
-
-    See `item_ranks` for the formulas, masks and edge cases.
-
-    Args:
-        prediction_embeddings: (N, E), of any length: rows are normalised here.
-        truth_embeddings: (N, E), row i belongs to prediction i.
-        predictions_empty: (N,), true where the verbalization is blank.
-        truths: (N,) ground-truth texts; equal ones are masked.
-
-    Raises:
-        DataError: the four do not have one row for each item, there is none, or an embedding is not finite.
-    """
-    return ranking_metrics_from_similarities(
-        cosine_matrix(prediction_embeddings, truth_embeddings), predictions_empty, truths
-    )
-
-
-def ranking_metrics_from_similarities(
     similarities: NDArray[np.floating[Any]],
     predictions_empty: Sequence[bool] | NDArray[np.bool_],
     truths: Sequence[str],
 ) -> RankingMetrics:
-    """`ranking_metrics` from a matrix: `similarities[j, i]` compares prediction j with truth i, (N, N)."""
+    """Mean percentile rank and top-1 of all predictions with all truths (A.10 of the paper); see `item_ranks`."""
     forward = item_ranks(similarities, predictions_empty, truths)
     reverse = item_ranks(similarities, predictions_empty, truths, reverse=True)
     chances = [

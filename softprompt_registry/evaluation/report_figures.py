@@ -22,7 +22,7 @@ METRIC_NAMES = {
     "faithfulness": "Faithfulness",
     "heldout_log_likelihood": "Held-out log-likelihood",
 }
-"""What people call the metrics of the page, in its order."""
+"""Names of the page's metrics, in its order."""
 MOST_CATEGORIES = 20
 """More categories than this make no figure; the table has them all."""
 
@@ -32,8 +32,8 @@ def metric_name(metric: str) -> str:
 
 
 def report_figures(data: ReportData) -> list[PageFigure]:
-    """All that the data allow: methods compared, quality by coverage and by soft-prompt accuracy, garbage, means by
-    category."""
+    """All that the data allow: methods compared, quality by coverage and by soft-prompt accuracy, control prompts,
+    means by category."""
     drawn = [_methods(data)]
     if any("faithfulness" in method.intervals for method in data.methods):
         drawn.append(_faithfulness(data))
@@ -42,7 +42,7 @@ def report_figures(data: ReportData) -> list[PageFigure]:
     if any(task.accuracy is not None for task in data.tasks):
         drawn.append(_accuracy(data))
     if data.garbage:
-        drawn.append(_garbage(data))
+        drawn.append(_controls(data))
     if 2 <= len(data.category_names) <= MOST_CATEGORIES:
         drawn.append(_categories(data))
     return drawn
@@ -98,10 +98,10 @@ def _coverage(data: ReportData) -> PageFigure:
     )
 
 
-def _garbage(data: ReportData) -> PageFigure:
-    title = "Garbage refused, texts given"
+def _controls(data: ReportData) -> PageFigure:
+    title = "Control prompts refused, texts given"
     shares = {
-        "garbage refused": [(point.threshold, point.garbage_refused) for point in data.garbage],
+        "control prompts refused": [(point.threshold, point.garbage_refused) for point in data.garbage],
         "texts of real soft prompts given": [(point.threshold, point.real_passed) for point in data.garbage],
     }
     good = [(point.threshold, point.good_passed) for point in data.garbage if point.good_passed is not None]

@@ -81,7 +81,7 @@ def _grounds(data: ReportData, best: MethodReport) -> Iterator[tuple[Tone, str]]
     if len(answered) < total:
         quality = f"; the others have {metric_name(data.ranked_by)} {number(fmean(answered))}" if answered else ""
         yield "note", f"It abstains on {total - len(answered)} of {total} tasks, which count all the same{quality}."
-    if empty := sum(not text.text for text in texts):
+    if empty := sum(not text.found for text in texts):
         yield "warning", f"{empty} of its {total} texts {'is' if empty == 1 else 'are'} empty, which scores lowest."
 
 
@@ -107,7 +107,6 @@ def report_page(data: ReportData) -> str:
         series=[f"var(--series-{place % len(PALETTE)})" for place in range(len(data.methods))],
         sort_titles=list(keys),
         sort_values=list(zip(*keys.values(), strict=True)),
-        places={task.name: place for place, task in enumerate(data.tasks, start=1)},
         metric_name=metric_name,
         pieces=label_pieces,
         missed=missed_labels,

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from softprompt_registry.errors import ConfigError, DataError
+from softprompt_registry.errors import DataError
 
 TIE_TOLERANCE = 1e-6
 """Two scores of one task closer than this are a tie: equal texts encoded in different batches differ by some 1e-7."""
@@ -53,13 +53,12 @@ def paired_bootstrap(
     Args:
         a: one score per task, (n,).
         b: the other condition's score of the same tasks in the same order, (n,).
-        seed: of the draws; swapping a and b under the same seed mirrors the interval.
+        seed: Seed for the draws; swapping a and b under the same seed mirrors the interval.
         draws: number of bootstrap samples.
         level: share of the draws' means between `low` and `high`.
 
     Raises:
         DataError: the lists differ in length, are empty, or hold a number that is not finite.
-        ConfigError: `draws` is below 1 or `level` is not between 0 and 1.
     """
     if len(a) != len(b):
         raise DataError(
@@ -79,7 +78,6 @@ def bootstrap_mean(values: Sequence[float], seed: int, draws: int = 10_000, leve
 
     Raises:
         DataError: there is no value, or one is not finite.
-        ConfigError: `draws` is below 1 or `level` is not between 0 and 1.
     """
     return _interval(finite_scores(values, "bootstrapping a mean"), seed, draws, level)
 
@@ -109,11 +107,6 @@ def finite_scores(values: Sequence[float], doing: str) -> NDArray[np.float64]:
 
 
 def _interval(values: NDArray[np.float64], seed: int, draws: int, level: float) -> Interval:
-    if draws < 1 or not 0 < level < 1:
-        raise ConfigError(
-            f"bootstrapping: found draws={draws!r} and level={level!r}, expected draws of at least 1 and a level "
-            "between 0 and 1. 10,000 draws and 0.95 are the project's standard."
-        )
     generator = np.random.default_rng(seed)
     n = len(values)
     rows_at_once = max(1, _BLOCK_ENTRIES // n)

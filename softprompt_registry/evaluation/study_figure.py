@@ -6,8 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from softprompt_registry.evaluation.rank_correlation import RankCorrelation
-from softprompt_registry.evaluation.study_table import ALL_POINTS, StudyTable, skill_pairs
+from softprompt_registry.evaluation.study_table import ALL_POINTS, RankCorrelation, StudyTable, skill_pairs
 from softprompt_registry.figures import PALETTE, no_formula
 
 if TYPE_CHECKING:

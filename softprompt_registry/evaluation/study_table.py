@@ -7,14 +7,14 @@ computed again from its record.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 from softprompt_registry.errors import DataError
-from softprompt_registry.evaluation.rank_correlation import RankCorrelation, rank_correlation
+from softprompt_registry.evaluation.correlation import correlation
 from softprompt_registry.evaluation.statistics import Interval, PairedComparison, bootstrap_mean, paired_bootstrap
-from softprompt_registry.evaluation.verbalizations import COMPARED, Evaluation
+from softprompt_registry.evaluation.verbalizations import COMPARED, TaskRow
 from softprompt_registry.storage import complete_record
 
 SKILLS = ("accuracy", "negative_validation_loss")
@@ -22,18 +22,18 @@ SKILLS = ("accuracy", "negative_validation_loss")
 VERBALIZED = ("label_f1", "cosine")
 """What a verbalization is set against it by."""
 ALL_POINTS = "all points"
+KEPT = ("task", "kind", "truth", "text", "scores", "abstained")
+"""What a study keeps of a row."""
 
 
-@dataclass(frozen=True)
-class TaskScores:
-    """One method's text for one task, with its scores."""
+class RankCorrelation(NamedTuple):
+    """Spearman's rho of `num_pairs` observations of `num_tasks` tasks, with its bootstrap percentile interval."""
 
-    task: str
-    kind: str
-    truth: str
-    text: str
-    scores: dict[str, float]
-    abstained: bool = False
+    rho: float
+    low: float
+    high: float
+    num_pairs: int
+    num_tasks: int
 
 
 @dataclass(frozen=True)
@@ -45,12 +45,12 @@ class PointResult:
     """The point as a number, where it is one."""
     dod_name: str
     dod_digest: str
-    """Of the DoD whose test tasks were read. Points of different DoDs are not paired."""
+    """Digest of the DoD whose test tasks were read. Points of different DoDs are not paired."""
     run_id: str
-    """Of the evaluation."""
+    """Run of the evaluation."""
     metrics: dict[str, dict[str, float]]
     """By method: the evaluation's means over tasks."""
-    rows: dict[str, tuple[TaskScores, ...]]
+    rows: dict[str, tuple[TaskRow, ...]]
     """By method."""
     skills: dict[str, dict[str, float]] = field(default_factory=dict)
     """By task: those of `SKILLS` that its soft prompt was measured by."""
@@ -58,23 +58,17 @@ class PointResult:
     """What else there is to know of the point, by name."""
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        values = {item.name: getattr(self, item.name) for item in fields(self)}
+        rows = {
+            method: [{name: getattr(row, name) for name in KEPT} for row in rows] for method, rows in self.rows.items()
+        }
+        return {**values, "rows": rows}
 
     @classmethod
     def from_json(cls, record: dict[str, Any]) -> PointResult:
         with complete_record(f"the result of a study's point {record.get('point')!r}"):
-            rows = {name: tuple(TaskScores(**row) for row in items) for name, items in record["rows"].items()}
+            rows = {name: tuple(TaskRow(**row) for row in items) for name, items in record["rows"].items()}
             return cls(**{**record, "rows": rows})
-
-
-def rows_of(evaluation: Evaluation) -> dict[str, tuple[TaskScores, ...]]:
-    """The part of an evaluation that a study keeps, by method."""
-    return {
-        method: tuple(
-            TaskScores(row.task, row.kind, row.truth, row.text, dict(row.scores), row.abstained) for row in result.rows
-        )
-        for method, result in evaluation.methods.items()
-    }
 
 
 @dataclass(frozen=True)
@@ -87,11 +81,11 @@ class StudyTable:
 
     study: str
     method: str
-    """Whose numbers are the study's."""
+    """The method whose numbers are the study's."""
     points: tuple[PointResult, ...]
     """In order; the first is the one that the others are compared with."""
     seed: int = 0
-    """Of the bootstraps."""
+    """Seed for the bootstraps."""
 
     def __post_init__(self) -> None:
         for point in self.points:
@@ -189,10 +183,9 @@ class StudyTable:
             by_point[ALL_POINTS] = [item for items in by_point.values() for item in items]
             found = {}
             for name, items in by_point.items():
-                tasks = [task for task, _, _ in items]
-                correlation = rank_correlation([x for _, x, _ in items], [y for _, _, y in items], tasks, self.seed)
-                if correlation is not None:
-                    found[name] = correlation
+                correlated = _rank_correlation(items, self.seed)
+                if correlated is not None:
+                    found[name] = correlated
             if found:
                 result[f"{skill} and {metric}"] = found
         return result
@@ -218,7 +211,18 @@ def skill_pairs() -> Iterator[tuple[str, str]]:
     return ((skill, metric) for skill in SKILLS for metric in VERBALIZED)
 
 
-def _columns(rows: Sequence[TaskScores]) -> dict[str, dict[str, float]]:
+def _rank_correlation(items: Sequence[tuple[str, float, float]], seed: int) -> RankCorrelation | None:
+    """The correlation of the two numbers beside each task; None where it is not defined."""
+    tasks = [task for task, _, _ in items]
+    xs, ys = [x for _, x, _ in items], [y for _, _, y in items]
+    found = correlation(xs, ys, seed, tasks=tasks, draws=2_000, tie_tolerance=0.0)
+    if found.spearman is None:
+        return None
+    low, high = (found.spearman if end is None else end for end in (found.low, found.high))
+    return RankCorrelation(found.spearman, low, high, found.n, len(set(tasks)))
+
+
+def _columns(rows: Sequence[TaskRow]) -> dict[str, dict[str, float]]:
     """By metric, by task."""
     found = {name: {row.task: row.scores[name] for row in rows if name in row.scores} for name in COMPARED}
     return {name: values for name, values in found.items() if values}

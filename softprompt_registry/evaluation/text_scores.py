@@ -19,7 +19,7 @@ from softprompt_registry.evaluation.metrics import (
     cosine_similarity,
     item_ranks,
     label_score,
-    ranking_metrics_from_similarities,
+    ranking_metrics,
     rouge_l,
 )
 
@@ -136,7 +136,7 @@ def score_against_truths(texts: Sequence[str], truths: Sequence[Truth], encoder:
         ranks = item_ranks(similarities, empty, wanted)
         for row, cosine, rank in zip(rows, cosines_of(texts, truths, encoder), ranks.midrank, strict=True):
             row |= {"cosine": cosine, "mpr_midrank": float(rank)}
-        ranking = ranking_metrics_from_similarities(similarities, empty, wanted)._asdict()
+        ranking = ranking_metrics(similarities, empty, wanted)._asdict()
     return TextScores(
         rows, {**mean_scores(rows), **ranking, "num_tasks": float(len(rows)), "empty_share": fmean(empty)}
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
-from typing import Any
+from typing import Any, NamedTuple
 
 from softprompt_registry.dod.task import Task
 from softprompt_registry.errors import DataError
@@ -29,6 +29,14 @@ UNBOUNDED = ("heldout_log_likelihood", "faithfulness")
 """Those of them that do not lie between 0 and 1."""
 
 
+class Faithfulness(NamedTuple):
+    """The share of the soft prompt's gain over no prompt that a text keeps; None if the prompt gains nothing."""
+
+    value: float | None
+    low: float | None = None
+    high: float | None = None
+
+
 @dataclass(frozen=True)
 class TaskRow:
     """One method's text for one task, with its scores."""
@@ -37,6 +45,7 @@ class TaskRow:
     kind: str
     truth: str
     text: str
+    """The whole text, with its prefill."""
     scores: dict[str, float]
     """label_recall, label_precision and label_f1 on classification tasks; rouge_l, cosine and mpr_midrank on all. Where the
     texts were verified, heldout_log_likelihood (nats per target token of the base model that reads the text, on pairs that
@@ -45,7 +54,24 @@ class TaskRow:
     reason: str | None = None
     """Why the text is not to be relied on."""
     faithfulness_interval: tuple[float, float] | None = None
-    """Of `scores["faithfulness"]`, over pairs."""
+    """Interval of `scores["faithfulness"]` over pairs."""
+    decided_on: float | None = None
+    """The faithfulness by which the rule decided, measured on the pairs that chose the text."""
+    prefill: str = ""
+    """The given beginning of the text, which is not scored."""
+
+    @property
+    def found(self) -> str:
+        """The part of the text that was scored."""
+        return scored_text(self.text, self.prefill)
+
+    @property
+    def faithfulness(self) -> Faithfulness | None:
+        """Faithfulness on pairs that no text was chosen on: None if the text was not verified, without a value if the soft
+        prompt gains nothing."""
+        if "heldout_log_likelihood" not in self.scores:
+            return None
+        return Faithfulness(self.scores.get("faithfulness"), *(self.faithfulness_interval or ()))
 
 
 @dataclass(frozen=True)
@@ -148,8 +174,21 @@ def _method_result(
             if found.faithfulness is not None and found.low is not None and found.high is not None:
                 scores["faithfulness"] = found.faithfulness
                 interval = (found.low, found.high)
-        truth = task.ground_truth
-        rows.append(TaskRow(task.name, task.kind, truth, item.text, scores, item.abstained, item.reason, interval))
+        prefill = item.prefill.strip()
+        rows.append(
+            TaskRow(
+                task=task.name,
+                kind=task.kind,
+                truth=task.ground_truth,
+                text=item.text,
+                scores=scores,
+                abstained=item.abstained,
+                reason=item.reason,
+                faithfulness_interval=interval,
+                decided_on=item.faithfulness,
+                prefill=prefill if item.text.startswith(prefill) else "",
+            )
+        )
     metrics = mean_scores([row.scores for row in rows]) | of_texts.metrics
     metrics["abstained_share"] = fmean(row.abstained for row in rows)
     return MethodResult(tuple(rows), metrics)

@@ -19,7 +19,7 @@ from softprompt_registry.dod.store import DodStore
 from softprompt_registry.dod.task import Task
 from softprompt_registry.errors import DataError
 from softprompt_registry.evaluation.calibration import is_good, rule_from_training_tasks
-from softprompt_registry.evaluation.garbage import Garbage, GarbageResult, garbage_prompts, garbage_result
+from softprompt_registry.evaluation.control_prompts import ControlPrompt, ControlResult, control_prompts, control_result
 from softprompt_registry.evaluation.metrics import SentenceEncoder, TextEncoder
 from softprompt_registry.evaluation.text_scores import scored_text
 from softprompt_registry.evaluation.verbalizations import Evaluation, evaluate_verbalizations
@@ -56,7 +56,7 @@ class EvaluationResult:
     """By which texts were held back."""
     left_out: dict[str, str]
     """Test tasks that could not be evaluated, with the reason."""
-    garbage: GarbageResult | None = None
+    garbage: ControlResult | None = None
     """None if the settings asked for no garbage."""
 
 
@@ -215,10 +215,12 @@ def _rule(work: _Work) -> tuple[AbstentionRule, dict[str, list[Any]]]:
     return rule_from_training_tasks(made.texts[BEST], tasks, work.is_good, precision=limits.precision)
 
 
-def _try_garbage(work: _Work, tasks: Mapping[str, Task], made: MethodTexts, rule: AbstentionRule) -> GarbageResult:
+def _try_garbage(work: _Work, tasks: Mapping[str, Task], made: MethodTexts, rule: AbstentionRule) -> ControlResult:
     """Read garbage by the translator, and see what the rule lets through of it and of its texts of the real soft prompts."""
     real = [work.bank.member(name) for name in tasks]
-    garbage: list[Garbage] = garbage_prompts(work.base_model, real, work.config.garbage_prompts, seed=work.config.seed)
+    garbage: list[ControlPrompt] = control_prompts(
+        work.base_model, real, work.config.garbage_prompts, seed=work.config.seed
+    )
     read = _refused_unread(work, tasks, garbage)
     left = [number for number in range(len(garbage)) if number not in read]
     prompts: list[SoftPrompt] = [garbage[number].soft_prompt for number in left]
@@ -238,10 +240,12 @@ def _try_garbage(work: _Work, tasks: Mapping[str, Task], made: MethodTexts, rule
     of_translator = _chosen(made.texts)
     good = {item.task: work.is_good(item, tasks[item.task]) for item in of_translator}
     not_tuned = {item.task for item in made.ranking if why_not_tuned(item) is not None}
-    return garbage_result(garbage, [read[number] for number in range(len(garbage))], of_translator, good, not_tuned)
+    return control_result(garbage, [read[number] for number in range(len(garbage))], of_translator, good, not_tuned)
 
 
-def _refused_unread(work: _Work, tasks: Mapping[str, Task], garbage: Sequence[Garbage]) -> dict[int, Verbalization]:
+def _refused_unread(
+    work: _Work, tasks: Mapping[str, Task], garbage: Sequence[ControlPrompt]
+) -> dict[int, Verbalization]:
     """By number, the garbage that is refused whatever is written of it (`why_not_tuned`)."""
     refused = {}
     with work.recorder.progress("see what garbage gains", len(garbage)) as bar:

@@ -18,9 +18,9 @@ from softprompt_registry.base_models.frozen import BaseModel
 from softprompt_registry.config import flatten
 from softprompt_registry.dod.task import Task
 from softprompt_registry.errors import ConfigError
-from softprompt_registry.evaluation.garbage import GarbageResult
+from softprompt_registry.evaluation.control_prompts import ControlResult
 from softprompt_registry.evaluation.record import EvaluationRecord
-from softprompt_registry.evaluation.report_data import Faithfulness, report_data, report_json
+from softprompt_registry.evaluation.report_data import report_data, report_json
 from softprompt_registry.evaluation.report_page import report_page
 from softprompt_registry.evaluation.text_scores import EvaluatedTask
 from softprompt_registry.evaluation.verbalizations import COMPARED, UNBOUNDED, Evaluation
@@ -28,8 +28,7 @@ from softprompt_registry.recording import Recorder
 from softprompt_registry.registry import conventions
 from softprompt_registry.stages.proposing import EvaluationConfig
 from softprompt_registry.verbalization.abstention import AbstentionRule
-from softprompt_registry.verbalization.methods import WITH_VERIFIER, MethodTexts
-from softprompt_registry.verbalization.proposers.label_list import LabelListProposer
+from softprompt_registry.verbalization.methods import MethodTexts
 
 
 @dataclass(frozen=True)
@@ -45,7 +44,7 @@ class Evaluated:
     """Columns of what the rule was chosen on; empty if it was not chosen."""
     left_out: Mapping[str, str]
     """Test tasks that could not be evaluated, with the reason."""
-    garbage: GarbageResult | None
+    garbage: ControlResult | None
     accuracy: Mapping[str, float]
     """Of the soft prompts on test pairs, by task."""
 
@@ -63,9 +62,14 @@ def record_evaluation(
     Args:
         model_id: the translator's LoggedModel, which gets the scores of its greedy texts.
     """
-    _record_sources(found, config)
+    tasks = {name: EvaluatedTask.of(task, found.accuracy.get(name)) for name, task in found.tasks.items()}
+    made = found.made
+    record = EvaluationRecord(tasks, made.texts, made.ranking, made.reporting, found.rule, flatten(config))
+    with TemporaryDirectory() as folder:
+        record.save(Path(folder))
+        mlflow.log_artifacts(folder)
     _record_methods(found.evaluation, recorder, dataset, model_id)
-    _record_report(found, base_model, config)
+    _record_report(found, record, base_model, config)
     recorder.table("abstention_rule.json", found.calibration)
     failures = [("", task, reason) for task, reason in found.left_out.items()]
     failures += [(method, task, reason) for (method, task), reason in found.made.failures.items()]
@@ -77,16 +81,6 @@ def record_evaluation(
         recorder.table("garbage_curve.json", found.garbage.curve_table)
         for name, value in found.garbage.metrics.items():
             recorder.metric(f"{conventions.EVALUATION_PREFIX}{name}", value)
-
-
-def _record_sources(found: Evaluated, config: EvaluationConfig) -> None:
-    """The texts with all candidates, what the verifier measured, the truths and the rule."""
-    tasks = {name: EvaluatedTask.of(task, found.accuracy.get(name)) for name, task in found.tasks.items()}
-    made = found.made
-    record = EvaluationRecord(tasks, made.texts, made.ranking, made.reporting, found.rule, flatten(config))
-    with TemporaryDirectory() as folder:
-        record.save(Path(folder))
-        mlflow.log_artifacts(folder)
 
 
 def _record_methods(evaluation: Evaluation, recorder: Recorder, dataset: DodDataset, model_id: str | None) -> None:
@@ -111,28 +105,15 @@ def _record_methods(evaluation: Evaluation, recorder: Recorder, dataset: DodData
                 mlflow.log_metrics(named, model_id=model_id, dataset=dataset)
 
 
-def _record_report(found: Evaluated, base_model: BaseModel, config: EvaluationConfig) -> None:
+def _record_report(found: Evaluated, record: EvaluationRecord, base_model: BaseModel, config: EvaluationConfig) -> None:
     """The page that people read, and the same as JSON."""
-    texts = [(method, item) for method, items in found.made.texts.items() for item in items]
     data = report_data(
+        record,
         found.evaluation,
-        found.tasks,
-        title="Verbalizations of held-out tasks",
         when=time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
         base_model=str(base_model.ref),
-        settings=flatten(config),
-        accuracy=found.accuracy,
         categories=categories_of(found.tasks, config.categories),
-        # What the texts were held back by; how faithful they are on other pairs stands in the evaluation's rows.
-        faithfulness={
-            (method, item.task): Faithfulness(item.faithfulness, *(item.faithfulness_interval or ()))
-            for method, item in texts
-        },
-        told=[name for name in found.made.texts if name.removesuffix(WITH_VERIFIER) == LabelListProposer.name],
-        prefills={(method, item.task): item.prefill for method, item in texts if item.prefill},
-        rule=found.rule.describe(),
-        garbage=() if found.garbage is None else found.garbage.curve,
-        seed=config.seed,
+        controls=() if found.garbage is None else found.garbage.curve,
     )
     mlflow.log_text(report_page(data), "report.html")
     mlflow.log_dict(report_json(data), "report.json")

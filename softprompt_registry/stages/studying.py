@@ -14,9 +14,8 @@ from mlflow_plugins.dod_dataset import from_dod
 from mlflow_plugins.recording import MlflowRecorder
 from softprompt_registry.base_models.frozen import BaseModel
 from softprompt_registry.config import flatten
-from softprompt_registry.evaluation.rank_correlation import RankCorrelation
 from softprompt_registry.evaluation.study_figure import skill_figure, study_figure
-from softprompt_registry.evaluation.study_table import SKILLS, PointResult, StudyTable, rows_of
+from softprompt_registry.evaluation.study_table import SKILLS, PointResult, RankCorrelation, StudyTable
 from softprompt_registry.registry import conventions
 from softprompt_registry.registry.artifacts import find_artifact
 from softprompt_registry.registry.store import open_run
@@ -118,7 +117,7 @@ class _Work:
             bank = tune(self.base_model, source.dod, point.tuning, folder / "bank", task_names=names).model_uri
         work = folder / "evaluation.work"
         found = evaluate(self.base_model, translator, bank, source.dod, point.evaluation, work=work)
-        rows = rows_of(found.evaluation)
+        rows = {method: item.rows for method, item in found.evaluation.methods.items()}
         record = read_record(find_artifact(translator, "translator").folder)
         held_out = record.training.get("validation_tasks", [])
         result = PointResult(
