@@ -7,8 +7,7 @@
     gate = MetricThreshold(threshold=0.4, greater_is_better=True)
     mlflow.validate_evaluation_results({"evaluation.label_f1": gate}, result)
 
-MLflow imports this module in every process that evaluates a model, so nothing of softprompt_registry is imported before it
-is needed.
+MLflow imports this module in every process that evaluates a model, so nothing heavy is imported before it is needed.
 """
 
 from __future__ import annotations
@@ -17,13 +16,15 @@ import json
 import reprlib
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import field, fields, replace
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import mlflow
 from mlflow.entities import Metric
 from mlflow.models.evaluation import EvaluationDataset, EvaluationResult, ModelEvaluator
+
+from softprompt_registry.config import build_config, settings
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -41,7 +42,7 @@ TABLE = "verbalizations"
 """The table in the run, and its name among the result's artifacts. MLflow appends the rows of a second evaluation."""
 
 
-@dataclass(frozen=True)
+@settings
 class EvaluatorConfig:
     """What `evaluator_config` may hold."""
 
@@ -208,10 +209,13 @@ def is_missing(value: Any) -> bool:
 
 
 def _read_config(values: Mapping[str, Any] | None) -> EvaluatorConfig:
-    from softprompt_registry.config import build_config
     from softprompt_registry.errors import ConfigError
 
-    config = build_config(EvaluatorConfig, values or {}, "evaluator_config of the evaluator 'softprompt'")
+    given = dict(values or {})
+    encoder = given.pop("encoder", None)  # may be an object
+    config = replace(
+        build_config(EvaluatorConfig, given, "evaluator_config of the evaluator 'softprompt'"), encoder=encoder
+    )
     known = _known_metrics()
     if config.metrics is not None and (not config.metrics or set(config.metrics) - set(known)):
         raise ConfigError(

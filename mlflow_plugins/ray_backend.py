@@ -23,7 +23,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -38,7 +38,7 @@ from mlflow.projects.backend.abstract_backend import AbstractBackend
 from mlflow.projects.submitted_run import SubmittedRun
 
 from mlflow_plugins import _compat
-from softprompt_registry.config import build_config
+from softprompt_registry.config import build_config, settings
 from softprompt_registry.errors import ConfigError
 from softprompt_registry.registry.store import without_credentials
 
@@ -64,7 +64,7 @@ _RUN_STATUS = {
 """Ray's word for the state of a job, and MLflow's."""
 
 
-@dataclass(frozen=True)
+@settings
 class RayBackendConfig:
     """The keys of `--backend-config`."""
 

@@ -20,6 +20,7 @@ from typing import Any, Literal, get_args, get_type_hints
 from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import INTERNAL_ERROR, INVALID_PARAMETER_VALUE
 
+from softprompt_registry.config import settings
 from softprompt_registry.dod.task import Pair
 from softprompt_registry.errors import ArtifactError, ConfigError, DataError
 from softprompt_registry.verbalization.verifying import DEFAULT_MIN_FAITHFULNESS
@@ -66,7 +67,7 @@ def shortened(sentence: str, limit: int = _MAX_SENTENCE) -> str:
     return line if len(line) <= limit else line[: limit - 1] + "…"
 
 
-@dataclass(frozen=True)
+@settings
 class ServingConfig:
     """Settings of the servable model, logged with it as its `model_config`; the environment can change each one when
     serving starts (`SERVING_MODEL_CONFIG='{"max_rows": 4}' mlflow models serve …`)."""
@@ -192,7 +193,7 @@ def _readable(expected: Any) -> str:
 # --- Parameters ---
 
 
-@dataclass(frozen=True)
+@settings
 class RequestParams:
     """The parameters of a request; they hold for all of its rows."""
 

@@ -1,4 +1,7 @@
-"""Settings: YAML and `key=value` overrides into frozen dataclasses that live beside the functions they configure.
+"""Settings: frozen dataclasses that check their values, from YAML, `key=value` overrides or Python.
+
+A settings class lives beside the function it configures and is marked with `@settings`; limits stand in the types of its
+fields (`PositiveInt`, `Share`, `Literal`), what relates two fields in its `__post_init__`, as a `ValueError`.
 
 Keys are the dataclass fields and nothing more; an unknown key is an error that lists the known ones. YAML is read by the
 core schema of YAML 1.2: `true` and `false` are the only booleans, `yes`, `no`, `on`, `off`, dates, `12:30` and `1_000` are
@@ -8,14 +11,18 @@ text, `1e-4` is a number and `010` is ten.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
-import types
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar, dataclass_transform
 
+import pydantic
+import pydantic.dataclasses
+import pydantic_core
 import yaml
+from pydantic_core import ErrorDetails
 
 from softprompt_registry.errors import ConfigError
 
@@ -116,61 +123,114 @@ def _copied(values: Mapping[str, Any]) -> dict[str, Any]:
     return {key: _copied(value) if isinstance(value, Mapping) else value for key, value in values.items()}
 
 
+_STRICT = pydantic.ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+
+Share = Annotated[float, pydantic.Field(ge=0, le=1)]
+"""A number from 0 to 1."""
+
+
+@dataclass_transform(frozen_default=True, field_specifiers=(dataclasses.field,))
+def settings(cls: type[ConfigT]) -> type[ConfigT]:
+    """Class decorator: a frozen dataclass that checks names, types and limits, and raises `ConfigError`.
+
+    A `ValueError` from its `__post_init__` becomes a `ConfigError` as well; its text is without a full stop.
+    """
+    made: Any = pydantic.dataclasses.dataclass(cls, frozen=True, config=_STRICT)
+    checked = made.__init__
+
+    @functools.wraps(checked)
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        try:
+            checked(self, *args, **kwargs)
+        except pydantic.ValidationError as error:
+            # Without its cause, which quotes every value; one may be a key.
+            raise _config_error(error, made, cls.__name__) from None
+
+    made.__init__ = init
+    return cls
+
+
 def build_config(cls: type[ConfigT], values: Mapping[str, Any], where: str = "the settings") -> ConfigT:
-    """A config dataclass from a mapping, nested dataclasses included.
+    """A settings class from a mapping, the sections within it included.
 
     Raises:
-        ConfigError: an unknown key, or a value of another type than the field's.
+        ConfigError: an unknown key, or a value that its field does not take.
     """
-    hints = typing.get_type_hints(cls)
-    known = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
-    unknown = sorted(set(values) - set(known), key=str)
-    if unknown:
-        raise ConfigError(f"reading {where}: unknown {', '.join(map(repr, unknown))}; known are {', '.join(known)}.")
-    arguments = {key: _converted(hints[key], value, f"{where}, {key!r}") for key, value in values.items()}
-    return cls(**arguments)
+    try:
+        # As JSON, which has no tuples and no classes: lists and mappings stand for them.
+        text = pydantic_core.to_json(dict(values), inf_nan_mode="constants", fallback=_plain)
+    except ValueError as error:
+        raise ConfigError(f"reading {where}: found what JSON cannot hold ({error}). Use text and numbers.") from None
+    try:
+        return pydantic.TypeAdapter(cls).validate_json(text)
+    except pydantic.ValidationError as error:
+        raise _config_error(error, cls, where) from None
 
 
-def _converted(hint: Any, value: Any, where: str) -> Any:
-    if dataclasses.is_dataclass(hint):
-        if not isinstance(value, Mapping):
-            raise ConfigError(f"reading {where}: found {value!r}, expected a section.")
-        return build_config(typing.cast(type[Any], hint), value, where)
-    origin = typing.get_origin(hint)
-    if origin in (typing.Union, types.UnionType):
-        options = typing.get_args(hint)
-        if value is None and type(None) in options:
-            return None
-        return _converted(next(option for option in options if option is not type(None)), value, where)
-    if origin is typing.Literal:
-        if value not in typing.get_args(hint):
-            raise ConfigError(f"reading {where}: found {value!r}, expected one of {list(typing.get_args(hint))}.")
-        return value
-    if origin in (dict, Mapping):
-        if not isinstance(value, Mapping):
-            raise ConfigError(f"reading {where}: found {value!r}, expected a mapping.")
-        inner = typing.get_args(hint)[1]
-        return {str(key): _converted(inner, item, f"{where}, {key!r}") for key, item in value.items()}
-    if origin is tuple:
-        if not isinstance(value, (list, tuple)):
-            raise ConfigError(f"reading {where}: found {value!r}, expected a list.")
-        return tuple(_converted(typing.get_args(hint)[0], item, where) for item in value)
-    if hint is Any:
-        return value
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
-        advice = f" {_ADVICE[hint]}" if hint in _ADVICE else ""
-        raise ConfigError(f"reading {where}: found {value!r}, expected {hint.__name__}.{advice}")
-    return value
+def _plain(value: Any) -> Any:
+    """The number in a NumPy scalar."""
+    if not hasattr(value, "item"):
+        raise ValueError(f"a {type(value).__name__}")
+    return value.item()
 
 
-_ADVICE: dict[Any, str] = {
-    bool: "Write true or false.",
-    int: "Write a whole number in digits alone.",
-    float: "Write a number, such as 0.5 or 1e-4.",
-    str: "Put it in quotes; on the command line, the value in quotes of its own: 'key=\"value\"'.",
+def _config_error(error: pydantic.ValidationError, cls: type[Any], where: str) -> ConfigError:
+    faults = [_fault(details, cls) for details in error.errors(include_url=False)]
+    return ConfigError(f"reading {where}: {'; '.join(faults)}. Correct {'it' if len(faults) == 1 else 'them'}.")
+
+
+def _fault(details: ErrorDetails, cls: type[Any]) -> str:
+    """Field, value found and what was expected, without a full stop."""
+    kind, place, limits = details["type"], list(details["loc"]), details.get("ctx", {})
+    if place and isinstance(place[0], int):  # an argument by position
+        place[0] = dataclasses.fields(cls)[place[0]].name
+    name = ".".join(map(str, place))
+    if kind == "unexpected_keyword_argument":
+        section = f" in {'.'.join(map(str, place[:-1]))}" if place[1:] else ""
+        return f"unknown {place[-1]!r}{section}; known are {', '.join(_known(cls, place))}"
+    if kind == "value_error":
+        return f"{name}{': ' if name else ''}{limits['error']}"
+    if kind in ("missing", "missing_argument"):
+        return f"{name} is missing"
+    expected = _EXPECTED.get(kind)
+    return f"{name} is {_shown(details['input'])}, expected {expected.format(**limits) if expected else details['msg']}"
+
+
+_EXPECTED = {
+    "bool_type": "true or false",
+    "int_type": "a whole number in digits alone",
+    "float_type": "a number, such as 0.5 or 1e-4",
+    "finite_number": "a finite number",
+    "string_type": "text; put it in quotes, on the command line in quotes of its own: 'key=\"value\"'",
+    "literal_error": "{expected}",
+    "greater_than": "above {gt:g}",
+    "greater_than_equal": "{ge:g} or more",
+    "less_than": "below {lt:g}",
+    "less_than_equal": "{le:g} or less",
+    "string_too_short": "text that is not empty",
+    "too_short": "{min_length} or more",
+    "too_long": "{max_length} or fewer",
+    "tuple_type": "a list",
+    "dict_type": "a mapping",
+    "mapping_type": "a mapping",
+    "dataclass_type": "a section",
+    "dataclass_exact_type": "a {class_name}",
 }
+"""By pydantic's kind of error."""
+
+
+def _shown(value: Any) -> str:
+    shown = repr(value)
+    return shown if len(shown) <= 200 else f"{shown[:199]}…"
+
+
+def _known(hint: Any, place: Sequence[str | int]) -> list[str]:
+    """The fields of the settings class in which `place` ends."""
+    if not dataclasses.is_dataclass(hint):
+        return next(filter(None, (_known(option, place) for option in typing.get_args(hint))), [])
+    names = [field.name for field in dataclasses.fields(hint)]
+    rest = [step for step in place if isinstance(step, str)]
+    return names if len(rest) < 2 else _known(typing.get_type_hints(hint)[rest[0]], rest[1:])
 
 
 def flatten(config: Any) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from typing import Any
 import mlflow
 
 from softprompt_registry.base_models.loading import default_reference, load_base_model
+from softprompt_registry.config import settings
 from softprompt_registry.dod.store import DodStore
 from softprompt_registry.errors import PromotionRefused
 from softprompt_registry.evaluation.verbalizations import Evaluation
@@ -32,7 +33,7 @@ from softprompt_registry.translators.training import TranslatorConfig
 from softprompt_registry.verbalization.abstention import AbstentionRule
 
 
-@dataclass(frozen=True)
+@settings
 class PipelineConfig:
     """Settings of the whole chain."""
 

@@ -3,35 +3,41 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
 from typing import Any, Literal
 
 import pytest
+from pydantic import PositiveInt
 
-from softprompt_registry.config import apply_overrides, build_config, flatten, read_yaml
+from softprompt_registry.config import Share, apply_overrides, build_config, flatten, read_yaml, settings
 from softprompt_registry.errors import ConfigError
 from softprompt_registry.soft_prompts.tuning import TuningConfig
 from softprompt_registry.translators.training import TranslatorConfig
 from softprompt_registry.verbalization.verbalizer import VerbalizationConfig
 
 
-@dataclass(frozen=True)
+@settings
 class Inner:
-    rate: float = 0.5
+    rate: Share = 0.5
     names: tuple[str, ...] = ("a", "b")
 
+    def __post_init__(self) -> None:
+        if len(set(self.names)) < len(self.names):
+            raise ValueError("names are not different")
 
-@dataclass(frozen=True)
+
+@settings
 class Outer:
-    count: int = 1
+    count: PositiveInt = 1
     word: str = ""
     flag: bool = False
-    limit: int | None = None
+    limit: PositiveInt | None = None
     kind: Literal["one", "two"] = "one"
     table: dict[str, float] = field(default_factory=dict)
     anything: Any = None
     inner: Inner = Inner()
+    many: tuple[Inner, ...] = ()
 
 
 def test_without_values_the_defaults_stand() -> None:
@@ -47,46 +53,51 @@ def test_every_type_is_read() -> None:
         "kind": "two",
         "table": {"x": 1, "y": 0.5},
         "anything": [1, "2"],
-        "inner": {"rate": 2, "names": ["c"]},
+        "inner": {"rate": 1, "names": ["c"]},
     }
     config = build_config(Outer, values)
-    assert config == Outer(3, "w", True, 7, "two", {"x": 1.0, "y": 0.5}, [1, "2"], Inner(2.0, ("c",)))
+    assert config == Outer(3, "w", True, 7, "two", {"x": 1.0, "y": 0.5}, [1, "2"], Inner(1.0, ("c",)))
     assert isinstance(config.inner.rate, float)
     assert build_config(Outer, {"limit": None}).limit is None
 
 
 def test_an_unknown_key_lists_the_known_ones() -> None:
     with pytest.raises(ConfigError) as caught:
-        build_config(Outer, {"cuont": 1, "count": 2}, "demo.yaml")
+        build_config(Outer, {"cuont": 1, "count": 2, "inner": {"rte": 1}, "many": [{"rtes": 1}]}, "demo.yaml")
     assert str(caught.value) == (
-        "reading demo.yaml: unknown 'cuont'; known are count, word, flag, limit, kind, table, anything, inner."
+        "reading demo.yaml: unknown 'rte' in inner; known are rate, names; unknown 'rtes' in many.0; known are rate, names; "
+        "unknown 'cuont'; known are count, word, flag, limit, kind, table, anything, inner, many. Correct them."
     )
-    with pytest.raises(ConfigError, match="reading demo.yaml, 'inner': unknown 'rte'; known are rate, names."):
-        build_config(Outer, {"inner": {"rte": 1}}, "demo.yaml")
-    with pytest.raises(ConfigError, match="unknown 1, 'b'"):
-        build_config(Outer, {"b": 0, 1: 0})  # type: ignore[dict-item]
+    with pytest.raises(ConfigError, match="reading Inner: unknown 'rte'; known are rate, names. Correct it."):
+        Inner(rte=1)  # type: ignore[call-arg]
 
 
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"count": 1.5}, "'count': found 1.5, expected int"),
-        ({"count": "3"}, "'count': found '3', expected int"),
-        ({"count": True}, "'count': found True, expected int"),
-        ({"count": None}, "'count': found None, expected int"),
-        ({"word": 3}, "'word': found 3, expected str. Put it in quotes; on the command line"),
-        ({"flag": 1}, "'flag': found 1, expected bool"),
-        ({"flag": "yes"}, "'flag': found 'yes', expected bool. Write true or false."),
-        ({"count": "1_000"}, "'count': found '1_000', expected int. Write a whole number in digits alone."),
-        ({"limit": "7"}, "'limit': found '7', expected int"),
-        ({"kind": "three"}, "'kind': found 'three', expected one of ['one', 'two']"),
-        ({"table": [1]}, "'table': found [1], expected a mapping"),
-        ({"table": {"x": "much"}}, "'table', 'x': found 'much', expected float"),
-        ({"inner": 3}, "'inner': found 3, expected a section"),
-        ({"inner": {"rate": "fast"}}, "'inner', 'rate': found 'fast', expected float"),
-        ({"inner": {"rate": True}}, "'inner', 'rate': found True, expected float"),
-        ({"inner": {"names": "ab"}}, "'inner', 'names': found 'ab', expected a list"),
-        ({"inner": {"names": ["a", 1]}}, "'inner', 'names': found 1, expected str"),
+        ({"count": 1.5}, "count is 1.5, expected a whole number in digits alone. Correct it."),
+        ({"count": "3"}, "count is '3', expected a whole number"),
+        ({"count": True}, "count is True, expected a whole number"),
+        ({"count": None}, "count is None, expected a whole number"),
+        ({"count": 0}, "count is 0, expected above 0"),
+        ({"limit": 0}, "limit is 0, expected above 0"),
+        ({"limit": "7"}, "limit is '7', expected a whole number"),
+        ({"word": 3}, "word is 3, expected text; put it in quotes, on the command line"),
+        ({"word": "\ud800"}, "found what JSON cannot hold"),
+        ({"flag": 1}, "flag is 1, expected true or false"),
+        ({"flag": "yes"}, "flag is 'yes', expected true or false"),
+        ({"kind": "three"}, "kind is 'three', expected 'one' or 'two'"),
+        ({"table": [1]}, "table is [1], expected a mapping"),
+        ({"table": {"x": "much"}}, "table.x is 'much', expected a number, such as 0.5 or 1e-4"),
+        ({"inner": 3}, "inner is 3, expected a section"),
+        ({"inner": {"rate": True}}, "inner.rate is True, expected a number"),
+        ({"inner": {"rate": float("nan")}}, "inner.rate is nan, expected a finite number"),
+        ({"inner": {"rate": 1.5}}, "inner.rate is 1.5, expected 1 or less"),
+        ({"inner": {"names": "ab"}}, "inner.names is 'ab', expected a list"),
+        ({"inner": {"names": ["a", 1]}}, "inner.names.1 is 1, expected text"),
+        ({"inner": {"names": ["a", "a"]}}, "inner: names are not different. Correct it."),
+        ({"many": [{}, {"rate": "fast"}]}, "many.1.rate is 'fast', expected a number"),
+        ({"count": 0, "word": 3}, "count is 0, expected above 0; word is 3, expected text"),
     ],
 )
 def test_a_value_of_another_type_says_where_and_what_was_expected(values: dict[str, Any], message: str) -> None:
@@ -224,13 +235,26 @@ def test_the_record_of_a_config_builds_it_again(config: Any) -> None:
     assert build_config(type(config), dataclasses.asdict(config)) == config
 
 
+def test_settings_made_in_python_are_checked_like_those_of_a_file() -> None:
+    made = Outer(count=2, inner=Inner(rate=1))
+    assert isinstance(made.inner.rate, float) and dataclasses.replace(made, count=3).count == 3
+    with pytest.raises(ConfigError, match="reading Outer: count is 0, expected above 0. Correct it."):
+        dataclasses.replace(made, count=0)
+    with pytest.raises(ConfigError, match="reading Outer: count is '2', expected a whole number"):
+        Outer("2")  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="reading Inner: names are not different. Correct it."):
+        Inner(names=("a", "a"))
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        made.count = 4  # type: ignore[misc]
+
+
 @pytest.mark.parametrize(
     ("cls", "values", "message"),
     [
         (TuningConfig, {"batch_size": 0}, "batch_size is 0, expected at least 1"),
         (TuningConfig, {"max_train_pairs": 0}, "max_train_pairs is 0, expected at least 1"),
         (TuningConfig, {"max_sequence_tokens": 20}, "max_sequence_tokens=20 leaves no room for text"),
-        (TuningConfig, {"init": "zeros"}, "expected one of ['shared_vocabulary', 'own_vocabulary']"),
+        (TuningConfig, {"init": "zeros"}, "expected 'shared_vocabulary' or 'own_vocabulary'"),
         (TranslatorConfig, {"lora_rank": 0}, "lora_rank is 0, expected >= 1"),
         (TranslatorConfig, {"schedule": "linear"}, "schedule is 'linear'; constant or cosine"),
         (TranslatorConfig, {"validation_share": 1.0}, "validation_share 1.0 is not in [0, 1)"),

@@ -10,11 +10,10 @@ import dataclasses
 import statistics
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from softprompt_registry.config import flatten
+from softprompt_registry.config import flatten, settings
 from softprompt_registry.dod.audit_findings import (
     FINDING_KINDS,
     SEVERITIES,
@@ -36,7 +35,7 @@ from softprompt_registry.pages.formatting import plural
 from softprompt_registry.recording import NullRecorder, Recorder
 
 
-@dataclass(frozen=True)
+@settings
 class AuditConfig:
     """From where on an audit calls something a finding."""
 

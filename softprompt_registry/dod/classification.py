@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from softprompt_registry.config import settings
 from softprompt_registry.dod.answer_checks import (
     label_set_fault,
     read_string_list,
@@ -30,7 +31,7 @@ from softprompt_registry.language_models.protocol import CompletionRequest, Lang
 from softprompt_registry.recording import NullRecorder, Recorder
 
 
-@dataclass(frozen=True)
+@settings
 class ClassificationConfig:
     """How many tasks, how they are asked for, and which answers are good."""
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
 
-from softprompt_registry.config import flatten
+from softprompt_registry.config import flatten, settings
 from softprompt_registry.dod.file_rows import ENDINGS, Fault, ending_of, is_text, jsonl_rows, rows_of, unit_of
 from softprompt_registry.dod.store import dod_written_whole, require_free
 from softprompt_registry.dod.task import (
@@ -46,7 +46,7 @@ MAX_LABEL_WORDS = 3
 MIN_PAIRS_PER_LABEL = 4
 
 
-@dataclass(frozen=True)
+@settings
 class FilesConfig:
     """How a folder of files becomes a DoD."""
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 from softprompt_registry.base_models.reference import tokenizer_digest
-from softprompt_registry.config import flatten
+from softprompt_registry.config import flatten, settings
 from softprompt_registry.dod.files import MAX_PROBLEMS
 from softprompt_registry.dod.general_layouts import open_source
 from softprompt_registry.dod.general_sources import (
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-@dataclass(frozen=True)
+@settings
 class GeneralConfig:
     """How Super-NaturalInstructions becomes a DoD."""
 

@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from softprompt_registry.config import flatten
+from softprompt_registry.config import flatten, settings
 from softprompt_registry.dod.labelled_rows import (
     NUM_FOLDS,
     SPLITS,
@@ -123,7 +123,7 @@ EVALUATION_LABELS: dict[str, tuple[str, ...]] = {known.name: known.labels for kn
 """Evaluation set → the paper's label words (section 5.1.2)."""
 
 
-@dataclass(frozen=True)
+@settings
 class InspectConfig:
     """Which of the five sets are built, where they lie on the Hub, and how many pairs each gets."""
 
@@ -154,7 +154,7 @@ class InspectConfig:
         _check_pair_settings(self, ("validation_share",), doing)
 
 
-@dataclass(frozen=True)
+@settings
 class OodConfig:
     """How the files of the two sets are read, and how many pairs each gets."""
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from softprompt_registry.config import settings
 from softprompt_registry.dod.classification import answers_path
 from softprompt_registry.dod.classification_requests import recorded_settings
 from softprompt_registry.dod.prompt_files import read_prompt, read_styles
@@ -47,7 +48,7 @@ _EXAMPLE = re.compile(r"\b(?:e\.?g\b\.?|for example|for instance)", re.IGNORECAS
 _SENTENCE_END = re.compile(r"[.?!][\"'”’)]*(?=\s+[A-Z\"'“‘(\[]|\s*$)|\n")
 
 
-@dataclass(frozen=True)
+@settings
 class ParaphraseConfig:
     """How many paraphrases, and which are good."""
 

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 from softprompt_registry.base_models.frozen import BaseModel
 from softprompt_registry.base_models.reference import BaseModelRef, require_same_base
+from softprompt_registry.config import settings
 from softprompt_registry.dod.task import Task
 from softprompt_registry.errors import ArtifactError, ConfigError, DataError
 from softprompt_registry.evaluation.metrics import TextEncoder, cosine_similarity, label_score
@@ -45,7 +46,7 @@ from softprompt_registry.verbalization.patching import (
 FORMAT_VERSION = 1
 
 
-@dataclass(frozen=True)
+@settings
 class LayerGridConfig:
     """Which pairs are tried, and how the texts are read."""
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Literal
 
+from softprompt_registry.config import settings
 from softprompt_registry.errors import ConfigError, LanguageModelError
 from softprompt_registry.language_models.local_prompts import (
     SYSTEM_JOINED,
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from softprompt_registry.base_models.frozen import BaseModel
 
 
-@dataclass(frozen=True)
+@settings
 class TransformersConfig:
     model: str
     """`packaged:NAME`, a local folder, or a Hub name with an optional `@revision`."""

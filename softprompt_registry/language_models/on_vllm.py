@@ -6,10 +6,10 @@ import contextlib
 import json
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from softprompt_registry.config import settings
 from softprompt_registry.errors import ConfigError, LanguageModelError
 from softprompt_registry.fingerprints import SHORT, digest_of_json
 from softprompt_registry.language_models.local_prompts import (
@@ -24,7 +24,7 @@ from softprompt_registry.language_models.protocol import Completion, CompletionR
 from softprompt_registry.language_models.replies import read_answer
 
 
-@dataclass(frozen=True)
+@settings
 class VllmConfig:
     model: str
     """`packaged:NAME`, a local folder, or a Hub name with an optional `@revision`."""

@@ -15,13 +15,13 @@ import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
 from functools import partial
 from queue import SimpleQueue
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self
 from urllib.parse import urlsplit
 
+from softprompt_registry.config import settings
 from softprompt_registry.errors import ConfigError, LanguageModelError
 from softprompt_registry.language_models.adaptations import Adaptations, remedy
 from softprompt_registry.language_models.http_limits import OpenSockets, joined_until
@@ -46,7 +46,7 @@ _log = logging.getLogger(__name__)
 _DEADLINE_GRACE_S = 0.25  # lets a try that is cut off by the deadline report what it saw
 
 
-@dataclass(frozen=True)
+@settings
 class OpenAICompatibleConfig:
     model: str
     """The model's name as the server knows it."""

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import TYPE_CHECKING, Any, Literal
 
-from softprompt_registry.config import build_config
+from softprompt_registry.config import build_config, settings
 from softprompt_registry.errors import ConfigError
 from softprompt_registry.language_models.protocol import LanguageModel
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from softprompt_registry.language_models.openai_compatible import OpenAICompatibleConfig
 
 
-@dataclass(frozen=True)
+@settings
 class LanguageModelConfig:
     engine: Literal["openai", "vllm", "transformers"] = "openai"
     """`openai`: any server that speaks OpenAI's API; `vllm`, `transformers`: a model in this process."""

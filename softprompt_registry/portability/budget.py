@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from softprompt_registry.config import settings
 from softprompt_registry.errors import ConfigError, LanguageModelError
 from softprompt_registry.language_models.answer_cache import AnswerCache
 from softprompt_registry.language_models.protocol import Completion, CompletionRequest, Prices, Usage, usage_of
@@ -114,7 +115,7 @@ def tokens_by_bytes(request: CompletionRequest) -> int:
     return math.ceil(len(text.encode("utf-8", "replace")) / BYTES_PER_TOKEN) + TOKENS_AROUND
 
 
-@dataclass(frozen=True)
+@settings
 class Budget:
     """The most that one run may use on remote targets, all of them together.
 

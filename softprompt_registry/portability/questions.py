@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from softprompt_registry.config import settings
 from softprompt_registry.dod.task import Pair, Task, fill_template, seed_of, text_key
 from softprompt_registry.errors import ConfigError, DataError
 from softprompt_registry.language_models.protocol import CompletionRequest
@@ -28,7 +29,7 @@ NUM_EXAMPLES = {FEW_SHOT_3: 3, FEW_SHOT_5: 5, FEW_SHOT_TRANSLATED: 3}
 _WITHOUT_HARD_PROMPT = (NO_PROMPT, FEW_SHOT_3, FEW_SHOT_5)
 
 
-@dataclass(frozen=True)
+@settings
 class QuestionsConfig:
     """What is asked about each task."""
 

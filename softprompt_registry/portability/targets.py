@@ -6,14 +6,14 @@ import math
 import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 
+from softprompt_registry.config import settings
 from softprompt_registry.errors import ConfigError
 from softprompt_registry.language_models.opening import LanguageModelConfig, engine_config
 from softprompt_registry.language_models.protocol import Prices, without_folders
 
 
-@dataclass(frozen=True)
+@settings
 class TargetConfig(LanguageModelConfig):
     """One target LLM: what `LanguageModelConfig` says, and what a comparison of several needs."""
 

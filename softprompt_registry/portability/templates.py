@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
+from softprompt_registry.config import settings
 from softprompt_registry.dod.task import Pair
 from softprompt_registry.errors import ConfigError
 
@@ -13,7 +13,7 @@ _HARD_PROMPT = re.compile(r"\{hard_prompt\}\s*")
 _PLACE = re.compile(r"\{(\w+)\}")
 
 
-@dataclass(frozen=True)
+@settings
 class PromptTemplates:
     """Templates of a request; what is put in their places is taken as it is, braces included."""
 

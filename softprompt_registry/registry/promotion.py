@@ -19,7 +19,7 @@ from mlflow import MlflowClient
 from mlflow.entities import LoggedModelInput
 from mlflow.entities.model_registry import ModelVersion
 
-from softprompt_registry.config import build_config, read_yaml
+from softprompt_registry.config import build_config, read_yaml, settings
 from softprompt_registry.errors import ConfigError, PromotionRefused, RegistryError
 from softprompt_registry.registry.conventions import (
     EVALUATION_PREFIX,
@@ -43,7 +43,7 @@ from softprompt_registry.registry.lookup import (
 from softprompt_registry.registry.store import open_run
 
 
-@dataclass(frozen=True)
+@settings
 class Policy:
     minimum: Mapping[str, float] = field(default_factory=dict)
     """Evaluation metric → the least value that may be promoted, for instance `label_recall: 0.5`."""

@@ -18,6 +18,7 @@ from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from softprompt_registry.base_models.reference import BaseModelRef
+from softprompt_registry.config import settings
 from softprompt_registry.dod.task import Task
 from softprompt_registry.errors import ConfigError, SoftPromptError
 from softprompt_registry.soft_prompts.engines import InThisProcess, Tuned
@@ -36,7 +37,7 @@ START_TIMEOUT_S = 900.0
 """How long to wait for the first actor to have loaded its base model."""
 
 
-@dataclass(frozen=True)
+@settings
 class RayConfig:
     """How a Ray cluster is used."""
 

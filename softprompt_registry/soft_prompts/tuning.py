@@ -14,6 +14,7 @@ from typing import Literal
 
 from softprompt_registry.base_models.frozen import BaseModel
 from softprompt_registry.base_models.reference import BaseModelRef
+from softprompt_registry.config import settings
 from softprompt_registry.dod.task import Task
 from softprompt_registry.errors import ArtifactError, ConfigError, DataError
 from softprompt_registry.fingerprints import SHORT, digest_of_json
@@ -28,7 +29,7 @@ RECORD_EVERY_S = 30.0
 """How often a run that goes on reports its speed."""
 
 
-@dataclass(frozen=True)
+@settings
 class TuningConfig:
     """How soft prompts are tuned. Defaults are the paper's for its Classification DoD (section 4.3), where it has them."""
 

@@ -17,7 +17,7 @@ from mlflow_plugins.recording import MlflowRecorder
 from mlflow_plugins.target_traces import target_traces
 from softprompt_registry.base_models.frozen import BaseModel
 from softprompt_registry.base_models.reference import BaseModelRef
-from softprompt_registry.config import flatten
+from softprompt_registry.config import flatten, settings
 from softprompt_registry.dod.store import DodStore
 from softprompt_registry.dod.task import Task
 from softprompt_registry.errors import ArtifactError, ConfigError, DataError
@@ -57,7 +57,7 @@ RESULT = "portability.json"
 """From these two files all numbers and the page can be made again."""
 
 
-@dataclass(frozen=True)
+@settings
 class PortabilityConfig:
     """What is asked, whom, and how it is counted."""
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, field
 from pathlib import Path
 
 from softprompt_registry.base_models.frozen import BaseModel
 from softprompt_registry.base_models.reference import require_same_base
+from softprompt_registry.config import settings
 from softprompt_registry.dod.store import DodStore
 from softprompt_registry.dod.task import Task
 from softprompt_registry.errors import ConfigError, DataError
@@ -42,7 +43,7 @@ NOT_AMONG_ALL = ("label_list", "nearest_tokens", "most_frequent_target")
 """Methods whose texts are left out of `all+verifier`: one that is told the labels, and negative controls."""
 
 
-@dataclass(frozen=True)
+@settings
 class AbstentionConfig:
     """How the rule is found by which a text is held back."""
 
@@ -58,7 +59,7 @@ class AbstentionConfig:
     """Another text of at least this cosine with its ground truth is good."""
 
 
-@dataclass(frozen=True)
+@settings
 class EvaluationConfig:
     """What is compared, and how."""
 

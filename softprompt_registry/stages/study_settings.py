@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any, Literal
 
-from softprompt_registry.config import build_config
+from softprompt_registry.config import build_config, settings
 from softprompt_registry.errors import ConfigError
 from softprompt_registry.soft_prompts.tuning import TuningConfig
 from softprompt_registry.stages.proposing import EvaluationConfig
@@ -17,7 +17,7 @@ DEFAULT_METHODS = ("translator", "most_frequent_target")
 """What a study evaluates at each point: the translator, and a control that looks at no soft prompt."""
 
 
-@dataclass(frozen=True)
+@settings
 class StudyConfig:
     """What a study compares. Each study reads its own points; all read the last three sections."""
 

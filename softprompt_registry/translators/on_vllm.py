@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn
 from softprompt_registry.base_models.frozen import BaseModel, JoinedBatch, TargetScores
 from softprompt_registry.base_models.prefixes import PrefixRows
 from softprompt_registry.base_models.reference import require_same_base
+from softprompt_registry.config import settings
 from softprompt_registry.errors import ArtifactError, BaseModelError, ConfigError
 from softprompt_registry.fingerprints import SHORT, digest_of_file, digest_of_json
 from softprompt_registry.storage import folder_written_whole
@@ -41,7 +42,7 @@ _PLACEHOLDER = 0
 """Token id that stands where a soft token is; vLLM looks at the embedding instead."""
 
 
-@dataclass(frozen=True)
+@settings
 class VllmTranslatorConfig:
     max_model_len: int = 4096
     """Longest sequence in tokens, soft tokens included; the base model's own limit where that is lower."""

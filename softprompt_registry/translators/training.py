@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from softprompt_registry.base_models.frozen import BaseModel
 from softprompt_registry.base_models.layers import linear_layers
 from softprompt_registry.base_models.reference import require_same_base
+from softprompt_registry.config import settings
 from softprompt_registry.dod.task import Task
 from softprompt_registry.errors import ArtifactError, ConfigError, DataError
 from softprompt_registry.fingerprints import SHORT, digest_of_json
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
 LLAMA_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
-@dataclass(frozen=True)
+@settings
 class TranslatorConfig:
     """How a translator is trained. Defaults are the paper's (section 4.3) where it has them."""
 
@@ -385,9 +386,9 @@ def _epoch(
     draw = random.Random(f"{config.seed}/{epoch}")
     order = [name for name in soft_prompts if name not in held_out]
     draw.shuffle(order)
-    for settings in optimizer.param_groups:
+    for group in optimizer.param_groups:
         fall = 0.5 * (1 + math.cos(math.pi * epoch / config.epochs)) if config.schedule == "cosine" else 1.0
-        settings["lr"] = config.learning_rate * fall
+        group["lr"] = config.learning_rate * fall
     spread = torch.stack([soft_prompts[name].embeddings for name in order]).std()
     total, count = 0.0, 0
     seed = config.seed * 100_003 + epoch

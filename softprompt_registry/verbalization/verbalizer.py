@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Protocol
 
+from softprompt_registry.config import settings
 from softprompt_registry.errors import ConfigError
 from softprompt_registry.soft_prompts.soft_prompt import SoftPrompt
 from softprompt_registry.storage import complete_record
@@ -79,7 +80,7 @@ class Verbalization:
             return cls(**values)
 
 
-@dataclass(frozen=True)
+@settings
 class VerbalizationConfig:
     """How candidates are made."""
 

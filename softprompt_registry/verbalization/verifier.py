@@ -13,12 +13,12 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
 from statistics import fmean
 from typing import TYPE_CHECKING, NamedTuple
 
 from softprompt_registry.base_models.frozen import BaseModel
 from softprompt_registry.base_models.reference import require_same_base
+from softprompt_registry.config import settings
 from softprompt_registry.dod.task import Pair
 from softprompt_registry.errors import BaseModelError, ConfigError, DataError
 from softprompt_registry.soft_prompts.encoding import RowEncoder, encode_inside
@@ -54,7 +54,7 @@ MAX_ORDER_ITEMS = 10
 """So many pairs at most show how a soft prompt's tokens do in other orders: tuned ones differ from these by nats."""
 
 
-@dataclass(frozen=True)
+@settings
 class VerifierConfig:
     """How candidates are verified."""
 

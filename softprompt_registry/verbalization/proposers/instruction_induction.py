@@ -6,10 +6,10 @@ It never sees a soft prompt, only the pairs that it was tuned on (Honovich et al
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from softprompt_registry.base_models.frozen import BaseModel
+from softprompt_registry.config import settings
 from softprompt_registry.dod.prompt_files import PromptFile, read_prompt
 from softprompt_registry.dod.task import Pair, Task
 from softprompt_registry.errors import ConfigError, DataError
@@ -23,7 +23,7 @@ from softprompt_registry.verbalization.verbalizer import Candidate, Verbalizatio
 _OWN_FOLDER = Path(__file__).parent
 
 
-@dataclass(frozen=True)
+@settings
 class InductionConfig:
     """What the base model is shown. How many texts it writes, and how, is in `VerbalizationConfig`."""
 
