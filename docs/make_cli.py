@@ -42,6 +42,10 @@ Values are read by the core schema of YAML 1.2: `true` and `false` are the only 
 text, as are dates, `12:30` and `1_000`; `1e-4` is a number; `null` is None. Keys stay as they are written, and a key that
 stands twice is an error. With `-s`, a value that begins with a quote, `[` or `{` is YAML; any other is a number, `true`,
 `false`, `null` or text, and neither a colon nor a `#` ends that text.
+
+Types: `PositiveInt` and `PositiveFloat` are numbers above 0, `NonNegativeInt` and `NonNegativeFloat` from 0 up; `Share` is a
+number from 0 to 1, `PositiveShare` above 0, `InnerShare` also below 1, and `PairShares` three shares that add up to 1; `Name`
+is text that is not empty; `Distinct[…]` is a list of one or more values, each once.
 """
 
 SETTINGS = [
@@ -68,6 +72,12 @@ SETTINGS = [
         "section `options` inside `generator`",
         "softprompt_registry/language_models/openai_compatible.py",
         "OpenAICompatibleConfig",
+    ),
+    (
+        "prices",
+        "beside `model` in `targets`, and inside `options` of engine `openai`",
+        "softprompt_registry/language_models/protocol.py",
+        "PriceConfig",
     ),
     (
         "engine vllm",

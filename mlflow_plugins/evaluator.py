@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 import mlflow
 from mlflow.entities import Metric
 from mlflow.models.evaluation import EvaluationDataset, EvaluationResult, ModelEvaluator
+from pydantic import PositiveInt
 
 from softprompt_registry.config import build_config, settings
 
@@ -57,7 +58,7 @@ class EvaluatorConfig:
     the names given as `targets` and `predictions`."""
     prefill: str = ""
     """The beginning that every text was given. It was not found by the model and is not scored."""
-    rows_per_request: int = 16
+    rows_per_request: PositiveInt = 16
     """Rows that a model gets at once; our served model takes 16 unless its `max_rows` says otherwise."""
 
 
@@ -220,10 +221,6 @@ def _read_config(values: Mapping[str, Any] | None) -> EvaluatorConfig:
     if config.metrics is not None and (not config.metrics or set(config.metrics) - set(known)):
         raise ConfigError(
             f"reading evaluator_config: metrics is {list(config.metrics)}, expected some of {', '.join(known)}. Correct it."
-        )
-    if config.rows_per_request < 1:
-        raise ConfigError(
-            f"reading evaluator_config: rows_per_request is {config.rows_per_request}, expected 1 or more. Raise it."
         )
     return config
 

@@ -13,14 +13,14 @@ import logging
 import math
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
-from types import UnionType
-from typing import Any, Literal, get_args, get_type_hints
+from dataclasses import asdict, dataclass
+from typing import Annotated, Any, Literal
 
 from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import INTERNAL_ERROR, INVALID_PARAMETER_VALUE
+from pydantic import Field, PositiveInt
 
-from softprompt_registry.config import settings
+from softprompt_registry.config import PositiveShare, build_config, settings
 from softprompt_registry.dod.task import Pair
 from softprompt_registry.errors import ArtifactError, ConfigError, DataError
 from softprompt_registry.verbalization.verifying import DEFAULT_MIN_FAITHFULNESS
@@ -79,25 +79,25 @@ class ServingConfig:
     engine: Literal["transformers", "vllm"] = "transformers"
     """What writes the texts. `vllm` needs the package on the server, and memory for the weights twice: the verifier and the
     check of the base model's fingerprint use them in transformers."""
-    vllm_gpu_memory_utilization: float = 0.6
+    vllm_gpu_memory_utilization: PositiveShare = 0.6
     """Share of a GPU's memory that vLLM may take, above 0 up to 1; the rest is for the weights in transformers."""
     allow_registry_references: bool = False
     """Whether `soft_prompt` may be `models:/…` or `runs:/…`: the server then reads with its own rights."""
-    max_rows: int = 16
+    max_rows: PositiveInt = 16
     """Rows of one request."""
-    max_payload_bytes: int = 4 * 1024 * 1024
+    max_payload_bytes: PositiveInt = 4 * 1024 * 1024
     """Of one soft prompt after base64 decoding."""
-    max_virtual_tokens: int = 256
+    max_virtual_tokens: PositiveInt = 256
     """K of one soft prompt."""
-    max_new_tokens_limit: int = 512
+    max_new_tokens_limit: PositiveInt = 512
     """What the parameter max_new_tokens may ask for."""
-    max_candidates: int = 16
+    max_candidates: PositiveInt = 16
     """What the parameter num_candidates may ask for."""
-    max_inputs: int = 64
+    max_inputs: PositiveInt = 64
     """Inputs of one row."""
-    max_input_characters: int = 20_000
+    max_input_characters: PositiveInt = 20_000
     """Of one input, and of one input or output in task_pairs."""
-    max_task_pairs: int = 64
+    max_task_pairs: PositiveInt = 64
     """Of one row; all of them are used."""
     min_faithfulness: float = DEFAULT_MIN_FAITHFULNESS
     """A row abstains below it. A text that keeps half of the soft prompt's gain is nearer to it than to no prompt; that is no
@@ -123,11 +123,11 @@ class ServingConfig:
     """Longest silence of the target LLM within one try, in seconds."""
     target_deadline_s: float = 40.0
     """For all answers of one request, in seconds. `mlflow models serve` gives up after 60 (its `--timeout`)."""
-    target_max_attempts: int = 3
+    target_max_attempts: PositiveInt = 3
     """Tries per input."""
-    target_max_concurrency: int = 8
+    target_max_concurrency: PositiveInt = 8
     """Requests to the target LLM in flight at the same time, over all requests to this server."""
-    target_max_tokens: int = 256
+    target_max_tokens: PositiveInt = 256
     """Longest answer, in the target LLM's tokens."""
     target_max_tokens_parameter: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
     """How the target LLM calls that limit; OpenAI's reasoning models take the second only."""
@@ -139,55 +139,17 @@ class ServingConfig:
     """In the same currency."""
 
     def __post_init__(self) -> None:
-        for name, expected in get_type_hints(ServingConfig).items():
-            value = getattr(self, name)
-            if not _fits(value, expected):
-                raise ConfigError(
-                    f"reading the serving settings: {name} is {shortened(repr(value), 100)}, expected "
-                    f"{_readable(expected)}. Correct it in model_config or SERVING_MODEL_CONFIG."
-                )
-            if expected is int and value < 1:
-                raise ConfigError(f"reading the serving settings: {name} is {value}, expected 1 or more. Raise it.")
-        if not 0 < self.vllm_gpu_memory_utilization <= 1:
-            raise ConfigError(
-                f"reading the serving settings: vllm_gpu_memory_utilization is {self.vllm_gpu_memory_utilization}, expected "
-                "above 0 up to 1. Correct it."
-            )
         for part in ("{hard_prompt}", "{input}"):
             if part not in self.prompt_template:
-                raise ConfigError(
-                    f"reading the serving settings: prompt_template has no {part!r}, expected both '{{hard_prompt}}' "
-                    "and '{input}'. Add it."
-                )
+                raise ValueError(f"prompt_template has no {part!r}, expected both '{{hard_prompt}}' and '{{input}}'")
 
     @classmethod
     def from_model_config(cls, model_config: Mapping[str, Any] | None) -> ServingConfig:
-        known = [field.name for field in fields(cls)]
-        if unknown := sorted(set(model_config or {}) - set(known)):
-            raise ConfigError(f"reading the serving settings: {unknown} are unknown; known are {known}. Correct them.")
-        return cls(**(model_config or {}))
+        return build_config(cls, model_config or {}, "the serving settings")
 
     def to_model_config(self) -> dict[str, Any]:
         """With every key: MLflow lets the environment override only keys that were logged."""
         return asdict(self)
-
-
-def _fits(value: object, expected: Any) -> bool:
-    if isinstance(expected, UnionType) or type(None) in get_args(expected):
-        return any(_fits(value, choice) for choice in get_args(expected))
-    if choices := get_args(expected):
-        return value in choices
-    if expected is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    return isinstance(value, expected) and (expected is bool or not isinstance(value, bool))
-
-
-def _readable(expected: Any) -> str:
-    if isinstance(expected, UnionType) or type(None) in get_args(expected):
-        return " or ".join(_readable(choice) for choice in get_args(expected))
-    if choices := get_args(expected):
-        return " or ".join(repr(choice) for choice in choices)
-    return "null" if expected is type(None) else str(expected.__name__)
 
 
 # --- Parameters ---
@@ -197,62 +159,32 @@ def _readable(expected: Any) -> str:
 class RequestParams:
     """The parameters of a request; they hold for all of its rows."""
 
-    num_candidates: int = 1
-    prefill: str = ""
-    max_new_tokens: int = 64
-    temperature: float = 0.7
-    seed: int = 0
+    num_candidates: PositiveInt = 1
+    prefill: Annotated[str, Field(max_length=MAX_PREFILL_CHARACTERS)] = ""
+    max_new_tokens: PositiveInt = 64
+    temperature: Annotated[float, Field(gt=0, le=MAX_TEMPERATURE)] = 0.7
+    """The first candidate is always greedy, the temperature is that of the others."""
+    seed: Annotated[int, Field(ge=0, le=MAX_SEED)] = 0
     verify: bool = True
     answer: bool = False
 
 
 def read_params(params: object, config: ServingConfig) -> RequestParams:
     """Raises `RequestRefused` for an unknown parameter, a wrong type or a value out of range."""
-    defaults = RequestParams()
-    known = [field.name for field in fields(RequestParams)]
-    if params is None:
-        params = {}
-    if not isinstance(params, Mapping):
+    if not isinstance(params, Mapping | None):
         raise RequestRefused(
             f"reading params: found {kind_of(params)}, expected an object such as "
             '{"num_candidates": 4}. Correct params.'
         )
-    if unknown := [str(name) for name in params if name not in known]:
-        raise RequestRefused(
-            f"reading params: {names_are(unknown)} unknown; known are {', '.join(known)}. Correct params."
-        )
-    read: dict[str, Any] = {}
-    for name, value in params.items():
-        default = getattr(defaults, name)
-        if hasattr(value, "item"):
-            value = value.item()  # a numpy scalar
-        if not _fits(value, type(default)):
-            raise RequestRefused(f"reading params: {name} is {kind_of(value)}, expected {_EXPECTED[type(default)]}.")
-        read[name] = type(default)(value)
-    request = RequestParams(**read)
-    ranges = {
-        "num_candidates": (1, config.max_candidates),
-        "max_new_tokens": (1, config.max_new_tokens_limit),
-        "seed": (0, MAX_SEED),
-    }
-    for name, (low, high) in ranges.items():
-        if not low <= getattr(request, name) <= high:
+    try:
+        request = build_config(RequestParams, params or {}, "params", quoted_characters=30)
+    except ConfigError as error:
+        raise RequestRefused(str(error)) from None
+    for name, most in (("num_candidates", config.max_candidates), ("max_new_tokens", config.max_new_tokens_limit)):
+        if getattr(request, name) > most:
             found = shortened(str(getattr(request, name)), 30)
-            raise RequestRefused(f"reading params: {name} is {found}, expected {low} to {high}.")
-    if not 0 < request.temperature <= MAX_TEMPERATURE:
-        raise RequestRefused(
-            f"reading params: temperature is {request.temperature:g}, expected above 0 up to {MAX_TEMPERATURE:g}; the "
-            "first candidate is always greedy, the temperature is that of the others."
-        )
-    if len(request.prefill) > MAX_PREFILL_CHARACTERS or not _is_unicode(request.prefill):
-        raise RequestRefused(
-            f"reading params: prefill has {len(request.prefill)} characters, expected valid Unicode of at most "
-            f"{MAX_PREFILL_CHARACTERS}. Shorten it."
-        )
+            raise RequestRefused(f"reading params: {name} is {found}, expected {most} or less. Lower it.")
     return request
-
-
-_EXPECTED = {int: "a whole number", float: "a number", str: "a string", bool: "true or false"}
 
 
 # --- Rows ---

@@ -6,6 +6,7 @@ import os
 import threading
 import weakref
 from collections.abc import Sequence
+from dataclasses import fields
 
 from mlflow_plugins.serving_requests import RequestRefused, ServingConfig
 from mlflow_plugins.target_traces import record_target_call
@@ -15,6 +16,7 @@ from softprompt_registry.language_models.protocol import Completion, CompletionR
 from softprompt_registry.portability.templates import fill
 
 TARGET_MODEL_VARIABLE = "SOFTPROMPT_TARGET_MODEL"
+_TARGET_SETTINGS = [field.name[len("target_") :] for field in fields(ServingConfig) if field.name.startswith("target_")]
 
 
 class TargetModel:
@@ -25,20 +27,9 @@ class TargetModel:
         self._lock = threading.Lock()
         self._client: OpenAICompatible | None = None
         model = config.target_model or os.environ.get(TARGET_MODEL_VARIABLE)
-        self.config = model and OpenAICompatibleConfig(
-            model=model,
-            base_url=config.target_base_url,
-            api_key_env=config.target_api_key_env,
-            endpoint=config.target_endpoint,
-            max_tokens_parameter=config.target_max_tokens_parameter,
-            send_temperature=config.target_send_temperature,
-            timeout_s=config.target_timeout_s,
-            deadline_s=config.target_deadline_s,
-            max_attempts=config.target_max_attempts,
-            max_concurrency=config.target_max_concurrency,
-            price_per_million_prompt_tokens=config.target_price_per_million_prompt_tokens,
-            price_per_million_completion_tokens=config.target_price_per_million_completion_tokens,
-        )
+        names = {field.name for field in fields(OpenAICompatibleConfig)} & {*_TARGET_SETTINGS}
+        settings = {name: getattr(config, f"target_{name}") for name in names}
+        self.config = model and OpenAICompatibleConfig(**{**settings, "model": model})
 
     def require(self) -> OpenAICompatibleConfig:
         """Raises `RequestRefused` where no target LLM is configured."""

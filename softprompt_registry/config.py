@@ -125,8 +125,25 @@ def _copied(values: Mapping[str, Any]) -> dict[str, Any]:
 
 _STRICT = pydantic.ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 
+T = TypeVar("T")
+
+
+def _each_once(values: tuple[T, ...]) -> tuple[T, ...]:
+    if not values or len(set(values)) < len(values):
+        raise ValueError(f"found {list(values)}, expected one or more, each once")
+    return values
+
+
 Share = Annotated[float, pydantic.Field(ge=0, le=1)]
 """A number from 0 to 1."""
+PositiveShare = Annotated[float, pydantic.Field(gt=0, le=1)]
+"""A number above 0, up to 1."""
+InnerShare = Annotated[float, pydantic.Field(gt=0, lt=1)]
+"""A number above 0 and below 1."""
+Name = Annotated[str, pydantic.Field(min_length=1)]
+"""A text that is not empty."""
+Distinct = Annotated[tuple[T, ...], pydantic.AfterValidator(_each_once)]
+"""A list of one or more values, each once."""
 
 
 @dataclass_transform(frozen_default=True, field_specifiers=(dataclasses.field,))
@@ -150,8 +167,16 @@ def settings(cls: type[ConfigT]) -> type[ConfigT]:
     return cls
 
 
-def build_config(cls: type[ConfigT], values: Mapping[str, Any], where: str = "the settings") -> ConfigT:
+def build_config(
+    cls: type[ConfigT], values: Mapping[str, Any], where: str = "the settings", *, quoted_characters: int = 200
+) -> ConfigT:
     """A settings class from a mapping, the sections within it included.
+
+    Args:
+        cls: the class.
+        values: by the name of the field.
+        where: where the values are from, for errors.
+        quoted_characters: how much of a wrong name or value an error quotes.
 
     Raises:
         ConfigError: an unknown key, or a value that its field does not take.
@@ -164,7 +189,7 @@ def build_config(cls: type[ConfigT], values: Mapping[str, Any], where: str = "th
     try:
         return pydantic.TypeAdapter(cls).validate_json(text)
     except pydantic.ValidationError as error:
-        raise _config_error(error, cls, where) from None
+        raise _config_error(error, cls, where, quoted_characters) from None
 
 
 def _plain(value: Any) -> Any:
@@ -174,12 +199,12 @@ def _plain(value: Any) -> Any:
     return value.item()
 
 
-def _config_error(error: pydantic.ValidationError, cls: type[Any], where: str) -> ConfigError:
-    faults = [_fault(details, cls) for details in error.errors(include_url=False)]
+def _config_error(error: pydantic.ValidationError, cls: type[Any], where: str, quoted: int = 200) -> ConfigError:
+    faults = [_fault(details, cls, quoted) for details in error.errors(include_url=False)]
     return ConfigError(f"reading {where}: {'; '.join(faults)}. Correct {'it' if len(faults) == 1 else 'them'}.")
 
 
-def _fault(details: ErrorDetails, cls: type[Any]) -> str:
+def _fault(details: ErrorDetails, cls: type[Any], quoted: int) -> str:
     """Field, value found and what was expected, without a full stop."""
     kind, place, limits = details["type"], list(details["loc"]), details.get("ctx", {})
     if place and isinstance(place[0], int):  # an argument by position
@@ -187,13 +212,13 @@ def _fault(details: ErrorDetails, cls: type[Any]) -> str:
     name = ".".join(map(str, place))
     if kind == "unexpected_keyword_argument":
         section = f" in {'.'.join(map(str, place[:-1]))}" if place[1:] else ""
-        return f"unknown {place[-1]!r}{section}; known are {', '.join(_known(cls, place))}"
+        return f"unknown {_shown(place[-1], quoted)}{section}; known are {', '.join(_known(cls, place))}"
     if kind == "value_error":
         return f"{name}{': ' if name else ''}{limits['error']}"
     if kind in ("missing", "missing_argument"):
         return f"{name} is missing"
-    expected = _EXPECTED.get(kind)
-    return f"{name} is {_shown(details['input'])}, expected {expected.format(**limits) if expected else details['msg']}"
+    expected = _EXPECTED[kind].format(**limits) if kind in _EXPECTED else details["msg"]
+    return f"{name} is {_shown(details['input'], quoted)}, expected {expected}"
 
 
 _EXPECTED = {
@@ -208,8 +233,7 @@ _EXPECTED = {
     "less_than": "below {lt:g}",
     "less_than_equal": "{le:g} or less",
     "string_too_short": "text that is not empty",
-    "too_short": "{min_length} or more",
-    "too_long": "{max_length} or fewer",
+    "string_too_long": "at most {max_length} characters",
     "tuple_type": "a list",
     "dict_type": "a mapping",
     "mapping_type": "a mapping",
@@ -219,9 +243,9 @@ _EXPECTED = {
 """By pydantic's kind of error."""
 
 
-def _shown(value: Any) -> str:
+def _shown(value: Any, characters: int) -> str:
     shown = repr(value)
-    return shown if len(shown) <= 200 else f"{shown[:199]}…"
+    return shown if len(shown) <= characters else f"{shown[: characters - 1]}…"
 
 
 def _known(hint: Any, place: Sequence[str | int]) -> list[str]:

@@ -250,7 +250,7 @@ def test_dropout_does_not_move_the_noise_of_micro_batches(inputs: Inputs) -> Non
 
 
 def test_a_micro_batch_holds_at_least_one() -> None:
-    with pytest.raises(ConfigError, match="micro_batch_size is 0, expected >= 1"):
+    with pytest.raises(ConfigError, match="micro_batch_size is 0, expected above 0"):
         TranslatorConfig(micro_batch_size=0)
 
 

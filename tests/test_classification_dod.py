@@ -177,28 +177,6 @@ def test_prompts_of_your_own(llm_server: LlmServer, tmp_path: Path) -> None:
     assert len(llm_server.received) == before and not (tmp_path / "b.dod").exists()
 
 
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        ({"num_tasks": 0}, "num_tasks is too low"),
-        ({"labels_per_task": 1}, "labels_per_task is too low; a task has at least two labels"),
-        ({"max_extra_calls": -1}, "max_extra_calls is too low"),
-        ({"max_tokens_per_sentence": 0}, "max_tokens_per_sentence is too low"),
-        ({"test_share": 1.5}, "test_share is 1.5 .*expected shares from 0 to 1"),
-        ({"min_english": -0.1}, "min_english -0.1"),
-        # Bug: these were found out when the sentences had been paid for.
-        ({"pair_shares": (0.8, 0.1)}, r"pair_shares are \[0.8, 0.1\]; expected three numbers"),
-        ({"pair_shares": (0.8, 0.3, -0.1)}, "pair_shares are"),
-        ({"min_words": 9, "max_words": 8}, "min_words is 9 and max_words 8"),
-        ({"min_sentences_per_label": 0}, "min_sentences_per_label is 0 .*at least one sentence"),
-        ({"min_sentences_per_label": 101}, "min_sentences_per_label is 101 and sentences_per_label 100"),
-    ],
-)
-def test_settings_that_cannot_work(change: dict[str, Any], words: str) -> None:
-    with pytest.raises(ConfigError, match=words):
-        ClassificationConfig(**change)
-
-
 def test_an_estimate_counts_what_is_asked_for() -> None:
     whole = estimate(SMALL)
     assert (whole.label_requests, whole.sentence_requests) == (6, 36)

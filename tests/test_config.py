@@ -11,7 +11,15 @@ import pytest
 from pydantic import PositiveInt
 
 from softprompt_registry.config import Share, apply_overrides, build_config, flatten, read_yaml, settings
+from softprompt_registry.dod.audit import AuditConfig
+from softprompt_registry.dod.classification import ClassificationConfig
+from softprompt_registry.dod.files import FilesConfig
+from softprompt_registry.dod.general import GeneralConfig
+from softprompt_registry.dod.labelled_sets import InspectConfig, OodConfig
 from softprompt_registry.errors import ConfigError
+from softprompt_registry.language_models.on_vllm import VllmConfig
+from softprompt_registry.language_models.openai_compatible import OpenAICompatibleConfig
+from softprompt_registry.portability.budget import Budget
 from softprompt_registry.soft_prompts.tuning import TuningConfig
 from softprompt_registry.translators.training import TranslatorConfig
 from softprompt_registry.verbalization.verbalizer import VerbalizationConfig
@@ -251,14 +259,44 @@ def test_settings_made_in_python_are_checked_like_those_of_a_file() -> None:
 @pytest.mark.parametrize(
     ("cls", "values", "message"),
     [
-        (TuningConfig, {"batch_size": 0}, "batch_size is 0, expected at least 1"),
-        (TuningConfig, {"max_train_pairs": 0}, "max_train_pairs is 0, expected at least 1"),
+        (TuningConfig, {"batch_size": 0}, "batch_size is 0, expected above 0"),
         (TuningConfig, {"max_sequence_tokens": 20}, "max_sequence_tokens=20 leaves no room for text"),
         (TuningConfig, {"init": "zeros"}, "expected 'shared_vocabulary' or 'own_vocabulary'"),
-        (TranslatorConfig, {"lora_rank": 0}, "lora_rank is 0, expected >= 1"),
-        (TranslatorConfig, {"schedule": "linear"}, "schedule is 'linear'; constant or cosine"),
-        (TranslatorConfig, {"validation_share": 1.0}, "validation_share 1.0 is not in [0, 1)"),
-        (VerbalizationConfig, {"temperature": 0.0}, "expected all above zero"),
+        (TranslatorConfig, {"schedule": "linear"}, "schedule is 'linear', expected 'constant' or 'cosine'"),
+        (TranslatorConfig, {"validation_share": 1.0}, "validation_share is 1.0, expected below 1"),
+        (TranslatorConfig, {"train_share": 0.0}, "train_share is 0.0, expected above 0"),
+        (AuditConfig, {"min_label_balance": 1.5}, "min_label_balance is 1.5, expected 1 or less"),
+        (AuditConfig, {"max_examples": -1}, "max_examples is -1, expected 0 or more"),
+        (FilesConfig, {"input_column": "split"}, "input_column is 'split' and output_column is 'output', expected two"),
+        (GeneralConfig, {"pair_shares": [0.5, 0.2, 0.2]}, "pair_shares: [0.5, 0.2, 0.2] add up to 0.9, expected 1"),
+        (GeneralConfig, {"pair_shares": [0.8, 0.3, -0.1]}, "pair_shares.2 is -0.1, expected 0 or more"),
+        (ClassificationConfig, {"pair_shares": [0.8, 0.2]}, "pair_shares.2 is missing"),
+        (ClassificationConfig, {"labels_per_task": 1}, "labels_per_task is 1, expected 2 or more"),
+        (ClassificationConfig, {"min_words": 9, "max_words": 8}, "min_words is 9 and max_words 8, expected no more"),
+        (
+            ClassificationConfig,
+            {"min_sentences_per_label": 101},
+            "min_sentences_per_label is 101 and sentences_per_label 100",
+        ),
+        (InspectConfig, {"sets": []}, "sets: found [], expected one or more, each once"),
+        (InspectConfig, {"sets": ["sst2", "sst2"]}, "sets: found ['sst2', 'sst2'], expected one or more, each once"),
+        (InspectConfig, {"sets": ["imdb"]}, "sets has ['imdb'], expected some of ['sst2'"),
+        (InspectConfig, {"hub": {"sst-2": "a/b"}}, "hub has ['sst-2'], expected some of ['sst2'"),
+        (OodConfig, {"reviews_test_fold": 4}, "reviews_validation_fold and reviews_test_fold are both 4"),
+        (OodConfig, {"reviews_test_fold": 6}, "reviews_test_fold is 6, expected 5 or less"),
+        (OodConfig, {"essays_labels": {"x": "AI"}}, "essays_labels maps labels to ['AI'], expected only ['human'"),
+        (VerbalizationConfig, {"temperature": 0.0}, "temperature is 0.0, expected above 0"),
+        (
+            VllmConfig,
+            {"model": "", "max_in_flight": 0},
+            "model is '', expected text that is not empty; max_in_flight is 0",
+        ),
+        (
+            OpenAICompatibleConfig,
+            {"model": "m", "timeout_s": float("inf")},
+            "timeout_s is inf, expected a finite number",
+        ),
+        (Budget, {"max_cost": -1.0}, "max_cost is -1.0, expected above 0"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(cls: type[Any], values: dict[str, Any], message: str) -> None:

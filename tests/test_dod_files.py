@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 import pyarrow
 import pyarrow.parquet
@@ -20,7 +20,7 @@ from task_files import HEAD, NO_SPLITS, ROWS, Row, build, csv_bytes, jsonl_bytes
 from softprompt_registry.dod.files import FilesConfig, build_dod_from_files
 from softprompt_registry.dod.store import DodStore
 from softprompt_registry.dod.task import Pair, Task
-from softprompt_registry.errors import ConfigError, DataError
+from softprompt_registry.errors import DataError
 from softprompt_registry.recording import NullRecorder
 
 # Formats
@@ -355,17 +355,3 @@ def test_left_overs_of_a_killed_build_are_removed(tmp_path: Path) -> None:
     _, tasks = build(tmp_path, None, a__csv=HEAD)
     assert list(tasks) == ["a"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.csv", "out.dod"]
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"input_column": "text", "output_column": "text"}, "expected two names that differ from each other and from"),
-        ({"input_column": "split"}, "input_column is 'split' and output_column is 'output'"),
-        ({"test_share": 1.5}, "test_share is 1.5; expected a share from 0 to 1"),
-        ({"max_pairs_per_task": 0}, "max_pairs_per_task is 0; expected 1 or more, or null for all pairs"),
-    ],
-)
-def test_config_errors(settings: dict[str, Any], message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        FilesConfig(**settings)

@@ -44,4 +44,6 @@ def test_the_command_line_helps_without_heavy_imports() -> None:
         "for args in (['--help'], ['tune', '--help'], ['demo', '--help']):\n"
         "    assert CliRunner().invoke(main, args).exit_code == 0"
     )
-    assert loaded_by(code, ["torch", "transformers", "mlflow", "peft", "openai", "matplotlib", "pandas", "pydantic"]) == []
+    assert (
+        loaded_by(code, ["torch", "transformers", "mlflow", "peft", "openai", "matplotlib", "pandas", "pydantic"]) == []
+    )

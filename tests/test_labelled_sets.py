@@ -10,20 +10,18 @@ from typing import Any
 import pytest
 from task_files import Row, csv_bytes, jsonl_bytes, parquet_bytes
 
-from softprompt_registry.config import build_config
 from softprompt_registry.dod.labelled_rows import spelling
 from softprompt_registry.dod.labelled_sets import (
     EVALUATION_LABELS,
     LABELLED_SETS,
     InspectConfig,
     LabelledSetsReport,
-    OodConfig,
     SetCounts,
     build_dod_inspect,
 )
 from softprompt_registry.dod.store import DodStore
 from softprompt_registry.dod.task import Task
-from softprompt_registry.errors import ConfigError, DataError
+from softprompt_registry.errors import DataError
 
 REAL_DATA = Path(__file__).parent.parent.parent / "shared" / "data" / "inspect"
 SST2 = InspectConfig(sets=("sst2",))
@@ -326,31 +324,6 @@ def test_bad_folder_and_existing_output(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="exists already"):
         build_dod_inspect(None, tmp_path / "out.dod", config=SST2)
     assert (tmp_path / "out.dod").read_text() == "mine"
-
-
-CONFIG_ERRORS: list[tuple[type[InspectConfig | OodConfig], dict[str, Any], str]] = [
-    (
-        InspectConfig,
-        {"sets": []},
-        r"sets are \[\]; expected one or more of \['sst2', 'sst5', 'trec', 'subj', 'agnews'\]",
-    ),
-    (InspectConfig, {"sets": ["sst2", "sst2"]}, "each once. Correct the list."),
-    (InspectConfig, {"sets": ["imdb"]}, r"sets are \['imdb'\]"),
-    (InspectConfig, {"hub": {"sst-2": "a/b"}}, r"hub names the sets \['sst-2'\]; expected only"),
-    (InspectConfig, {"max_test_pairs": 0}, "max_test_pairs is 0; expected 1 or more, or null for all pairs"),
-    (InspectConfig, {"validation_share": 0.0}, "validation_share is 0.0; expected a share between 0 and 1"),
-    (OodConfig, {"reviews_test_fold": 4}, "reviews_test_fold are 4 and 4; expected two numbers"),
-    (OodConfig, {"reviews_test_fold": 6}, "are 4 and 6; expected two numbers from 1 to 5"),
-    (OodConfig, {"essays_labels": {"x": "AI"}}, r"to \['AI'\]; expected only \['human', 'generated'\]"),
-    (OodConfig, {"reviews_labels": {"x": "human"}}, r"reviews_labels maps labels to \['human'\]"),
-    (OodConfig, {"test_share": 1.0}, "test_share is 1.0; expected a share between 0 and 1"),
-]
-
-
-@pytest.mark.parametrize(("config", "settings", "message"), CONFIG_ERRORS)
-def test_config_errors(config: type[InspectConfig | OodConfig], settings: dict[str, Any], message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        build_config(config, settings)
 
 
 @pytest.mark.skipif(not REAL_DATA.is_dir(), reason="the real sets are not beside this checkout")

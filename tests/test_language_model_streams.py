@@ -218,7 +218,7 @@ def test_opening_a_server_by_settings(llm_server: LlmServer) -> None:
             LanguageModelConfig("transformers", "a", {"base_url": "x"}),
             "options of engine 'transformers': unknown 'base_url'; known are model, dtype, prompt_format, batch_size",
         ),
-        (LanguageModelConfig("transformers", "a", {"batch_size": 0}), "batch_size 0; name a model"),
+        (LanguageModelConfig("transformers", "a", {"batch_size": 0}), "batch_size is 0, expected above 0"),
     ],
 )
 def test_settings_that_open_nothing(config: LanguageModelConfig, words: str, monkeypatch: pytest.MonkeyPatch) -> None:

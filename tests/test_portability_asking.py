@@ -409,12 +409,6 @@ def test_what_runs_in_this_process_counts_towards_no_budget(cache: AnswerCache) 
     Budget(1, 0.01).require(expected)
 
 
-@pytest.mark.parametrize("limits", [{"max_tokens": 0}, {"max_cost": -1.0}, {"max_cost": float("nan")}])
-def test_a_budget_is_above_zero(limits: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match="expected a number above 0, or null for no limit"):
-        Budget(**limits)
-
-
 # --- Settings ---
 
 
@@ -424,10 +418,8 @@ def test_a_budget_is_above_zero(limits: dict[str, Any]) -> None:
         ({}, "no model is named"),
         ({"model": "m", "options": {"api_key": KEY}}, "unknown 'api_key'"),
         ({"model": "m", "options": {"base_url": f"https://me:{KEY}@host/v1"}}, "carries credentials"),
-        ({"model": "m", "max_tokens": 0}, "target LLM 'm': max_tokens is 0"),
         ({"model": "m", "options": {"price_per_million_prompt_tokens": 1.0}}, "stand in its options"),
-        ({"model": "m", "price_per_million_prompt_tokens": 1.0}, r"are \[1.0, None\], expected two numbers"),
-        ({"model": "m", **PRICES, "price_per_million_prompt_tokens": -1.0}, r"are \[-1.0, 10.0\]"),
+        ({"model": "m", "price_per_million_prompt_tokens": 1.0}, "only one of the two prices is set"),
         ({"model": "m", "engine": "transformers", "options": {"base_url": "x"}}, "unknown 'base_url'"),
     ],
 )

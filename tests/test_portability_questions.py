@@ -148,7 +148,7 @@ def test_a_task_with_few_training_pairs_gives_all_it_has() -> None:
 
 
 def test_max_items_must_be_a_number_of_items() -> None:
-    with pytest.raises(ConfigError, match="max_items is 0; expected 1 or more"):
+    with pytest.raises(ConfigError, match="max_items is 0, expected above 0"):
         QuestionsConfig(max_items=0)
 
 

@@ -266,12 +266,12 @@ def test_policy_files(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("maximum: {loss: 1}", r"unknown 'maximum'; known are minimum, require_same_base\."),
-        ("minimum: 0.5", r"'minimum' is 0\.5, expected metrics with numbers"),
-        ("minimum: {label_f1: high}", r"'minimum' has 'label_f1': 'high'; expected the name of a metric and a number"),
-        ("minimum: {label_f1: true}", r"'minimum' has 'label_f1': True"),
-        ("minimum: {label_f1: .nan}", r"'minimum' has 'label_f1': nan"),
-        ("require_same_base: 3", r"'require_same_base': found 3, expected bool"),
+        ("maximum: {loss: 1}", r"unknown 'maximum'; known are minimum, require_same_base"),
+        ("minimum: 0.5", r"minimum is 0\.5, expected a mapping"),
+        ("minimum: {label_f1: high}", "minimum.label_f1 is 'high', expected a number"),
+        ("minimum: {label_f1: true}", "minimum.label_f1 is True, expected a number"),
+        ("minimum: {label_f1: .nan}", "minimum.label_f1 is nan, expected a finite number"),
+        ("require_same_base: 3", "require_same_base is 3, expected true or false"),
     ],
 )
 def test_policy_files_with_mistakes(tmp_path: Path, text: str, message: str) -> None:

@@ -253,7 +253,7 @@ def test_a_refused_submission_fails_the_run(cluster: LocalRay, project: Path) ->
     ("config", "message"),
     [
         ({"adress": "x"}, "reading the config of the Ray backend: unknown 'adress'; known are address, runtime_env, "),
-        ({"upload": "no"}, "'upload': found 'no', expected bool"),
+        ({"upload": "no"}, "upload is 'no', expected true or false"),
         ({"runtime_env": {"env_vars": {"HF_TOKEN": 1}}}, "'env_vars': expected a mapping of names to texts"),
         (
             {"address": "http://127.0.0.1:1"},

@@ -112,7 +112,7 @@ def test_a_verbalization_keeps_what_is_needed_to_make_it_again() -> None:
 
 @pytest.mark.parametrize("values", [{"num_candidates": 0}, {"max_new_tokens": 0}, {"temperature": 0.0}])
 def test_settings_that_cannot_work_are_refused(values: dict[str, float]) -> None:
-    with pytest.raises(ConfigError, match="expected all above zero"):
+    with pytest.raises(ConfigError, match="is 0.*, expected above 0"):
         VerbalizationConfig(**values)  # type: ignore[arg-type]
 
 

@@ -590,11 +590,11 @@ def test_scores_that_are_no_numbers_are_an_error() -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"max_pairs": 0}, "max_pairs is 0, expected at least 1"),
-        ({"draws": 0}, "draws is 0, expected at least 1"),
-        ({"level": 1.0}, "level is 1.0, expected a share between 0 and 1"),
+        ({"max_pairs": 0}, "max_pairs is 0, expected above 0"),
+        ({"draws": 0}, "draws is 0, expected above 0"),
+        ({"level": 1.0}, "level is 1.0, expected below 1"),
         ({"orders": 18}, "orders is 18, expected 0 or at least 19"),
-        ({"tokens_per_forward": 0}, "tokens_per_forward is 0, expected at least 1 or null"),
+        ({"tokens_per_forward": 0}, "tokens_per_forward is 0, expected above 0"),
         ({"max_pair_tokens": 15}, "max_pair_tokens=15 leaves no room for text before 8 tokens of an answer"),
     ],
 )

@@ -325,7 +325,7 @@ def test_a_damaged_adapter_and_another_base_model_are_refused_before_vllm_starts
         TranslatorOnVllm.load(tmp_path / "damaged", base_model)
     with pytest.raises(BaseModelMismatch, match="the translator belongs to base model"):
         TranslatorOnVllm.load(folders.translator, tiny_base_model(seed=7, hidden_size=HIDDEN_SIZE))
-    with pytest.raises(ConfigError, match="gpu_memory_utilization 1.5; expected"):
+    with pytest.raises(ConfigError, match="gpu_memory_utilization is 1.5, expected"):
         VllmTranslatorConfig(gpu_memory_utilization=1.5)
 
 

@@ -14,8 +14,11 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated
 
-from softprompt_registry.config import settings
+from pydantic import Field, NonNegativeInt, PositiveInt
+
+from softprompt_registry.config import Share, settings
 from softprompt_registry.dod.answer_checks import (
     label_set_fault,
     read_string_list,
@@ -23,8 +26,8 @@ from softprompt_registry.dod.answer_checks import (
 )
 from softprompt_registry.dod.classification_requests import ClassificationRequests, recorded_settings
 from softprompt_registry.dod.store import dod_written_whole
-from softprompt_registry.dod.task import Pair, Task, assign_pair_splits, draw_task_split, seed_of
-from softprompt_registry.errors import ConfigError, LanguageModelError
+from softprompt_registry.dod.task import Pair, PairShares, Task, assign_pair_splits, draw_task_split, seed_of
+from softprompt_registry.errors import LanguageModelError
 from softprompt_registry.language_models.answer_cache import AnswerCache, Asked, ask_all
 from softprompt_registry.language_models.opening import LanguageModelConfig
 from softprompt_registry.language_models.protocol import CompletionRequest, LanguageModel, recorded_name
@@ -35,19 +38,19 @@ from softprompt_registry.recording import NullRecorder, Recorder
 class ClassificationConfig:
     """How many tasks, how they are asked for, and which answers are good."""
 
-    num_tasks: int = 5500
+    num_tasks: PositiveInt = 5500
     """Tasks to write. Paper: 5,500."""
-    labels_per_task: int = 5
+    labels_per_task: Annotated[int, Field(ge=2)] = 5
     """Labels of each task. Paper: 5."""
-    sentences_per_label: int = 100
+    sentences_per_label: PositiveInt = 100
     """Sentences for each label. Paper: 100."""
     related_labels: bool = True
     """Labels of one theme. False gives the paper's Preliminary DoD, whose labels have nothing in common (table 9)."""
-    seed_words: int = 3
+    seed_words: PositiveInt = 3
     """Random words that inspire a label set. Paper: 3."""
     min_seed_letters: int = 4
     """Shortest seed word. Paper: longer than 3 letters."""
-    sentences_per_call: int = 10
+    sentences_per_call: PositiveInt = 10
     """Sentences asked for in one request. Paper: 10."""
     label_temperature: float = 0.5
     """Sampling temperature for label sets. Paper: 0.5."""
@@ -55,23 +58,23 @@ class ClassificationConfig:
     """Sampling temperature for sentences. Paper: 0.4."""
     presence_penalty: float = 0.5
     """For sentences. Paper: 0.5."""
-    max_label_tries: int = 8
+    max_label_tries: PositiveInt = 8
     """Requests for the label set of one task, each with other seed words, before the task is given up."""
-    max_extra_calls: int = 10
+    max_extra_calls: NonNegativeInt = 10
     """Further requests for one label whose sentences were partly refused, before it has to do with what it has."""
-    min_sentences_per_label: int | None = None
+    min_sentences_per_label: PositiveInt | None = None
     """A task whose labels all have this many is kept although some are missing; null asks for all of them."""
     min_words: int = 3
     """Shortest sentence, in words."""
     max_words: int = 60
     """Longest sentence, in words."""
-    min_english: float = 0.5
+    min_english: Share = 0.5
     """Share of a sentence's words, from 0 to 1, that an English lexicon must have."""
-    max_tokens_per_sentence: int = 60
+    max_tokens_per_sentence: PositiveInt = 60
     """Room in an answer for each sentence, in the LLM's tokens."""
-    test_share: float = 0.1
+    test_share: Share = 0.1
     """Share of tasks on the test side of the DoD. Paper: 10 %."""
-    pair_shares: tuple[float, float, float] = (0.8, 0.1, 0.1)
+    pair_shares: PairShares = (0.8, 0.1, 0.1)
     """Shares of train, validation and test sentences of each label. Paper: 80/20, without test sentences."""
     prompts_folder: str | None = None
     """Folder with your own copies of the prompt files; null uses those of the package (`softprompt_registry/dod/prompts`)."""
@@ -83,30 +86,14 @@ class ClassificationConfig:
     """The LLM that writes. Paper: Mistral-Small-3.1-24B-Instruct in vLLM."""
 
     def __post_init__(self) -> None:
-        counts = ["num_tasks", "sentences_per_label", "seed_words", "sentences_per_call", "max_label_tries"]
-        counts += ["max_tokens_per_sentence"]
-        low = [name for name in counts if getattr(self, name) < 1] + (["labels_per_task"] * (self.labels_per_task < 2))
-        if low or self.max_extra_calls < 0:
-            raise ConfigError(
-                f"reading the settings of a classification DoD: {', '.join(low) or 'max_extra_calls'} is too low; a task "
-                "has at least two labels, and everything else at least one. Correct it."
+        if self.min_words > self.max_words:
+            raise ValueError(
+                f"min_words is {self.min_words} and max_words {self.max_words}, expected no more than that"
             )
-        if not 0 <= self.test_share <= 1 or not 0 <= self.min_english <= 1:
-            raise ConfigError(
-                f"reading the settings of a classification DoD: test_share is {self.test_share} and min_english "
-                f"{self.min_english}; expected shares from 0 to 1. Correct them."
-            )
-        shares, least = self.pair_shares, self.min_sentences_per_label
-        if len(shares) != 3 or min(shares) < 0 or not 0.999 < sum(shares) < 1.001:
-            raise ConfigError(
-                f"reading the settings of a classification DoD: pair_shares are {list(shares)}; expected three numbers "
-                "from 0 up that add up to 1. Correct them."
-            )
-        if self.min_words > self.max_words or not 1 <= (1 if least is None else least) <= self.sentences_per_label:
-            raise ConfigError(
-                f"reading the settings of a classification DoD: min_words is {self.min_words} and max_words "
-                f"{self.max_words}, min_sentences_per_label is {least} and sentences_per_label {self.sentences_per_label}; "
-                "expected a least below its most, and at least one sentence. Correct them."
+        if (self.min_sentences_per_label or 1) > self.sentences_per_label:
+            raise ValueError(
+                f"min_sentences_per_label is {self.min_sentences_per_label} and sentences_per_label "
+                f"{self.sentences_per_label}, expected no more than that"
             )
 
 

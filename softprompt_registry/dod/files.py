@@ -16,7 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
 
-from softprompt_registry.config import flatten, settings
+from pydantic import PositiveInt
+
+from softprompt_registry.config import Share, flatten, settings
 from softprompt_registry.dod.file_rows import ENDINGS, Fault, ending_of, is_text, jsonl_rows, rows_of, unit_of
 from softprompt_registry.dod.store import dod_written_whole, require_free
 from softprompt_registry.dod.task import (
@@ -24,6 +26,7 @@ from softprompt_registry.dod.task import (
     TASK_KINDS,
     TASK_SPLITS,
     Pair,
+    PairShares,
     PairSplit,
     Task,
     TaskKind,
@@ -33,7 +36,7 @@ from softprompt_registry.dod.task import (
     split_pairs_by_input,
     text_key,
 )
-from softprompt_registry.errors import ConfigError, DataError
+from softprompt_registry.errors import DataError
 from softprompt_registry.recording import NullRecorder, Recorder
 
 RECORDS_FILE = "tasks.jsonl"
@@ -59,12 +62,12 @@ class FilesConfig:
     label_spelling: Literal["unify", "keep"] = "unify"
     """`unify`: outputs of a classification task that differ only in case, white space or Unicode form are one label, in the
     spelling of the task's record, else in the most frequent one. `keep`: each is a label of its own."""
-    test_share: float = 0.0
+    test_share: Share = 0.0
     """Share of tasks, from 0 to 1, that `seed` sends to the test split when their record names no split; adding a task
     moves no other."""
-    pair_shares: tuple[float, float, float] = (0.8, 0.1, 0.1)
+    pair_shares: PairShares = (0.8, 0.1, 0.1)
     """Shares of train, validation and test pairs in a task whose file has no `split`."""
-    max_pairs_per_task: int | None = None
+    max_pairs_per_task: PositiveInt | None = None
     """Draw at most this many pairs of each task by `seed`, keeping the balance of labels and splits; None keeps all."""
     skip_bad_rows: bool = False
     """Leave out the rows that cannot be used and count them in the report, instead of refusing the whole folder."""
@@ -72,21 +75,10 @@ class FilesConfig:
     """Seed of every draw; it is combined with the task's name, so tasks do not depend on each other."""
 
     def __post_init__(self) -> None:
-        columns = (self.input_column, self.output_column, "split")
-        if len(set(columns)) != 3:
-            raise ConfigError(
-                f"reading the config of a DoD from files: input_column is {self.input_column!r} and output_column is "
-                f"{self.output_column!r}; expected two names that differ from each other and from 'split'. Rename one."
-            )
-        if not 0 <= self.test_share <= 1:
-            raise ConfigError(
-                f"reading the config of a DoD from files: test_share is {self.test_share}; expected a share from 0 to "
-                "1. Correct it."
-            )
-        if self.max_pairs_per_task is not None and self.max_pairs_per_task < 1:
-            raise ConfigError(
-                f"reading the config of a DoD from files: max_pairs_per_task is {self.max_pairs_per_task}; expected "
-                "1 or more, or null for all pairs. Correct it."
+        if len({self.input_column, self.output_column, "split"}) != 3:
+            raise ValueError(
+                f"input_column is {self.input_column!r} and output_column is {self.output_column!r}, expected two names that "
+                "differ from each other and from 'split'"
             )
 
 

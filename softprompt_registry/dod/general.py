@@ -15,6 +15,8 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
+from pydantic import PositiveInt
+
 from softprompt_registry.base_models.reference import tokenizer_digest
 from softprompt_registry.config import flatten, settings
 from softprompt_registry.dod.files import MAX_PROBLEMS
@@ -29,8 +31,8 @@ from softprompt_registry.dod.general_sources import (
     read_split_lists,
 )
 from softprompt_registry.dod.store import dod_written_whole, require_free
-from softprompt_registry.dod.task import TASK_SPLITS, Pair, Task, TaskSplit, seed_of, split_pairs_by_input
-from softprompt_registry.errors import ConfigError, DataError
+from softprompt_registry.dod.task import TASK_SPLITS, Pair, PairShares, Task, TaskSplit, seed_of, split_pairs_by_input
+from softprompt_registry.errors import DataError
 from softprompt_registry.fingerprints import digest_of_json
 from softprompt_registry.recording import NullRecorder, Recorder
 
@@ -42,14 +44,14 @@ if TYPE_CHECKING:
 class GeneralConfig:
     """How Super-NaturalInstructions becomes a DoD."""
 
-    max_tokens: int | None = 400
+    max_tokens: PositiveInt | None = 400
     """Drop pairs with more tokens than this in input and output together, by the base model's tokenizer and without
     special tokens; None keeps all (section A.7)."""
-    min_pairs: int = 500
+    min_pairs: PositiveInt = 500
     """Drop tasks with fewer pairs left than this (section A.7)."""
-    max_pairs_per_task: int | None = 500
+    max_pairs_per_task: PositiveInt | None = 500
     """Draw at most this many pairs of each task by `seed`; None keeps all."""
-    pair_shares: tuple[float, float, float] = (0.8, 0.1, 0.1)
+    pair_shares: PairShares = (0.8, 0.1, 0.1)
     """Shares of train, validation and test pairs in a task."""
     language: str | None = "English"
     """Keep tasks whose input, output and instruction are all in this language alone; None keeps all. Flat and Hub copies
@@ -63,21 +65,6 @@ class GeneralConfig:
     """Refuse a source with damaged tasks or lines, instead of leaving those out."""
     seed: int = 0
     """Seed of every draw; it is combined with the task's name, so tasks do not depend on each other."""
-
-    def __post_init__(self) -> None:
-        for name, least in (("max_tokens", 1), ("min_pairs", 1), ("max_pairs_per_task", 1)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                off = "" if name == "min_pairs" else ", or null for no limit"
-                raise ConfigError(
-                    f"reading the config of a General DoD: {name} is {value}; expected {least} or more{off}. Correct it."
-                )
-        shares = self.pair_shares
-        if len(shares) != 3 or min(shares) < 0 or not 0.999 < sum(shares) < 1.001:
-            raise ConfigError(
-                f"reading the config of a General DoD: pair_shares are {list(shares)}; expected three numbers >= 0 that "
-                "add up to 1. Correct them."
-            )
 
 
 TaskStatus = Literal["kept", "excluded", "unlisted", "other language", "too few pairs", "damaged"]

@@ -9,13 +9,15 @@ rows. Hotel reviews and essays, from outside their domain (paper section 5.1.3),
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from softprompt_registry.config import flatten, settings
+from pydantic import Field, PositiveInt
+
+from softprompt_registry.config import Distinct, InnerShare, flatten, settings
 from softprompt_registry.dod.labelled_rows import (
     NUM_FOLDS,
     SPLITS,
@@ -30,7 +32,7 @@ from softprompt_registry.dod.labelled_rows import (
 )
 from softprompt_registry.dod.store import dod_written_whole
 from softprompt_registry.dod.task import Pair, PairSplit, Task
-from softprompt_registry.errors import ConfigError, DataError
+from softprompt_registry.errors import DataError
 from softprompt_registry.recording import NullRecorder, Recorder
 
 _TABLE = (
@@ -127,15 +129,15 @@ EVALUATION_LABELS: dict[str, tuple[str, ...]] = {known.name: known.labels for kn
 class InspectConfig:
     """Which of the five sets are built, where they lie on the Hub, and how many pairs each gets."""
 
-    sets: tuple[str, ...] = ("sst2", "sst5", "trec", "subj", "agnews")
+    sets: Distinct[str] = ("sst2", "sst5", "trec", "subj", "agnews")
     """Sets to build."""
-    max_train_pairs: int | None = 5000
+    max_train_pairs: PositiveInt | None = 5000
     """Draw at most this many train pairs of each set by `seed`, keeping the balance of labels; None keeps all."""
-    max_validation_pairs: int | None = 1000
+    max_validation_pairs: PositiveInt | None = 1000
     """The same for validation pairs."""
-    max_test_pairs: int | None = None
+    max_test_pairs: PositiveInt | None = None
     """The same for test pairs; with all of them the scores are those of the published test sets."""
-    validation_share: float = 0.1
+    validation_share: InnerShare = 0.1
     """Share of the train pairs that becomes the validation pairs of a set that has none, cut by `seed`."""
     hub: dict[str, str] = field(default_factory=dict)
     """Set → `repository` or `repository@commit` on the Hub, in place of the newest commit of the paper's (section A.3)."""
@@ -143,15 +145,9 @@ class InspectConfig:
     """Seed of every draw; it is combined with the set's name, so sets do not depend on each other."""
 
     def __post_init__(self) -> None:
-        doing = "reading the config of the evaluation sets"
-        known = list(EVALUATION_LABELS)
-        if not self.sets or len(set(self.sets)) != len(self.sets) or not set(self.sets) <= set(known):
-            raise ConfigError(
-                f"{doing}: sets are {list(self.sets)}; expected one or more of {known}, each once. Correct the list."
-            )
-        if unknown := sorted(set(self.hub) - set(known)):
-            raise ConfigError(f"{doing}: hub names the sets {unknown}; expected only {known}. Correct them.")
-        _check_pair_settings(self, ("validation_share",), doing)
+        for name, names in (("sets", self.sets), ("hub", self.hub)):
+            if unknown := sorted(set(names) - set(EVALUATION_LABELS)):
+                raise ValueError(f"{name} has {unknown}, expected some of {list(EVALUATION_LABELS)}")
 
 
 @settings
@@ -164,9 +160,9 @@ class OodConfig:
     """Column of its label; None takes `label` or else `deceptive`."""
     reviews_labels: dict[str, str] = field(default_factory=dict)
     """Label in the file → truthful or deceptive, for labels that are not known without it."""
-    reviews_validation_fold: int = 4
+    reviews_validation_fold: Annotated[int, Field(ge=1, le=NUM_FOLDS)] = 4
     """Fold, from 1 to 5, of the validation reviews, where the file has a column `fold` or the folder has folders for them."""
-    reviews_test_fold: int = 5
+    reviews_test_fold: Annotated[int, Field(ge=1, le=NUM_FOLDS)] = 5
     """Fold of the test reviews; the others are train."""
     essays_text_column: str = "text"
     """Column or key of an essay."""
@@ -174,43 +170,28 @@ class OodConfig:
     """Column of its label; None takes `generated` or else `label`, in both of which 1 is read as generated."""
     essays_labels: dict[str, str] = field(default_factory=dict)
     """Label in the file → human or generated, for labels that are not known without it."""
-    max_train_pairs: int | None = 5000
+    max_train_pairs: PositiveInt | None = 5000
     """Draw at most this many train pairs of each set by `seed`, keeping the balance of labels; None keeps all."""
-    max_validation_pairs: int | None = 1000
+    max_validation_pairs: PositiveInt | None = 1000
     """The same for validation pairs."""
-    max_test_pairs: int | None = 1000
+    max_test_pairs: PositiveInt | None = 1000
     """The same for test pairs."""
-    test_share: float = 0.2
+    test_share: InnerShare = 0.2
     """Share of all pairs that becomes the test pairs of a set without folds, cut by `seed`."""
-    validation_share: float = 0.1
+    validation_share: InnerShare = 0.1
     """Share of the other pairs that becomes the validation pairs of a set without them, cut by `seed`."""
     seed: int = 0
     """Seed of every draw; it is combined with the set's name, so that one set does not depend on the other."""
 
     def __post_init__(self) -> None:
-        doing = "reading the config of the out-of-domain sets"
-        _check_pair_settings(self, ("test_share", "validation_share"), doing)
-        folds = (self.reviews_validation_fold, self.reviews_test_fold)
-        if len(set(folds)) != 2 or not set(folds) <= set(range(1, NUM_FOLDS + 1)):
-            raise ConfigError(
-                f"{doing}: reviews_validation_fold and reviews_test_fold are {folds[0]} and {folds[1]}; expected two "
-                f"numbers from 1 to {NUM_FOLDS}. Correct them."
+        if self.reviews_validation_fold == self.reviews_test_fold:
+            raise ValueError(
+                f"reviews_validation_fold and reviews_test_fold are both {self.reviews_test_fold}, expected two folds"
             )
         for key, name in (("reviews_labels", "hotel_reviews"), ("essays_labels", "essays")):
             known = LABELLED_SETS[name].labels
             if wrong := sorted(set(getattr(self, key).values()) - set(known)):
-                raise ConfigError(f"{doing}: {key} maps labels to {wrong}; expected only {list(known)}. Correct them.")
-
-
-def _check_pair_settings(config: InspectConfig | OodConfig, shares: Sequence[str], doing: str) -> None:
-    for split, count in _max_pairs(config).items():
-        if count is not None and count < 1:
-            raise ConfigError(
-                f"{doing}: max_{split}_pairs is {count}; expected 1 or more, or null for all pairs. Correct it."
-            )
-    for key in shares:
-        if not 0 < (share := getattr(config, key)) < 1:
-            raise ConfigError(f"{doing}: {key} is {share}; expected a share between 0 and 1. Correct it.")
+                raise ValueError(f"{key} maps labels to {wrong}, expected only {list(known)}")
 
 
 def _max_pairs(config: InspectConfig | OodConfig) -> dict[PairSplit, int | None]:

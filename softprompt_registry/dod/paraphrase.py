@@ -14,14 +14,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from softprompt_registry.config import settings
+from pydantic import PositiveInt
+
+from softprompt_registry.config import Share, settings
 from softprompt_registry.dod.classification import answers_path
 from softprompt_registry.dod.classification_requests import recorded_settings
 from softprompt_registry.dod.prompt_files import read_prompt, read_styles
 from softprompt_registry.dod.store import DodStore, dod_written_whole, require_free
 from softprompt_registry.dod.task import Task, seed_of
 from softprompt_registry.dod.vocabulary import share_of_english
-from softprompt_registry.errors import ConfigError, DataError
+from softprompt_registry.errors import DataError
 from softprompt_registry.fingerprints import digest_of_dod
 from softprompt_registry.language_models.answer_cache import AnswerCache, Asked, ask_all
 from softprompt_registry.language_models.opening import LanguageModelConfig
@@ -52,17 +54,17 @@ _SENTENCE_END = re.compile(r"[.?!][\"'”’)]*(?=\s+[A-Z\"'“‘(\[]|\s*$)|\n"
 class ParaphraseConfig:
     """How many paraphrases, and which are good."""
 
-    factor: int = 10
+    factor: PositiveInt = 10
     """Paraphrases of each training task's first hard prompt. Paper: 10 and 100."""
     temperature: float = 0.5
     """Sampling temperature. Paper: 0.5."""
-    max_tokens: int = 300
+    max_tokens: PositiveInt = 300
     """Longest paraphrase, in tokens of the base model. Paper: 300."""
-    max_tries: int = 3
+    max_tries: PositiveInt = 3
     """Requests for one paraphrase before it is given up."""
     condense_over: int = 40
     """A hard prompt of more tokens than this must become shorter."""
-    min_english: float = 0.5
+    min_english: Share = 0.5
     """Share of a paraphrase's words, from 0 to 1, that an English lexicon must have."""
     prompts_folder: str | None = None
     """Folder with your own copies of the prompt files; null uses those of the package (`softprompt_registry/dod/prompts`)."""
@@ -72,18 +74,6 @@ class ParaphraseConfig:
     """Seed of the sampling."""
     generator: LanguageModelConfig = field(default_factory=LanguageModelConfig)
     """The LLM that writes. Paper: Mistral-Small-3.1-24B-Instruct in vLLM."""
-
-    def __post_init__(self) -> None:
-        if min(self.factor, self.max_tries, self.max_tokens) < 1:
-            raise ConfigError(
-                f"reading the settings of paraphrasing: factor is {self.factor}, max_tries {self.max_tries}, max_tokens "
-                f"{self.max_tokens}; expected 1 or more of each. Correct them."
-            )
-        if not 0 <= self.min_english <= 1:
-            raise ConfigError(
-                f"reading the settings of paraphrasing: min_english is {self.min_english}; expected a share from 0 to 1. "
-                "Correct it."
-            )
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from operator import itemgetter
-from typing import Literal, NamedTuple, get_args
+from typing import Annotated, Literal, NamedTuple, get_args
 
+from pydantic import AfterValidator
+
+from softprompt_registry.config import Share
 from softprompt_registry.errors import DataError
 from softprompt_registry.fingerprints import digest_of_json, digest_of_task
 
@@ -125,6 +128,16 @@ TEMPLATES: dict[str, str] = {"classification": "Sentence: {x} Label:", "generati
 def fill_template(template: str, text: str) -> str:
     """Put `text` in place of `{x}`; other braces in either string are left alone."""
     return template.replace("{x}", text)
+
+
+def _adding_up_to_one(shares: tuple[float, float, float]) -> tuple[float, float, float]:
+    if not 0.999 < sum(shares) < 1.001:
+        raise ValueError(f"{list(shares)} add up to {sum(shares):g}, expected 1")
+    return shares
+
+
+PairShares = Annotated[tuple[Share, Share, Share], AfterValidator(_adding_up_to_one)]
+"""Shares of train, validation and test pairs, as a setting."""
 
 
 def assign_pair_splits(count: int, shares: Sequence[float], seed: int) -> list[PairSplit]:

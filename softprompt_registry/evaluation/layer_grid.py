@@ -13,11 +13,13 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
 
+from pydantic import PositiveInt
+
 from softprompt_registry.base_models.frozen import BaseModel
 from softprompt_registry.base_models.reference import BaseModelRef, require_same_base
 from softprompt_registry.config import settings
 from softprompt_registry.dod.task import Task
-from softprompt_registry.errors import ArtifactError, ConfigError, DataError
+from softprompt_registry.errors import ArtifactError, DataError
 from softprompt_registry.evaluation.metrics import TextEncoder, cosine_similarity, label_score
 from softprompt_registry.fingerprints import SHORT, digest_of_json
 from softprompt_registry.recording import NullRecorder, ProgressBar, Recorder
@@ -50,21 +52,14 @@ FORMAT_VERSION = 1
 class LayerGridConfig:
     """Which pairs are tried, and how the texts are read."""
 
-    step: int = 1
+    step: PositiveInt = 1
     """Distance of the layers that are tried; 1 is the full grid of L² pairs, 2 a quarter of them."""
-    max_new_tokens: int = MAX_NEW_TOKENS
+    max_new_tokens: PositiveInt = MAX_NEW_TOKENS
     """Length cap of a text before it is cut to its first description."""
     examples_folder: str | None = None
     """Folder with changed copies of the example descriptions; None takes our own."""
-    rows_per_batch: int | None = None
+    rows_per_batch: PositiveInt | None = None
     """Texts that are read together; None takes as many as fit in memory."""
-
-    def __post_init__(self) -> None:
-        if self.step < 1 or self.max_new_tokens < 1 or (self.rows_per_batch is not None and self.rows_per_batch < 1):
-            raise ConfigError(
-                f"reading the layer grid settings: step={self.step}, max_new_tokens={self.max_new_tokens}, rows_per_batch="
-                f"{self.rows_per_batch}; expected all above zero."
-            )
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Literal
 
-from softprompt_registry.config import settings
-from softprompt_registry.errors import ConfigError, LanguageModelError
+from pydantic import PositiveInt
+
+from softprompt_registry.config import Name, settings
+from softprompt_registry.errors import LanguageModelError
 from softprompt_registry.language_models.local_prompts import (
     SYSTEM_JOINED,
     opened_thoughts,
@@ -28,21 +30,14 @@ if TYPE_CHECKING:
 
 @settings
 class TransformersConfig:
-    model: str
+    model: Name
     """`packaged:NAME`, a local folder, or a Hub name with an optional `@revision`."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the weights in memory."""
     prompt_format: Literal["chat", "plain"] = "chat"
     """`chat` uses the tokenizer's chat template; `plain` sends system and prompt as plain text, for base models."""
-    batch_size: int = 8
+    batch_size: PositiveInt = 8
     """Requests that are answered together; answers do not depend on who shares the batch, but for rounding."""
-
-    def __post_init__(self) -> None:
-        if not self.model or self.batch_size < 1:
-            raise ConfigError(
-                f"reading the language model's settings: model is {self.model!r} and batch_size {self.batch_size!r}; "
-                "name a model, and set batch_size to 1 or more."
-            )
 
 
 class OnTransformers:

@@ -9,7 +9,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from softprompt_registry.config import settings
+from pydantic import PositiveInt
+
+from softprompt_registry.config import Name, settings
 from softprompt_registry.errors import ConfigError, LanguageModelError
 from softprompt_registry.fingerprints import SHORT, digest_of_json
 from softprompt_registry.language_models.local_prompts import (
@@ -26,7 +28,7 @@ from softprompt_registry.language_models.replies import read_answer
 
 @settings
 class VllmConfig:
-    model: str
+    model: Name
     """`packaged:NAME`, a local folder, or a Hub name with an optional `@revision`."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Of the weights in memory; `auto` takes the checkpoint's."""
@@ -38,24 +40,16 @@ class VllmConfig:
     """As in vLLM; Mistral's checkpoints with `tekken.json` bring a tokenizer of their own, `mistral`."""
     max_model_len: int | None = 4096
     """Longest prompt and answer together, in tokens; null for the model's own limit, which costs memory."""
-    max_in_flight: int = 4096
+    max_in_flight: PositiveInt = 4096
     """Requests handed to vLLM at the same time; it runs `max_num_seqs` of them together and queues the rest."""
-    max_num_seqs: int = 256
+    max_num_seqs: PositiveInt = 256
     """Sequences in one batch of vLLM."""
-    tensor_parallel_size: int = 1
+    tensor_parallel_size: PositiveInt = 1
     """GPUs that share one copy of the model."""
     gpu_memory_utilization: float = 0.9
     """Share of a GPU's memory that vLLM may take."""
     enforce_eager: bool = False
     """Skip compilation and CUDA graphs: a quicker start, slower afterwards."""
-
-    def __post_init__(self) -> None:
-        if not self.model or min(self.max_in_flight, self.max_num_seqs, self.tensor_parallel_size) < 1:
-            raise ConfigError(
-                f"reading the language model's settings: model is {self.model!r}, max_in_flight {self.max_in_flight!r}, "
-                f"max_num_seqs {self.max_num_seqs!r}, tensor_parallel_size {self.tensor_parallel_size!r}; name a model, "
-                "and set the numbers to 1 or more."
-            )
 
 
 class OnVllm:

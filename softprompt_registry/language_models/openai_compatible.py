@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import os
 import random
 import re
@@ -21,15 +20,17 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self
 from urllib.parse import urlsplit
 
-from softprompt_registry.config import settings
-from softprompt_registry.errors import ConfigError, LanguageModelError
+from pydantic import PositiveFloat, PositiveInt
+
+from softprompt_registry.config import Name, settings
+from softprompt_registry.errors import LanguageModelError
 from softprompt_registry.language_models.adaptations import Adaptations, remedy
 from softprompt_registry.language_models.http_limits import OpenSockets, joined_until
 from softprompt_registry.language_models.protocol import (
     Completion,
     CompletionRequest,
     Finished,
-    Prices,
+    PriceConfig,
     joined_prompt,
 )
 from softprompt_registry.language_models.provider_failures import FailureReader, retry_after_s
@@ -47,8 +48,8 @@ _DEADLINE_GRACE_S = 0.25  # lets a try that is cut off by the deadline report wh
 
 
 @settings
-class OpenAICompatibleConfig:
-    model: str
+class OpenAICompatibleConfig(PriceConfig):
+    model: Name
     """The model's name as the server knows it."""
     base_url: str | None = None
     """Where the API starts, usually ending in /v1. None: `OPENAI_BASE_URL` if set, else OpenAI itself."""
@@ -72,80 +73,37 @@ class OpenAICompatibleConfig:
     their thoughts; the answer is then cut at the first of them after it has come."""
     structured_output: Literal["json_schema", "json_object", "none"] = "json_schema"
     """How an answer's JSON schema is asked for: as the schema, as "some JSON", or only by the prompt's own words."""
-    timeout_s: float = 60.0
+    timeout_s: PositiveFloat = 60.0
     """Longest silence of the server within one try, in seconds."""
-    deadline_s: float = 600.0
+    deadline_s: PositiveFloat = 600.0
     """Time for a whole batch with all its tries, in seconds; what is not answered then comes back as an error."""
-    max_attempts: int = 5
+    max_attempts: PositiveInt = 5
     """Tries per request, the first included."""
-    max_concurrency: int = 8
+    max_concurrency: PositiveInt = 8
     """Requests in flight at the same time."""
-    initial_backoff_s: float = 0.5
+    initial_backoff_s: PositiveFloat = 0.5
     """Upper end of the random wait after the first failed try, in seconds; it doubles with each further one."""
-    max_backoff_s: float = 30.0
+    max_backoff_s: PositiveFloat = 30.0
     """Where the doubling stops, in seconds. A longer `Retry-After` of the server is still obeyed."""
-    price_per_million_prompt_tokens: float | None = None
-    """In any currency. None: unknown, and so is the cost."""
-    price_per_million_completion_tokens: float | None = None
-    """In the same currency. Set both prices or none."""
 
     def __post_init__(self) -> None:
-        if not self.model:
-            raise ConfigError("reading the language model's settings: model is empty; name a model of the server.")
-        if self.api_key_env and not re.fullmatch(r"[A-Z_][A-Z0-9_]*", self.api_key_env):
+        super().__post_init__()
+        if not re.fullmatch(r"[A-Z_][A-Z0-9_]*", self.api_key_env):
             # Not quoted: people paste the key itself here.
-            raise ConfigError(
-                "reading the language model's settings: api_key_env is no name of an environment variable; expected capital "
-                "letters, digits and _, for instance 'OPENAI_API_KEY'. If it is the key itself, put it into the environment."
-            )
-        if not self.api_key_env:
-            raise ConfigError(
-                "reading the language model's settings: api_key_env is empty; name the environment variable that "
-                "holds the key, for instance 'OPENAI_API_KEY'."
+            raise ValueError(
+                "api_key_env is no name of an environment variable, expected capital letters, digits and _, for instance "
+                "'OPENAI_API_KEY'. If it is the key itself, put it into the environment"
             )
         if self.base_url is not None:
             _check_base_url(self.base_url)
         if self.api_version is not None and (not self.api_version.strip() or self.base_url is None):
-            raise ConfigError(
-                f"reading the language model's settings: api_version is {self.api_version!r} and base_url {self.base_url!r}; "
-                "Azure OpenAI needs both, such as '2024-10-21' and 'https://my-resource.openai.azure.com'."
+            raise ValueError(
+                f"api_version is {self.api_version!r} and base_url {self.base_url!r}, expected both for Azure OpenAI, such "
+                "as '2024-10-21' and 'https://my-resource.openai.azure.com'"
             )
-        for name, choices in {
-            "endpoint": ("chat", "completions"),
-            "max_tokens_parameter": ("max_tokens", "max_completion_tokens"),
-            "structured_output": ("json_schema", "json_object", "none"),
-        }.items():
-            value = getattr(self, name)
-            if value not in choices:
-                raise ConfigError(
-                    f"reading the language model's settings: {name} is {value!r}; choose one of {list(choices)}."
-                )
-        for name in ("timeout_s", "deadline_s", "initial_backoff_s", "max_backoff_s"):
-            seconds = getattr(self, name)
-            if not (seconds > 0 and math.isfinite(seconds)):
-                raise ConfigError(
-                    f"reading the language model's settings: {name} is {seconds!r}; it must be a number of seconds "
-                    "above 0."
-                )
-        for name in ("max_attempts", "max_concurrency"):
-            count = getattr(self, name)
-            if count < 1:
-                raise ConfigError(f"reading the language model's settings: {name} is {count!r}; it must be 1 or more.")
         if self.initial_backoff_s > self.max_backoff_s:
-            raise ConfigError(
-                f"reading the language model's settings: initial_backoff_s ({self.initial_backoff_s!r}) is above "
-                f"max_backoff_s ({self.max_backoff_s!r}); lower the first or raise the second."
-            )
-        prices = (self.price_per_million_prompt_tokens, self.price_per_million_completion_tokens)
-        if (prices[0] is None) != (prices[1] is None):
-            raise ConfigError(
-                f"reading the language model's settings: only one of the two prices is set {prices!r}; set both "
-                "price_per_million_prompt_tokens and price_per_million_completion_tokens, or none."
-            )
-        if any(price is not None and not (price >= 0 and math.isfinite(price)) for price in prices):
-            raise ConfigError(
-                f"reading the language model's settings: the prices per million tokens are {prices!r}; they must be "
-                "numbers from 0 up."
+            raise ValueError(
+                f"initial_backoff_s ({self.initial_backoff_s!r}) is above max_backoff_s ({self.max_backoff_s!r})"
             )
 
     @property
@@ -160,12 +118,6 @@ class OpenAICompatibleConfig:
         url = self.base_url or os.environ.get("OPENAI_BASE_URL") or "https://api.openai.com/v1"
         return url.rstrip("/") + (f" {self.api_version}" if self.api_version else "")
 
-    @property
-    def prices(self) -> Prices | None:
-        if self.price_per_million_prompt_tokens is None or self.price_per_million_completion_tokens is None:
-            return None
-        return Prices(self.price_per_million_prompt_tokens, self.price_per_million_completion_tokens)
-
 
 def _check_base_url(base_url: str) -> None:
     """Refuse what the client cannot use, and what would put a secret into recorded settings. Quotes no secret."""
@@ -175,14 +127,11 @@ def _check_base_url(base_url: str) -> None:
     except ValueError:
         usable = False
     if not usable:
-        raise ConfigError(
-            "reading the language model's settings: base_url is not a usable address; it must look like "
-            "'http://127.0.0.1:8000/v1'."
-        )
+        raise ValueError("base_url is not a usable address, expected one like 'http://127.0.0.1:8000/v1'")
     if url.username is not None or url.password is not None or url.query or url.fragment:
-        raise ConfigError(
-            f"reading the language model's settings: base_url for host {url.hostname!r} carries credentials, a query "
-            "or a fragment; give scheme, host and path only, and put the key into the environment."
+        raise ValueError(
+            f"base_url for host {url.hostname!r} carries credentials, a query or a fragment, expected scheme, host and path "
+            "only. Put the key into the environment"
         )
 
 

@@ -7,9 +7,12 @@ A `LanguageModel` takes requests and gives one result per request. A request tha
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from typing import NamedTuple, Protocol
 
+from pydantic import NonNegativeFloat
+
+from softprompt_registry.config import settings
 from softprompt_registry.errors import LanguageModelError
 from softprompt_registry.language_models.replies import CONTENT_FILTER
 
@@ -123,6 +126,31 @@ class Prices(NamedTuple):
         return (
             prompt_tokens * self.per_million_prompt_tokens + completion_tokens * self.per_million_completion_tokens
         ) / 1_000_000
+
+
+@settings
+class PriceConfig:
+    """The prices of a language model."""
+
+    _: KW_ONLY
+    price_per_million_prompt_tokens: NonNegativeFloat | None = None
+    """Price in any currency, one for all models. None: unknown, and so is the cost."""
+    price_per_million_completion_tokens: NonNegativeFloat | None = None
+    """Price in the same currency. Set both prices or none."""
+
+    def __post_init__(self) -> None:
+        if (self.price_per_million_prompt_tokens is None) != (self.price_per_million_completion_tokens is None):
+            raise ValueError(
+                "only one of the two prices is set, expected both price_per_million_prompt_tokens and "
+                "price_per_million_completion_tokens, or none"
+            )
+
+    @property
+    def prices(self) -> Prices | None:
+        """None where they are not known."""
+        if self.price_per_million_prompt_tokens is None or self.price_per_million_completion_tokens is None:
+            return None
+        return Prices(self.price_per_million_prompt_tokens, self.price_per_million_completion_tokens)
 
 
 @dataclass(frozen=True)

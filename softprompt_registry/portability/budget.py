@@ -6,6 +6,8 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from pydantic import PositiveFloat, PositiveInt
+
 from softprompt_registry.config import settings
 from softprompt_registry.errors import ConfigError, LanguageModelError
 from softprompt_registry.language_models.answer_cache import AnswerCache
@@ -123,17 +125,10 @@ class Budget:
     digits one by one for instance, can go past the limit by what is then on its way.
     """
 
-    max_tokens: int | None = None
+    max_tokens: PositiveInt | None = None
     """Prompt and completion tokens. None: no limit."""
-    max_cost: float | None = None
+    max_cost: PositiveFloat | None = None
     """In the currency of the prices. None: no limit."""
-
-    def __post_init__(self) -> None:
-        for name, limit in (("max_tokens", self.max_tokens), ("max_cost", self.max_cost)):
-            if limit is not None and not (limit > 0 and math.isfinite(limit)):
-                raise ConfigError(
-                    f"reading the budget: {name} is {limit!r}, expected a number above 0, or null for no limit. Correct it."
-                )
 
     def require(self, expected: Estimate) -> None:
         """Refuse what could go past the limits.

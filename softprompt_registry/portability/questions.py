@@ -7,6 +7,8 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from pydantic import PositiveInt
+
 from softprompt_registry.config import settings
 from softprompt_registry.dod.task import Pair, Task, fill_template, seed_of, text_key
 from softprompt_registry.errors import ConfigError, DataError
@@ -33,19 +35,12 @@ _WITHOUT_HARD_PROMPT = (NO_PROMPT, FEW_SHOT_3, FEW_SHOT_5)
 class QuestionsConfig:
     """What is asked about each task."""
 
-    max_items: int | None = 50
+    max_items: PositiveInt | None = 50
     """Test pairs per task; the cost grows with it. None: all that the verifier did not rank on."""
     seed: int = 0
     """Of the draw of few-shot examples."""
     stop_labels_at_newline: bool = True
     """End the answers of classification tasks at their first line break: a label has none, and what follows costs."""
-
-    def __post_init__(self) -> None:
-        if self.max_items is not None and self.max_items < 1:
-            raise ConfigError(
-                f"reading the portability settings: max_items is {self.max_items}; expected 1 or more, or null for all. "
-                "Correct it."
-            )
 
 
 @dataclass(frozen=True)

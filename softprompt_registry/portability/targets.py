@@ -2,44 +2,33 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import fields
+
+from pydantic import PositiveInt
 
 from softprompt_registry.config import settings
 from softprompt_registry.errors import ConfigError
 from softprompt_registry.language_models.opening import LanguageModelConfig, engine_config
-from softprompt_registry.language_models.protocol import Prices, without_folders
+from softprompt_registry.language_models.protocol import PriceConfig, without_folders
 
 
 @settings
-class TargetConfig(LanguageModelConfig):
+class TargetConfig(PriceConfig, LanguageModelConfig):
     """One target LLM: what `LanguageModelConfig` says, and what a comparison of several needs."""
 
     name: str = ""
     """In tables and plots. Empty: the model's."""
-    max_tokens: int = 256
+    max_tokens: PositiveInt = 256
     """Longest answer, in the target's tokens; for reasoning models with the tokens of their thoughts."""
-    price_per_million_prompt_tokens: float | None = None
-    """In any currency, one for all targets. None: unknown, and so is the cost."""
-    price_per_million_completion_tokens: float | None = None
-    """In the same currency. Set both prices or none."""
 
     def __post_init__(self) -> None:
-        reading = f"reading the settings of target LLM {self.title!r}"
-        if self.max_tokens < 1:
-            raise ConfigError(f"{reading}: max_tokens is {self.max_tokens}, expected 1 or more. Raise it.")
-        if inner := sorted(set(self.options) & set(_PRICES)):
-            raise ConfigError(f"{reading}: {inner} stand in its options; expected beside them. Move them there.")
+        super().__post_init__()
+        if inner := sorted(set(self.options) & {price.name for price in fields(PriceConfig)}):
+            raise ValueError(f"{inner} stand in its options, expected beside them")
         engine_config(self)  # refuses what cannot work before anything is asked
-        prices = [getattr(self, name) for name in _PRICES]
-        known = [price for price in prices if price is not None]
-        if len(known) == 1 or any(not (price >= 0 and math.isfinite(price)) for price in known):
-            raise ConfigError(
-                f"{reading}: the prices per million prompt and completion tokens are {prices}, expected two numbers from 0 "
-                "up, or none. Correct them."
-            )
 
     @property
     def title(self) -> str:
@@ -73,13 +62,6 @@ class TargetConfig(LanguageModelConfig):
             return None
         return f"{settings.identity} at {settings.address}"
 
-    @property
-    def prices(self) -> Prices | None:
-        """None where they are not known."""
-        if self.price_per_million_prompt_tokens is None or self.price_per_million_completion_tokens is None:
-            return None
-        return Prices(self.price_per_million_prompt_tokens, self.price_per_million_completion_tokens)
-
 
 def key_of(title: str) -> str:
     """A title as a part of MLflow's names: few signs, at most 250 of them, and nothing that a path would be shortened by."""
@@ -88,7 +70,6 @@ def key_of(title: str) -> str:
 
 
 _MAX_KEY = 150
-_PRICES = ("price_per_million_prompt_tokens", "price_per_million_completion_tokens")
 
 
 def require_different_names(targets: Sequence[TargetConfig]) -> None:

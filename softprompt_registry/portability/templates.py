@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 
 from softprompt_registry.config import settings
 from softprompt_registry.dod.task import Pair
-from softprompt_registry.errors import ConfigError
 
 _HARD_PROMPT = re.compile(r"\{hard_prompt\}\s*")
 _PLACE = re.compile(r"\{(\w+)\}")
@@ -45,7 +44,6 @@ def fill(template: str, values: Mapping[str, str]) -> str:
 def _check(name: str, template: str, expected: list[str]) -> None:
     found = _PLACE.findall(template)
     if found != expected:
-        raise ConfigError(
-            f"reading the prompt templates: {name} is {template!r} with the places {found}, expected each of {expected} once "
-            "and in this order. Correct the template."
+        raise ValueError(
+            f"{name} is {template!r} with the places {found}, expected each of {expected} once and in this order"
         )

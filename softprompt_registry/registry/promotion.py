@@ -7,7 +7,6 @@ only afterwards, so a record that says so is true.
 from __future__ import annotations
 
 import dataclasses
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -20,7 +19,7 @@ from mlflow.entities import LoggedModelInput
 from mlflow.entities.model_registry import ModelVersion
 
 from softprompt_registry.config import build_config, read_yaml, settings
-from softprompt_registry.errors import ConfigError, PromotionRefused, RegistryError
+from softprompt_registry.errors import PromotionRefused, RegistryError
 from softprompt_registry.registry.conventions import (
     EVALUATION_PREFIX,
     OUTCOME_PROMOTED,
@@ -51,26 +50,16 @@ class Policy:
     """Refuse a version of another base model than the version that holds the alias now."""
 
     def __post_init__(self) -> None:
-        minimum = {}
-        for metric, value in self.minimum.items():
-            number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-            if not isinstance(metric, str) or not number:
-                raise ConfigError(
-                    f"reading the promotion policy: 'minimum' has {metric!r}: {value!r}; expected the name of a metric and "
-                    "a number, for instance `label_recall: 0.5`."
-                )
-            minimum[metric.removeprefix(EVALUATION_PREFIX)] = float(value)
+        minimum = {metric.removeprefix(EVALUATION_PREFIX): value for metric, value in self.minimum.items()}
         object.__setattr__(self, "minimum", minimum)
 
 
 def read_policy(path: Path) -> Policy:
     """The policy in a YAML file whose keys are the fields of `Policy`."""
-    where = f"the promotion policy {str(path)!r}"
     values = read_yaml(path)
-    minimum = values.pop("minimum", None) or {}
-    if not isinstance(minimum, Mapping):
-        raise ConfigError(f"reading {where}: 'minimum' is {minimum!r}, expected metrics with numbers.")
-    return dataclasses.replace(build_config(Policy, values, where), minimum=minimum)
+    if values.get("minimum") is None:  # `minimum:` with nothing below it
+        values.pop("minimum", None)
+    return build_config(Policy, values, f"the promotion policy {str(path)!r}")
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,8 @@ from dataclasses import asdict, dataclass, field
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
+from pydantic import PositiveInt
+
 from softprompt_registry.base_models.reference import BaseModelRef
 from softprompt_registry.config import settings
 from softprompt_registry.dod.task import Task
@@ -43,16 +45,12 @@ class RayConfig:
 
     address: str | None = None
     """Of the cluster; null takes the one named by RAY_ADDRESS or running on this machine, else starts one here."""
-    workers: int = 1
+    workers: PositiveInt = 1
     """Actors, with a base model each."""
     gpus_per_worker: float | None = None
     """GPUs of each, below 1 for several to share one; null gives each as many as all can have on the cluster's machines."""
     cpus_per_worker: float | None = None
     """Processors of each; null gives each as many as all can have on the cluster's machines."""
-
-    def __post_init__(self) -> None:
-        if self.workers < 1:
-            raise ConfigError(f"reading the Ray settings: workers is {self.workers}, expected at least 1.")
 
 
 class RayEngine:

@@ -12,11 +12,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
+from pydantic import PositiveInt
+
 from softprompt_registry.base_models.frozen import BaseModel
 from softprompt_registry.base_models.reference import BaseModelRef
 from softprompt_registry.config import settings
 from softprompt_registry.dod.task import Task
-from softprompt_registry.errors import ArtifactError, ConfigError, DataError
+from softprompt_registry.errors import ArtifactError, DataError
 from softprompt_registry.fingerprints import SHORT, digest_of_json
 from softprompt_registry.recording import NullRecorder, Recorder
 from softprompt_registry.soft_prompts.bank import BankWriter, SoftPromptBank
@@ -33,7 +35,7 @@ RECORD_EVERY_S = 30.0
 class TuningConfig:
     """How soft prompts are tuned. Defaults are the paper's for its Classification DoD (section 4.3), where it has them."""
 
-    num_virtual_tokens: int = 20
+    num_virtual_tokens: PositiveInt = 20
     """K, soft tokens per prompt (paper: 20)."""
     init: Literal["shared_vocabulary", "own_vocabulary"] = "shared_vocabulary"
     """Start from embeddings of randomly drawn vocabulary tokens: the same ones for all tasks, or each task its own.
@@ -42,16 +44,16 @@ class TuningConfig:
     """AdamW's (paper: 1e-4 for classification, 1e-3 in general); weight decay is 0."""
     schedule: Literal["constant", "cosine"] = "constant"
     """Learning rate over the epochs: constant, or falling to zero along a cosine."""
-    epochs: int = 20
+    epochs: PositiveInt = 20
     """At most this many passes over the train pairs (paper: 20)."""
     patience_epochs: int | None = 5
     """Stop after so many epochs without a lower validation loss (paper: 5; 3 in general). None never stops early."""
-    batch_size: int = 32
+    batch_size: PositiveInt = 32
     """Pairs per task and step (paper: 32; 8 in general)."""
-    slots: int = 8
+    slots: PositiveInt = 8
     """Prompts that are tuned at once. More of them fill a GPU better and cost little memory; results stay the same to
     rounding."""
-    tokens_per_forward: int | None = None
+    tokens_per_forward: PositiveInt | None = None
     """Tokens of one forward pass, padding included: the rows of a step are sorted by length and cut into such pieces. Null
     takes what suits the free memory. Halved when the memory does not suffice; results stay the same to rounding."""
     compile: bool = False
@@ -59,7 +61,7 @@ class TuningConfig:
     compiler. Results stay the same to rounding. Measured on two CPU cores: no faster."""
     max_sequence_tokens: int = 256
     """Longest row, soft tokens included. Longer inputs are cut from the right; targets never are."""
-    max_train_pairs: int | None = None
+    max_train_pairs: PositiveInt | None = None
     """Use at most so many train pairs of a task, balanced over labels. None takes all."""
     max_validation_pairs: int | None = None
     """The same for validation pairs."""
@@ -71,16 +73,10 @@ class TuningConfig:
     """Of initialisation, example order and choice of pairs."""
 
     def __post_init__(self) -> None:
-        for name in ("num_virtual_tokens", "epochs", "batch_size", "slots"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"reading the tuning settings: {name} is {getattr(self, name)}, expected at least 1.")
-        for name in ("max_train_pairs", "tokens_per_forward"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise ConfigError(f"reading the tuning settings: {name} is {value}, expected at least 1 or null.")
         if self.max_sequence_tokens < self.num_virtual_tokens + 8:
-            raise ConfigError(
-                f"reading the tuning settings: max_sequence_tokens={self.max_sequence_tokens} leaves no room for text "
-                f"after {self.num_virtual_tokens} soft tokens. Raise it."
+            raise ValueError(
+                f"max_sequence_tokens={self.max_sequence_tokens} leaves no room for text after {self.num_virtual_tokens} "
+                "soft tokens"
             )
 
 

@@ -11,13 +11,14 @@ from typing import Any
 
 import mlflow
 from mlflow.entities import LoggedModelInput
+from pydantic import PositiveInt
 
 from mlflow_plugins.dod_dataset import DodDataset, from_dod
 from mlflow_plugins.recording import MlflowRecorder
 from mlflow_plugins.target_traces import target_traces
 from softprompt_registry.base_models.frozen import BaseModel
 from softprompt_registry.base_models.reference import BaseModelRef
-from softprompt_registry.config import flatten, settings
+from softprompt_registry.config import Distinct, flatten, settings
 from softprompt_registry.dod.store import DodStore
 from softprompt_registry.dod.task import Task
 from softprompt_registry.errors import ArtifactError, ConfigError, DataError
@@ -63,7 +64,7 @@ class PortabilityConfig:
 
     targets: tuple[TargetConfig, ...] = ()
     """The target LLMs, one after the other."""
-    conditions: tuple[str, ...] | None = None
+    conditions: Distinct[str] | None = None
     """What stands before the input. Null: all whose texts the evaluation has, and `soft_prompt` if there is a bank; one that
     is named and lacks its method is an error."""
     templates: PromptTemplates = field(default_factory=PromptTemplates)
@@ -72,7 +73,7 @@ class PortabilityConfig:
     questions: QuestionsConfig = field(default_factory=QuestionsConfig)
     budget: Budget = field(default_factory=Budget)
     """Of all remote targets together; what could pass it is not asked."""
-    soft_prompt_max_tokens: int = 64
+    soft_prompt_max_tokens: PositiveInt = 64
     """Length cap of an answer under the soft prompt itself, which ends by its own EOS."""
     trace: bool = True
     """Whether each request to a target becomes an MLflow trace, which takes about a tenth of a second."""
@@ -80,18 +81,8 @@ class PortabilityConfig:
     """Of the bootstraps over tasks."""
 
     def __post_init__(self) -> None:
-        conditions = CONDITIONS if self.conditions is None else self.conditions
-        unknown = [name for name in conditions if name not in CONDITIONS]
-        if unknown or not conditions or len(set(conditions)) < len(conditions):
-            raise ConfigError(
-                f"reading the portability settings: conditions is {list(conditions)}, expected some of "
-                f"{list(CONDITIONS)}, each once."
-            )
-        if self.soft_prompt_max_tokens < 1:
-            raise ConfigError(
-                f"reading the portability settings: soft_prompt_max_tokens is {self.soft_prompt_max_tokens}, expected 1 or "
-                "more."
-            )
+        if unknown := set(self.conditions or ()) - set(CONDITIONS):
+            raise ValueError(f"conditions has {sorted(unknown)}, expected some of {list(CONDITIONS)}")
 
 
 @dataclass(frozen=True)

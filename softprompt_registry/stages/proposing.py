@@ -6,9 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, field
 from pathlib import Path
 
+from pydantic import NonNegativeInt
+
 from softprompt_registry.base_models.frozen import BaseModel
 from softprompt_registry.base_models.reference import require_same_base
-from softprompt_registry.config import settings
+from softprompt_registry.config import Distinct, settings
 from softprompt_registry.dod.store import DodStore
 from softprompt_registry.dod.task import Task
 from softprompt_registry.errors import ConfigError, DataError
@@ -63,7 +65,7 @@ class AbstentionConfig:
 class EvaluationConfig:
     """What is compared, and how."""
 
-    methods: tuple[str, ...] = (
+    methods: Distinct[str] = (
         "translator",
         "behaviour",
         "instruction_induction",
@@ -74,7 +76,7 @@ class EvaluationConfig:
     nearest_tokens, most_frequent_target."""
     layer_grid: str | None = None
     """File that `inspect-grid` wrote; the method inspect takes the pair that is best on its training tasks."""
-    layer_pair: tuple[int, ...] | None = None
+    layer_pair: tuple[int, int] | None = None
     """Source and target layer for the method inspect, in place of a grid; -1 is the embedding layer."""
     prefills: tuple[str, ...] = ()
     """Beginnings for which translators write candidates of their own (paper, appendix A.12)."""
@@ -84,7 +86,7 @@ class EvaluationConfig:
     verifier: VerifierConfig = field(default_factory=VerifierConfig)
     abstention: AbstentionConfig = field(default_factory=AbstentionConfig)
     induction: InductionConfig = field(default_factory=InductionConfig)
-    garbage_prompts: int = 0
+    garbage_prompts: NonNegativeInt = 0
     """So many soft prompts of garbage are read too, to see how many of them the rule refuses; 100 give shares to a few %."""
     categories: str | None = None
     """JSON file with a category by task name, for the breakdown. None takes a task's kind and the collection it is from."""
@@ -92,26 +94,10 @@ class EvaluationConfig:
     """Of the bootstraps over tasks, of the inputs that behaviour is watched on, and of the garbage."""
 
     def __post_init__(self) -> None:
-        unknown = [name for name in self.methods if name not in METHODS]
-        if unknown or not self.methods or len(set(self.methods)) < len(self.methods):
-            raise ConfigError(
-                f"reading the evaluation settings: methods is {list(self.methods)}, expected some of {list(METHODS)}, each "
-                "once."
-            )
-        if self.garbage_prompts < 0:
-            raise ConfigError(
-                f"reading the evaluation settings: garbage_prompts is {self.garbage_prompts}, expected 0 or more."
-            )
-        if self.layer_pair is not None and len(self.layer_pair) != 2:
-            raise ConfigError(
-                f"reading the evaluation settings: layer_pair is {list(self.layer_pair)}, expected a source and a target "
-                "layer."
-            )
+        if unknown := [name for name in self.methods if name not in METHODS]:
+            raise ValueError(f"methods has {unknown}, expected some of {list(METHODS)}")
         if "inspect" in self.methods and not (self.layer_grid or self.layer_pair):
-            raise ConfigError(
-                "reading the evaluation settings: the method inspect needs the setting layer_grid or layer_pair. Give it, "
-                "or leave the method out."
-            )
+            raise ValueError("the method inspect needs layer_grid or layer_pair, found neither")
 
 
 def settings_digest(config: EvaluationConfig) -> str:

@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from dataclasses import field
 from typing import Any, Literal
 
-from softprompt_registry.config import build_config, settings
-from softprompt_registry.errors import ConfigError
+from pydantic import PositiveInt
+
+from softprompt_registry.config import Distinct, PositiveShare, build_config, settings
 from softprompt_registry.soft_prompts.tuning import TuningConfig
 from softprompt_registry.stages.proposing import EvaluationConfig
 from softprompt_registry.translators.training import TranslatorConfig
@@ -23,19 +24,19 @@ class StudyConfig:
 
     method: str = "translator"
     """Whose numbers are the study's: one of evaluation.methods, also with `+verifier` behind it, or `all+verifier`."""
-    shares: tuple[float, ...] = (0.12, 0.25, 0.5, 1.0)
+    shares: Distinct[PositiveShare] = (0.12, 0.25, 0.5, 1.0)
     """dod-size: shares of the training tasks (paper, Table 6: these)."""
-    factors: tuple[int, ...] = (1, 10, 100)
+    factors: Distinct[PositiveInt] = (1, 10, 100)
     """paraphrase-factor: hard prompts of each training task, the first ones of the DoD; 1 is the task's own (paper, Table 8:
     1, 10 and 100 paraphrases)."""
     scale_epochs: bool = False
     """paraphrase-factor: train `factor` times as many epochs, so that each hard prompt is seen as often. Paper: yes, its
     training set had a row for each of them. Without it all trainings take equally long."""
-    prefills: tuple[str, ...] = ("Classify the given input into one of the following:",)
+    prefills: Distinct[str] = ("Classify the given input into one of the following:",)
     """prefill: beginnings of the text, each beside none (paper, appendix A.12: this one)."""
     varied: Literal["max_train_pairs", "epochs"] = "max_train_pairs"
     """accuracy: the tuning setting that makes soft prompts better or worse."""
-    amounts: tuple[int, ...] = (8, 32, 128)
+    amounts: Distinct[PositiveInt] = (8, 32, 128)
     """accuracy: its values."""
     translator: TranslatorConfig = field(default_factory=TranslatorConfig)
     """How translators are trained, where a study trains any."""
@@ -45,32 +46,15 @@ class StudyConfig:
     """How each point is evaluated. `methods` is translator and most_frequent_target where it is not set."""
 
     def __post_init__(self) -> None:
-        for name in ("shares", "factors", "prefills", "amounts"):
-            values = getattr(self, name)
-            if not values or len(set(values)) < len(values):
-                raise ConfigError(
-                    f"reading the study settings: {name} is {list(values)}, expected one or more, each once."
-                )
-        if not all(0 < share <= 1 for share in self.shares):
-            raise ConfigError(
-                f"reading the study settings: shares is {list(self.shares)}, expected each above 0, at most 1."
-            )
-        for name in ("factors", "amounts"):
-            if min(getattr(self, name)) < 1:
-                raise ConfigError(
-                    f"reading the study settings: {name} is {list(getattr(self, name))}, expected each 1 or more."
-                )
         if any(not prefill.strip() for prefill in self.prefills):
-            raise ConfigError(
-                f"reading the study settings: prefills is {list(self.prefills)}, expected none that is blank. The point "
-                "without a prefill is always there."
+            raise ValueError(
+                f"prefills is {list(self.prefills)}, expected none that is blank: the point without a prefill is always there"
             )
         name = self.method.removesuffix(WITH_VERIFIER)
         if name not in self.evaluation.methods and self.method != f"{ALL}{WITH_VERIFIER}":
-            raise ConfigError(
-                f"reading the study settings: method is {self.method!r}, but evaluation.methods is "
-                f"{list(self.evaluation.methods)}; expected one of these, also with {WITH_VERIFIER!r} behind it, or "
-                f"'{ALL}{WITH_VERIFIER}'."
+            raise ValueError(
+                f"method is {self.method!r}, but evaluation.methods is {list(self.evaluation.methods)}; expected one of "
+                f"these, also with {WITH_VERIFIER!r} behind it, or '{ALL}{WITH_VERIFIER}'"
             )
 
 

@@ -15,10 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
+from pydantic import PositiveInt
+
 from softprompt_registry.base_models.frozen import BaseModel, JoinedBatch, TargetScores
 from softprompt_registry.base_models.prefixes import PrefixRows
 from softprompt_registry.base_models.reference import require_same_base
-from softprompt_registry.config import settings
+from softprompt_registry.config import PositiveShare, settings
 from softprompt_registry.errors import ArtifactError, BaseModelError, ConfigError
 from softprompt_registry.fingerprints import SHORT, digest_of_file, digest_of_json
 from softprompt_registry.storage import folder_written_whole
@@ -44,22 +46,14 @@ _PLACEHOLDER = 0
 
 @settings
 class VllmTranslatorConfig:
-    max_model_len: int = 4096
+    max_model_len: PositiveInt = 4096
     """Longest sequence in tokens, soft tokens included; the base model's own limit where that is lower."""
-    max_num_seqs: int = 64
+    max_num_seqs: PositiveInt = 64
     """Texts that are written together."""
-    gpu_memory_utilization: float = 0.6
+    gpu_memory_utilization: PositiveShare = 0.6
     """Share of a GPU's memory that vLLM may take. It must leave room for the base model in transformers beside it."""
     enforce_eager: bool = False
     """Skip CUDA graphs: a quicker start, slower afterwards."""
-
-    def __post_init__(self) -> None:
-        if min(self.max_model_len, self.max_num_seqs) < 1 or not 0 < self.gpu_memory_utilization <= 1:
-            raise ConfigError(
-                f"reading the settings of a translator in vLLM: max_model_len is {self.max_model_len!r}, max_num_seqs "
-                f"{self.max_num_seqs!r}, gpu_memory_utilization {self.gpu_memory_utilization!r}; expected 1 or more, and a "
-                "share above 0 up to 1. Correct them."
-            )
 
 
 def require_vllm() -> None:

@@ -9,12 +9,14 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import Field, PositiveInt
 
 from softprompt_registry.base_models.frozen import BaseModel
 from softprompt_registry.base_models.layers import linear_layers
 from softprompt_registry.base_models.reference import require_same_base
-from softprompt_registry.config import settings
+from softprompt_registry.config import PositiveShare, settings
 from softprompt_registry.dod.task import Task
 from softprompt_registry.errors import ArtifactError, ConfigError, DataError
 from softprompt_registry.fingerprints import SHORT, digest_of_json
@@ -43,7 +45,7 @@ LLAMA_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", 
 class TranslatorConfig:
     """How a translator is trained. Defaults are the paper's (section 4.3) where it has them."""
 
-    lora_rank: int = 4
+    lora_rank: PositiveInt = 4
     """LoRA r (paper: 4)."""
     lora_alpha: int = 8
     """LoRA alpha (paper: 8)."""
@@ -56,59 +58,34 @@ class TranslatorConfig:
     """AdamW's (paper: 1e-4)."""
     weight_decay: float = 0.1
     """AdamW's (paper: 0.1)."""
-    schedule: str = "constant"
+    schedule: Literal["constant", "cosine"] = "constant"
     """`constant`, or `cosine`: falling to zero over the epochs."""
-    epochs: int = 5
+    epochs: PositiveInt = 5
     """Passes over the bank (paper: 5)."""
-    batch_size: int = 16
+    batch_size: PositiveInt = 16
     """Soft prompts per step (paper: 16)."""
-    micro_batch_size: int | None = None
+    micro_batch_size: PositiveInt | None = None
     """Soft prompts per forward pass, whose gradients add up to the step's: less memory, and the same translator up to
     rounding and dropout masks. None takes all at once. It may differ from start to start of one training."""
-    max_target_tokens: int = 300
+    max_target_tokens: PositiveInt = 300
     """Longer target texts are cut there (paper: 300)."""
     shuffle_labels: bool = True
     """Name the labels in a new order each epoch: their order is arbitrary, and a translator that learns it overfits."""
     noise: float = 0.0
     """Standard deviation of Gaussian noise on soft prompts, relative to that of all their values. Against overfitting."""
-    train_share: float = 1.0
+    train_share: PositiveShare = 1.0
     """Train on this share of the training tasks only, drawn by the seed (paper, section 5.1.1: 12, 25 and 50 %). A smaller
     share lies within a larger one, and the tasks held out for validation are the same at every share."""
-    max_hard_prompts: int | None = None
+    max_hard_prompts: PositiveInt | None = None
     """Of a task with more hard prompts than this, only the first ones are learned. None takes all."""
-    validation_share: float = 0.1
+    validation_share: Annotated[float, Field(ge=0, lt=1)] = 0.1
     """Share of the training tasks whose loss is measured each epoch and never trained on (paper: 10 % of all)."""
     keep_best: bool = False
     """Keep the epoch with the lowest validation loss instead of the last."""
-    checkpoint_every_epochs: int = 1
+    checkpoint_every_epochs: PositiveInt = 1
     """How often a checkpoint is written, from which a killed run goes on."""
     seed: int = 0
     """Of adapter initialisation, order, label shuffling, noise and dropout."""
-
-    def __post_init__(self) -> None:
-        counts = (
-            "lora_rank",
-            "epochs",
-            "batch_size",
-            "micro_batch_size",
-            "max_target_tokens",
-            "max_hard_prompts",
-            "checkpoint_every_epochs",
-        )
-        for name in counts:
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"reading the translator settings: {name} is {value}, expected >= 1.")
-        if self.schedule not in ("constant", "cosine"):
-            raise ConfigError(f"reading the translator settings: schedule is {self.schedule!r}; constant or cosine.")
-        if not 0 <= self.validation_share < 1:
-            raise ConfigError(
-                f"reading the translator settings: validation_share {self.validation_share} is not in [0, 1)."
-            )
-        if not 0 < self.train_share <= 1:
-            raise ConfigError(
-                f"reading the translator settings: train_share is {self.train_share}, expected above 0 and at most 1."
-            )
 
     @property
     def identity(self) -> dict[str, Any]:

@@ -10,8 +10,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Protocol
 
+from pydantic import PositiveFloat, PositiveInt
+
 from softprompt_registry.config import settings
-from softprompt_registry.errors import ConfigError
 from softprompt_registry.soft_prompts.soft_prompt import SoftPrompt
 from softprompt_registry.storage import complete_record
 from softprompt_registry.verbalization.abstention import AbstentionRule, decide
@@ -84,24 +85,17 @@ class Verbalization:
 class VerbalizationConfig:
     """How candidates are made."""
 
-    num_candidates: int = 1
+    num_candidates: PositiveInt = 1
     """The first is greedy; each further one is sampled. Doubles are dropped."""
     prefill: str = ""
     """The beginning of every text, for instance "Classify the given input into one of the following:"."""
-    max_new_tokens: int = 64
+    max_new_tokens: PositiveInt = 64
     """Length cap of a text, prefill not counted."""
-    temperature: float = 0.7
+    temperature: PositiveFloat = 0.7
     """Of the sampled candidates."""
     seed: int = 0
     """Of the sampling; candidate i uses seed + i. A sampled text also depends on the prompts that share its batch; the
     served model samples each row alone."""
-
-    def __post_init__(self) -> None:
-        if self.num_candidates < 1 or self.max_new_tokens < 1 or self.temperature <= 0:
-            raise ConfigError(
-                f"reading the verbalization settings: num_candidates={self.num_candidates}, max_new_tokens="
-                f"{self.max_new_tokens}, temperature={self.temperature}; expected all above zero."
-            )
 
 
 class Proposer(Protocol):

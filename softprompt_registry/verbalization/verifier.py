@@ -16,9 +16,11 @@ from collections.abc import Sequence
 from statistics import fmean
 from typing import TYPE_CHECKING, NamedTuple
 
+from pydantic import PositiveInt
+
 from softprompt_registry.base_models.frozen import BaseModel
 from softprompt_registry.base_models.reference import require_same_base
-from softprompt_registry.config import settings
+from softprompt_registry.config import InnerShare, settings
 from softprompt_registry.dod.task import Pair
 from softprompt_registry.errors import BaseModelError, ConfigError, DataError
 from softprompt_registry.soft_prompts.encoding import RowEncoder, encode_inside
@@ -58,54 +60,40 @@ MAX_ORDER_ITEMS = 10
 class VerifierConfig:
     """How candidates are verified."""
 
-    max_pairs: int = 32
+    max_pairs: PositiveInt = 32
     """Use at most so many of the given pairs: the first ones, for a classification in turn from each output."""
-    max_probe_inputs: int = 32
+    max_probe_inputs: PositiveInt = 32
     """The same for probe inputs, the first ones. Each takes max_answer_tokens × V × 4 bytes of memory."""
-    max_answer_tokens: int = 8
+    max_answer_tokens: PositiveInt = 8
     """Of the soft-prompted model's answer to a probe input, its end included; so many positions are compared."""
     max_pair_tokens: int = 256
     """Longest filled template and answer together. Longer inputs are cut from the right; answers never are."""
-    max_candidate_tokens: int = 256
+    max_candidate_tokens: PositiveInt = 256
     """Of a longer text only the beginning is read, at most half of the base model's context. `Verified.truncated` says so."""
-    draws: int = 2000
+    draws: PositiveInt = 2000
     """Of the bootstrap over pairs or probe inputs."""
-    level: float = 0.95
+    level: InnerShare = 0.95
     """Share of the draws that lie between the ends of an interval; 1 - level is that of the permutation test."""
     orders: int | None = None
     """So many random orders of a soft prompt's tokens are tried, on up to 10 pairs; a prompt that does not beat them all gets
     no text (`OrderTest`). Null: as few as the level allows, 19. 0: no test. Prompts whose tokens have fewer orders, and
     probe inputs, are not tested."""
-    tokens_per_forward: int | None = None
+    tokens_per_forward: PositiveInt | None = None
     """Tokens of one forward pass, padding included. Null takes what suits the free memory. Halved when the memory does not
     suffice; results stay the same to rounding."""
     seed: int = 0
     """Of the bootstrap."""
 
     def __post_init__(self) -> None:
-        for name in ("max_pairs", "max_probe_inputs", "max_answer_tokens", "max_candidate_tokens", "draws"):
-            if getattr(self, name) < 1:
-                raise ConfigError(
-                    f"reading the verifier settings: {name} is {getattr(self, name)}, expected at least 1."
-                )
-        if self.tokens_per_forward is not None and self.tokens_per_forward < 1:
-            raise ConfigError(
-                f"reading the verifier settings: tokens_per_forward is {self.tokens_per_forward}, expected at least 1 or "
-                "null."
-            )
         if self.max_pair_tokens < self.max_answer_tokens + 8:
-            raise ConfigError(
-                f"reading the verifier settings: max_pair_tokens={self.max_pair_tokens} leaves no room for text before "
-                f"{self.max_answer_tokens} tokens of an answer. Raise it."
-            )
-        if not 0 < self.level < 1:
-            raise ConfigError(
-                f"reading the verifier settings: level is {self.level}, expected a share between 0 and 1."
+            raise ValueError(
+                f"max_pair_tokens={self.max_pair_tokens} leaves no room for text before {self.max_answer_tokens} tokens of "
+                "an answer"
             )
         if self.orders and self.orders < self.fewest_orders:
-            raise ConfigError(
-                f"reading the verifier settings: orders is {self.orders}, expected 0 or at least {self.fewest_orders}: fewer "
-                f"can show nothing at the level {self.level}. Raise it, or leave it out."
+            raise ValueError(
+                f"orders is {self.orders}, expected 0 or at least {self.fewest_orders}: fewer can show nothing at the level "
+                f"{self.level}"
             )
 
     @property

@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from pydantic import PositiveInt
+
 from softprompt_registry.base_models.frozen import BaseModel
 from softprompt_registry.config import settings
 from softprompt_registry.dod.prompt_files import PromptFile, read_prompt
@@ -27,26 +29,20 @@ _OWN_FOLDER = Path(__file__).parent
 class InductionConfig:
     """What the base model is shown. How many texts it writes, and how, is in `VerbalizationConfig`."""
 
-    num_pairs: int = 8
+    num_pairs: PositiveInt = 8
     """Training pairs in the prompt, in turn from each label. Those that do not fit are left out."""
-    max_input_tokens: int = 100
+    max_input_tokens: PositiveInt = 100
     """Longer inputs are cut there; outputs are not."""
-    max_prompt_tokens: int = 1024
+    max_prompt_tokens: PositiveInt = 1024
     """Of the whole prompt, pairs included; the base model's context may be shorter still."""
     answer_begins: str = "The instruction was:"
     """How the model's answer begins; what follows is the text."""
     prompts_folder: str | None = None
     """A folder with a changed copy of instruction_induction.txt, which has the place {pairs}; None takes the package's."""
-    tokens_per_forward: int | None = None
+    tokens_per_forward: PositiveInt | None = None
     """Padded tokens of a forward pass; None takes what fits."""
     seed: int = 0
     """Of the choice of pairs."""
-
-    def __post_init__(self) -> None:
-        for name in ("num_pairs", "max_input_tokens", "max_prompt_tokens", "tokens_per_forward"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"reading the instruction induction settings: {name} is {value}, expected >= 1.")
 
 
 class InstructionInductionProposer:
