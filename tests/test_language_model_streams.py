@@ -212,7 +212,7 @@ def test_opening_a_server_by_settings(llm_server: LlmServer) -> None:
         ),
         (
             LanguageModelConfig(model="a", options={"max_attempts": "five"}),
-            "'max_attempts': found 'five', expected int",
+            "max_attempts is 'five', expected a whole number",
         ),
         (
             LanguageModelConfig("transformers", "a", {"base_url": "x"}),
