@@ -252,7 +252,7 @@ def _known(hint: Any, place: Sequence[str | int]) -> list[str]:
     """The fields of the settings class in which `place` ends."""
     if not dataclasses.is_dataclass(hint):
         return next(filter(None, (_known(option, place) for option in typing.get_args(hint))), [])
-    names = [field.name for field in sorted(dataclasses.fields(hint), key=lambda field: field.kw_only)]
+    names = [field.name for field in sorted(dataclasses.fields(hint), key=lambda field: bool(field.kw_only))]
     rest = [step for step in place if isinstance(step, str)]
     return names if len(rest) < 2 else _known(typing.get_type_hints(hint)[rest[0]], rest[1:])
 
