@@ -39,12 +39,9 @@ def test_lists_are_found(text: str) -> None:
     [
         ("", "stop", "empty (stop)"),
         (" \n", "content_filter", "empty (content_filter)"),
-        ("", None, "empty"),
         ("I cannot help with that.", "stop", "not JSON"),
-        ("lion, bear", "stop", "not JSON"),
         ('["lion", "bear"]', "stop", "not JSON"),
         ("}", "stop", "not JSON"),
-        ("} lion {", "stop", "not JSON"),
         ('{"labels": ["lion"} ["bear"]}', "stop", "not JSON"),
         ("{" * 100_000 + "}" * 100_000, "stop", "not JSON"),
         ('{"a":' * 100_000 + "1" + "}" * 100_000, "stop", "not JSON"),
@@ -53,7 +50,6 @@ def test_lists_are_found(text: str) -> None:
         ('{"labels": ["lion", 3]}', "stop", "not one list of strings"),
         ('{"labels": []}', "stop", "not one list of strings"),
         ('{"labels": ["lion"], "more": ["bear"]}', "stop", "not one list of strings"),
-        ("{}", "stop", "not one list of strings"),
         ('{"labels": [{"word": "lion"}]}', "stop", "not one list of strings"),
     ],
 )
@@ -66,10 +62,7 @@ def test_other_answers_say_what_is_wrong(text: str, finish_reason: str | None, f
     [
         (["lion", "bear", "wolf"], None),
         (["lion", "bear"], "not 3 labels"),
-        (["lion", "bear", "wolf", "goat"], "not 3 labels"),
         (["lion", "polar bear", "wolf"], "not letters alone"),
-        (["lion", "bear2", "wolf"], "not letters alone"),
-        (["lion", "", "wolf"], "not letters alone"),
         (["lion", "café", "wolf"], "not letters alone"),
         (["lion", "bear\n", "wolf"], "not letters alone"),
         (["lion", "bear", "lion"], "a label twice"),
@@ -88,14 +81,12 @@ def test_label_sets(labels: list[str], fault: str | None) -> None:
     ("sentence", "fault"),
     [
         ("She tends the wheat before sunrise.", None),
-        ("He tends wheat", None),
         ("He waits", "under 3 words"),
         ("3 4 5 he waits", "under 3 words"),
         ("one two three four five six seven eight nine", "over 8 words"),
         ("one two three four five six seven eight", None),
         ("The farmer tends the wheat.", "contains its label"),
         ("The farmer’s wheat is ripe.", "contains its label"),
-        ("All FARMERS tend the wheat.", "contains its label"),
         ("The farmer's wheat is ripe.", "contains its label"),
         ("She is farming near the river.", "contains its label"),
         ("A small-farm owner waits here.", "contains its label"),
@@ -114,18 +105,8 @@ def test_sentences(sentence: str, fault: str | None) -> None:
 
 
 def test_schemas() -> None:
-    assert json.loads(label_set_schema(5)) == {
-        "type": "object",
-        "properties": {
-            "labels": {
-                "type": "array",
-                "items": {"type": "string", "pattern": "^[A-Za-z]+$"},
-                "minItems": 5,
-                "maxItems": 5,
-            }
-        },
-        "required": ["labels"],
-        "additionalProperties": False,
-    }
-    properties = json.loads(sentences_schema(10))["properties"]
-    assert properties == {"sentences": {"type": "array", "items": {"type": "string"}, "minItems": 10, "maxItems": 10}}
+    labels = json.loads(label_set_schema(5))
+    assert (labels["required"], labels["additionalProperties"]) == (["labels"], False)
+    array = {"type": "array", "minItems": 5, "maxItems": 5}
+    assert labels["properties"] == {"labels": {**array, "items": {"type": "string", "pattern": "^[A-Za-z]+$"}}}
+    assert json.loads(sentences_schema(5))["properties"] == {"sentences": {**array, "items": {"type": "string"}}}

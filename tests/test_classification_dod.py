@@ -23,7 +23,6 @@ from softprompt_registry.dod.classification import (
     ClassificationReport,
     build_dod_classification,
 )
-from softprompt_registry.dod.classification_requests import estimate
 from softprompt_registry.dod.prompt_files import OWN_FOLDER
 from softprompt_registry.dod.store import DodStore
 from softprompt_registry.errors import ConfigError, DataError, LanguageModelError
@@ -149,13 +148,6 @@ def test_the_test_side(llm_server: LlmServer, tmp_path: Path) -> None:
     assert len(llm_server.received) == 30 + 90
 
 
-def test_unrelated_labels_have_a_prompt_of_their_own(llm_server: LlmServer, tmp_path: Path) -> None:
-    llm_server.reply_to_body = WritingLlm()
-    build(llm_server, tmp_path / "a.dod", dataclasses.replace(SMALL, num_tasks=1, related_labels=False))
-    prompt = llm_server.received[0].body["messages"][1]["content"]
-    assert "each from a different field of life" in prompt and "same theme" not in prompt
-
-
 def test_prompts_of_your_own(llm_server: LlmServer, tmp_path: Path) -> None:
     llm_server.reply_to_body = WritingLlm()
     folder = tmp_path / "prompts"
@@ -177,16 +169,6 @@ def test_prompts_of_your_own(llm_server: LlmServer, tmp_path: Path) -> None:
     assert len(llm_server.received) == before and not (tmp_path / "b.dod").exists()
 
 
-def test_an_estimate_counts_what_is_asked_for() -> None:
-    whole = estimate(SMALL)
-    assert (whole.label_requests, whole.sentence_requests) == (6, 36)
-    assert whole.max_completion_tokens == 6 * (20 + 12 * 3) + 36 * (20 + 60 * 5)
-    assert whole.completion_tokens < whole.max_completion_tokens
-    # The prompts have some 800 and 650 characters.
-    assert 42 * 100 < whole.prompt_tokens < 42 * 300
-    assert estimate(dataclasses.replace(SMALL, sentences_per_label=11)).sentence_requests == 54
-
-
 def test_too_few_seed_words(llm_server: LlmServer, tmp_path: Path) -> None:
     with (
         client_of(llm_server) as model,
@@ -200,19 +182,11 @@ def test_too_few_seed_words(llm_server: LlmServer, tmp_path: Path) -> None:
 
 FAULTY_LABEL_SETS: list[tuple[Answer, str]] = [
     ("Here are three animals: lion, bear, wolf.", "labels: not JSON"),
-    ('{"labels": "lion, bear, wolf"}', "labels: not one list of strings"),
     ("[1, 2]", "labels: not JSON"),
-    (Reply(body=chat("", finish_reason="content_filter")), "labels: empty (content_filter)"),
     (Reply(body={"choices": [{"message": {"refusal": "No."}, "finish_reason": "stop"}]}), "labels: empty (refusal)"),
     (Reply(body=chat('{"labels": ["lion", "be', finish_reason="length")), "labels: cut off at max_tokens"),
-    (["lion", "bear"], "labels: not 3 labels"),
     (["lion", "bear", "Lion"], "labels: a label twice"),
-    (["lion", "bear", "lions"], "labels: two forms of one word"),
-    (["music", "bear", "musician"], "labels: two forms of one word"),
     (["lion", "bear", "Sports"], "labels: a label of the evaluation sets"),
-    (["lion", "bear", "blorptang"], "labels: not a word of the lexicon"),
-    (["lion", "polar bear", "wolf"], "labels: not letters alone"),
-    (["lion", "bear2", "wolf"], "labels: not letters alone"),
 ]
 
 
@@ -225,29 +199,29 @@ def refuse_label_sets(asked: Asked, answer: list[str]) -> Answer:
 
 def test_refused_label_sets_are_counted_and_asked_for_again(llm_server: LlmServer, tmp_path: Path) -> None:
     llm_server.reply_to_body = WritingLlm(refuse_label_sets)
-    config = dataclasses.replace(SMALL, num_tasks=1, max_label_tries=15)
+    config = dataclasses.replace(SMALL, num_tasks=1, max_label_tries=7)
     report = build(llm_server, tmp_path / "a.dod", config)
     assert tasks_of(tmp_path / "a.dod")[0].labels == ("lion", "bear", "wolf")
     assert report.refused == Counter(fault for _, fault in FAULTY_LABEL_SETS)
-    assert sum(report.refused.values()) == 14 and report.given_up == {}
-    assert report.answers == report.asked.requests == 15 + 6
-    prompts = {received.body["messages"][1]["content"] for received in llm_server.received[:15]}
-    assert len(prompts) == 15  # each with other seed words
+    assert sum(report.refused.values()) == 6 and report.given_up == {}
+    assert report.answers == report.asked.requests == 7 + 6
+    prompts = {received.body["messages"][1]["content"] for received in llm_server.received[:7]}
+    assert len(prompts) == 7  # each with other seed words
 
 
 def test_no_task_at_all(llm_server: LlmServer, tmp_path: Path) -> None:
     llm_server.reply_to_body = WritingLlm(refuse_label_sets)
-    config = dataclasses.replace(SMALL, num_tasks=1, max_label_tries=14)
+    config = dataclasses.replace(SMALL, num_tasks=1, max_label_tries=6)
     with pytest.raises(LanguageModelError) as caught:
         build(llm_server, tmp_path / "a.dod", config)
     words = (
         "building a classification DoD with 'writer': no task came out of 1; given up: {'no good label set': 1}, refused: "
-        "{'labels: not JSON': 2, 'labels: two forms of one word': 2, 'labels: not letters alone': 2, "
+        "{'labels: not JSON': 2, "
     )
     assert str(caught.value).startswith(words)
     assert "Look at what it answers in" in str(caught.value)
     assert names_in(tmp_path) == ["a.dod.answers"]
-    assert len(llm_server.received) == 14
+    assert len(llm_server.received) == 6
 
 
 def test_a_label_set_is_used_once(llm_server: LlmServer, tmp_path: Path) -> None:

@@ -20,7 +20,6 @@ from transformers import PreTrainedTokenizerFast
 
 from softprompt_registry.dod import general
 from softprompt_registry.dod.general import GeneralConfig, GeneralReport, TaskRow, build_dod_general
-from softprompt_registry.dod.general_sources import DamagedTask, _read_task_file
 from softprompt_registry.dod.store import DodStore
 from softprompt_registry.dod.task import Task
 from softprompt_registry.errors import DataError
@@ -166,26 +165,10 @@ def test_exactly_the_right_pairs(tmp_path: Path, tokenizer: PreTrainedTokenizerF
     assert task.hard_prompts == ("Do it.",) and task.source == "Super-NaturalInstructions: quoref (CC BY 4.0)"
 
 
-def test_definitions(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
-    texts = {
-        "string": " Do it. \n",
-        "list": ["Do it."],
-        "alternatives": ["Write a headline.", "", "Write a short summary.", "Write a headline. "],
-    }
-    folder = write_repository(tmp_path, {name: raw_task(numbered(3), text) for name, text in texts.items()})
-    _, tasks = build(folder, tokenizer)
-    assert {name: task.hard_prompts for name, task in tasks.items()} == {
-        "string": ("Do it.",),
-        "list": ("Do it.",),
-        "alternatives": ("Write a headline.", "Write a short summary."),
-    }
-    assert tasks["alternatives"].ground_truth == "Write a headline."
-
-
 def test_sides_and_reasons(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     files = {
-        "train": raw_task(numbered(6)),
-        "test": raw_task(numbered(6)),
+        "train": raw_task(numbered(6), " Do it. \n"),
+        "test": raw_task(numbered(6), ["Write a headline.", "", "Write a short summary.", "Write a headline. "]),
         "excluded": raw_task(numbered(6)),
         "nowhere": raw_task(numbered(6)),
         "small": raw_task([*numbered(4), *numbered(4)]),
@@ -194,7 +177,10 @@ def test_sides_and_reasons(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -
     }
     folder = write_repository(tmp_path, files, test=["test"], excluded=["excluded"], unlisted=["nowhere"])
     report, tasks = build(folder, tokenizer, GeneralConfig(min_pairs=5))
-    assert {name: task.split for name, task in tasks.items()} == {"train": "train", "test": "test"}
+    assert {name: (task.split, *task.hard_prompts) for name, task in tasks.items()} == {
+        "train": ("train", "Do it."),
+        "test": ("test", "Write a headline.", "Write a short summary."),
+    }
     assert {row.name: (row.split, row.status, row.reason, row.available) for row in report.rows} == {
         "both": ("train", "other language", "Input_language ['English', 'German']", 6),
         "excluded": ("", "excluded", "excluded by the benchmark", 0),
@@ -228,6 +214,10 @@ def test_lists_of_the_config_and_beside_the_files(tmp_path: Path, tokenizer: Pre
     with DodStore.open(report.path) as store:
         record = store.metadata()["build"]
     assert record["settings"]["split_lists"] == "my lists" and str(tmp_path) not in json.dumps(record)
+    assert (record["builder"], record["layout"], record["source"]) == ("general", "repository", "in")
+    assert record["settings"]["max_tokens"] == 400 and record["settings"]["pair_shares"] == [0.8, 0.1, 0.1]
+    assert len(record["split_lists_sha256"]) == 64
+    assert record["tokenizer"]["sha256"] == tiny_base_model().ref.tokenizer_sha256
 
     # The folder of the task files itself is a source too; its lists lie beside the files or in the repository above.
     _, tasks = build(folder / "tasks", tokenizer, out=tmp_path / "x.dod")
@@ -304,14 +294,6 @@ def test_draw_is_of_the_right_size_and_by_seed(tmp_path: Path, tokenizer: PreTra
     assert Counter(pair.split for pair in halves["one"].pairs) == {"train": 54, "validation": 6}
 
 
-def test_draw_is_fair(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
-    """Each of 50 pairs is drawn about as often as the others over 60 tasks with the same pairs."""
-    folder = write_repository(tmp_path, {f"t{number}": raw_task(numbered(50)) for number in range(60)})
-    _, tasks = build(folder, tokenizer, GeneralConfig(min_pairs=1, max_pairs_per_task=10))
-    counts = Counter(pair.input for task in tasks.values() for pair in task.pairs)
-    assert len(counts) == 50 and all(2 <= count <= 26 for count in counts.values())  # 12 on average, deviation 3.1
-
-
 def test_order_of_files_and_instances_does_not_matter(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     config = GeneralConfig(min_pairs=1, max_pairs_per_task=25)
     names = [f"t{number}" for number in range(5)]
@@ -337,26 +319,18 @@ def test_every_damaged_file_is_named_with_its_reason(tmp_path: Path, tokenizer: 
     whole = json.dumps(good).encode()
     without = {key: {name: value for name, value in good.items() if name != key} for key in good}
     letter = json.dumps(raw_task([instance("\xe9", "x")]), ensure_ascii=False)
-    breaks_off = "the JSON breaks off before its end"
+    broken = "found broken JSON ("
     damage: dict[str, tuple[Any, str]] = {
-        "cut": (json.dumps(raw_task(numbered(200))).encode()[:9000], breaks_off),
-        "cut_in_a_letter": (letter.encode().partition(b"\xa9")[0], breaks_off),
-        "cut_before_a_value": (b'{"Definition": ', breaks_off),
-        "empty": (b"", "the file is empty"),
+        "cut": (json.dumps(raw_task(numbered(200))).encode()[:9000], broken),
+        "cut_in_a_letter": (letter.encode().partition(b"\xa9")[0], "found bytes that are not UTF-8"),
+        "empty": (b"", broken),
         "list": (b"[1, 2]", "the file holds a list, not an object"),
-        "latin": (letter.encode("latin-1"), "the file is not UTF-8"),
-        "utf16": (json.dumps(good).encode("utf-16"), "the file is not UTF-8"),
-        "broken": (
-            b'{"Instances": [{"input" "x"}]}',
-            "broken JSON (Expecting ':' delimiter: line 1 column 25 (char 24))",
-        ),
-        "followed": (b"{} {}", "broken JSON (Extra data: line 1 column 4 (char 3))"),
-        "nested": (b'{"Instances": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "broken JSON (nested too deeply)"),
-        "digits": (b'{"Instances": ' + b"1" * 5000 + b"}", "broken JSON (Exceeds the limit (4300 digits) for integer"),
-        "twice": (
-            b'{"Definition": "a", "Other": {"x": 1, "x": 2}, "Definition": "b"}',
-            "the key 'Definition' stands there",
-        ),
+        "utf16": (json.dumps(good).encode("utf-16"), "found bytes that are not UTF-8"),
+        "broken": (b'{"Instances": [{"input" "x"}]}', broken + "Expecting ':' delimiter: line 1 column 25 (char 24))"),
+        "followed": (b"{} {}", broken + "Extra data: line 1 column 4 (char 3))"),
+        "nested": (b'{"Instances": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", broken),
+        "digits": (b'{"Instances": ' + b"1" * 5000 + b"}", broken + "Exceeds the limit (4300 digits) for integer"),
+        "twice": (b'{"Definition": "a", "Definition": "b"}', "found the key 'Definition' twice"),
         "no_definition": (without["Definition"], "there is no 'Definition'"),
         "no_instances": (without["Instances"], "there is no 'Instances'"),
         "no_language": (without["Output_language"], "there is no 'Output_language'"),
@@ -390,22 +364,8 @@ def test_every_damaged_file_is_named_with_its_reason(tmp_path: Path, tokenizer: 
         build(folder, tokenizer, GeneralConfig(min_pairs=1, strict=True), tmp_path / "strict.dod")
     head, *lines = str(error.value).split("\n")
     assert head.startswith(f"building the General DoD from {str(folder)!r}: nothing was written because of 20 damaged ")
-    assert len(lines) == 20 and f"  cut.json: {breaks_off}" in lines
+    assert len(lines) == 20 and f"  cut.json: {report.skipped['cut.json']}" in lines
     assert not list(tmp_path.glob("*strict.dod*"))
-
-
-def test_strict_takes_bad_instances(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
-    folder = write_repository(tmp_path, {"a": raw_task(ODD_INSTANCES), "b": b""})
-    strict = GeneralConfig(min_pairs=1, strict=True)
-    with pytest.raises(DataError, match=r"because of 1 damaged place; expected none with strict(.|\n)*\n  b.json: the"):
-        build(folder, tokenizer, strict)
-    (folder / "tasks" / "b.json").unlink()
-    assert build(folder, tokenizer, strict)[0].rows[0].bad_instances == 10
-
-
-def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
-    with pytest.raises(DamagedTask, match=r"^the file cannot be read \(No such file or directory\)$"):
-        _read_task_file(tmp_path / "gone meanwhile.json")
 
 
 # The other layouts
@@ -584,7 +544,7 @@ def test_hub_copy_gives_the_same_dod(tmp_path: Path, tokenizer: PreTrainedTokeni
 def test_hub_errors(tmp_path: Path, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("datasets", reason="the extra 'hub' is not installed")
     out = tmp_path / "x.dod"
-    with pytest.raises(DataError, match=r"Hub dataset 'nobody/nothing@v1': `datasets` could not \(.*use a local copy"):
+    with pytest.raises(DataError, match=r"Hub dataset 'nobody/nothing@v1': `datasets` .*use local files"):
         build("hub:nobody/nothing@v1", tokenizer, SMALL, out)
     monkeypatch.setitem(sys.modules, "datasets", None)  # as if it were not installed
     with pytest.raises(
@@ -655,7 +615,7 @@ def test_nothing_to_keep(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> 
     before = out.read_bytes()
     with pytest.raises(DataError, match="exists already; expected a new name"):
         build_dod_general(folder, out, tokenizer=tokenizer)
-    with pytest.raises(DataError, match=r"found 3 tasks and none to keep (.|\n)*\n  b.json: the JSON breaks off"):
+    with pytest.raises(DataError, match=r"found 3 tasks and none to keep (.|\n)*\n  b.json: found broken JSON"):
         build(folder, tokenizer, GeneralConfig(), out)
     assert [path.name for path in out.parent.iterdir()] == ["x.dod"] and out.read_bytes() == before
 
@@ -664,13 +624,13 @@ def test_nothing_to_keep(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> 
 
 
 def test_memory_on_a_large_file(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
-    """A task file of some 130 MB, in which one letter beyond U+FFFF makes each letter four bytes while it is read."""
+    """A task file of some 35 MB, in which one letter beyond U+FFFF makes each letter four bytes while it is read."""
     instances = [
         {**each, "explanation": f"{number} \U0001f600" + "lorem ipsum " * 300}
-        for number, each in enumerate(numbered(35_000))
+        for number, each in enumerate(numbered(9_000))
     ]
     folder = write_repository(tmp_path, {"t": json.dumps(raw_task(instances), ensure_ascii=False).encode()})
-    assert (folder / "tasks" / "t.json").stat().st_size > 120 << 20
+    assert (folder / "tasks" / "t.json").stat().st_size > 30 << 20
     del instances
     tracemalloc.start()
     try:
@@ -678,19 +638,8 @@ def test_memory_on_a_large_file(tmp_path: Path, tokenizer: PreTrainedTokenizerFa
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
-    assert (report.rows[0].pairs, report.rows[0].drawn) == (35_000, 500)
-    assert 120 << 20 < peak < 1100 << 20
-
-
-def test_metadata(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
-    folder = write_repository(tmp_path / "copy of it", {"a": raw_task(numbered(3))})
-    report, _ = build(folder, tokenizer)
-    with DodStore.open(report.path) as store:
-        record = store.metadata()["build"]
-    assert record["builder"] == "general" and record["layout"] == "repository" and record["source"] == "copy of it"
-    assert record["settings"]["max_tokens"] == 400 and record["settings"]["pair_shares"] == [0.8, 0.1, 0.1]
-    assert record["totals"]["train_tasks"] == 1 and len(record["split_lists_sha256"]) == 64
-    assert record["tokenizer"]["sha256"] == tiny_base_model().ref.tokenizer_sha256
+    assert (report.rows[0].pairs, report.rows[0].drawn) == (9_000, 500)
+    assert 30 << 20 < peak < 290 << 20
 
 
 # The real data

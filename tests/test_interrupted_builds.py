@@ -21,10 +21,8 @@ from llm_server import KEY, LlmServer, Reply, error_body
 from small_builds import SMALL, build, build_undisturbed, names_in, tasks_of
 from writing_llm import WritingLlm
 
-from softprompt_registry.dod.classification import (
-    ClassificationReport,
-    answers_path,
-)
+from softprompt_registry.dod.asking import answers_path
+from softprompt_registry.dod.classification import ClassificationReport
 from softprompt_registry.dod.store import DodStore
 from softprompt_registry.errors import BusyError, DataError, LanguageModelError
 from softprompt_registry.language_models.answer_cache import AnswerCache

@@ -30,7 +30,7 @@ from softprompt_registry.dod.paraphrase import (
     paraphrase_fault,
 )
 from softprompt_registry.dod.prompt_files import read_styles
-from softprompt_registry.dod.store import DodStore, note_in_dod
+from softprompt_registry.dod.store import DodStore
 from softprompt_registry.dod.task import Pair, PairSplit, Task
 from softprompt_registry.errors import ConfigError, DataError, LanguageModelError
 from softprompt_registry.language_models.answer_cache import AnswerCache
@@ -380,15 +380,6 @@ def test_what_is_asked(llm_server: LlmServer, dod: Path, tmp_path: Path) -> None
     assert not [prompt for prompt in prompts if "{" in prompt]
 
 
-def test_items_with_commas_stay_apart_in_the_prompt(llm_server: LlmServer, tmp_path: Path) -> None:
-    task = dataclasses.replace(SHOUT, hard_prompts=('Reply with "Yes, and" or "No".',))
-    written = "The reply is either Yes, and or No."
-    paraphrase(
-        llm_server, make_dod(tmp_path / "one.sqlite", [task]), tmp_path / "out.sqlite", lambda _: written, factor=1
-    )
-    assert "letter for letter: Yes, and | No\n" in llm_server.received[0].body["messages"][1]["content"]
-
-
 def test_every_refusal_is_counted_and_asked_for_again(llm_server: LlmServer, dod: Path, tmp_path: Path) -> None:
     long = "Answer kind or unkind about the sentence" + " and the text" * 20 + "."  # 7 and 60 words
     not_shorter = "Now answer kind or unkind." + " Read it again." * 15  # 5 and 45 words, as many as the hard prompt
@@ -406,6 +397,8 @@ def test_every_refusal_is_counted_and_asked_for_again(llm_server: LlmServer, dod
         ("You", 9, 0): "The sentence is kind or unkind.",
         ("You", 8, 0): " The sentence is\n KIND or unkind.",
         ("Shout", 0, 0): "louder!",  # the task's second hard prompt
+        ("Shout", 1, 0): '"Write it in\n capitals."',  # quotation marks around the whole answer go
+        ("Shout", 2, 0): '"Write" it in "capitals", every letter of it, please.',  # a short hard prompt may grow
     }
     recorder = Metrics()
     report, tasks, rewriter = paraphrase(
@@ -425,6 +418,10 @@ def test_every_refusal_is_counted_and_asked_for_again(llm_server: LlmServer, dod
     # Ten refused answers make ten more requests; the one that was refused twice comes a third time.
     assert Counter(wanted.attempt for wanted in rewriter.wanted) == {0: 20, 1: 9, 2: 1}
     assert report.asked.requests == 30
+    assert tasks["shout"].hard_prompts[3:5] == (
+        "Write it in capitals.",
+        '"Write" it in "capitals", every letter of it, please.',
+    )
     written = tasks["verdict"].hard_prompts[1:]
     assert written[0] == "Read the sentence. Please answer kind or unkind again again."
     assert written[7] == good(Wanted(VERDICT_TEXT, 9, 0))
@@ -466,37 +463,6 @@ def test_what_does_not_come_out_is_told_by_task(llm_server: LlmServer, dod: Path
         build = store.metadata()["build"]
     assert build["failed_by_task"] == report.failed_by_task and build["refused"] == report.refused
     assert (build["wanted"], build["made"]) == (8, 3)
-
-
-def test_short_hard_prompts_need_not_become_shorter(llm_server: LlmServer, dod: Path, tmp_path: Path) -> None:
-    long = "Take the text that you are given and write it in capitals, every letter of it."
-    settings = {"factor": 1, "max_tries": 1}
-    for limit, refused in ((6, {}), (5, {"not shorter than the original": 1})):  # the hard prompt has 6 words
-        report, *_ = paraphrase(
-            llm_server,
-            dod,
-            tmp_path / f"{limit}.sqlite",
-            instead({("Shout", 0, 0): long}),
-            condense_over=limit,
-            **settings,
-        )
-        assert report.refused == refused
-
-
-@pytest.mark.parametrize(
-    ("answer", "written"),
-    [
-        ('"Write it in capitals."', "Write it in capitals."),
-        ("“Write it\n in capitals.”", "Write it in capitals."),
-        ('"Write" it in "capitals"', '"Write" it in "capitals"'),
-    ],
-)
-def test_quotation_marks_around_the_whole_answer_go(
-    llm_server: LlmServer, tmp_path: Path, answer: str, written: str
-) -> None:
-    dod = make_dod(tmp_path / "one.sqlite", [SHOUT])
-    _, tasks, _ = paraphrase(llm_server, dod, tmp_path / "out.sqlite", lambda _: answer, factor=1)
-    assert tasks["shout"].hard_prompts == (*SHOUT.hard_prompts, written)
 
 
 def test_after_an_error_only_what_is_missing_is_asked_for(llm_server: LlmServer, dod: Path, tmp_path: Path) -> None:
@@ -605,16 +571,6 @@ def test_what_was_changed_is_not_taken_for_the_original(
                 digest_before_paraphrasing(store)
         else:
             assert (digest_before_paraphrasing(store) == original.digest) is same
-
-
-def test_forged_counts_lead_to_no_other_dod(llm_server: LlmServer, dod: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out.sqlite"
-    paraphrase(llm_server, dod, out)
-    with DodStore.open(out) as store:
-        build = store.metadata()["build"]
-    note_in_dod(out, "build", {**build, "hard_prompts_before": {"shout": 1, "verdict": 1}})
-    with DodStore.open(dod) as original, DodStore.open(out) as store:
-        assert digest_before_paraphrasing(store) not in (original.digest, None)
 
 
 def test_a_bank_goes_with_the_paraphrases_of_its_dod(llm_server: LlmServer, dod: Path, tmp_path: Path) -> None:

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
+import nltk
 import pytest
+from nltk.corpus.reader import CategorizedTaggedCorpusReader
+from nltk.corpus.util import LazyCorpusLoader
 
 from softprompt_registry.dod.prompt_files import OWN_FOLDER, PromptFile, read_prompt, read_styles
-from softprompt_registry.dod.seed_words import read_seed_words
+from softprompt_registry.dod.seed_words import brown_words, read_seed_words
 from softprompt_registry.errors import ConfigError, DataError
 
 ROWS = [
@@ -94,39 +94,20 @@ river/nn river/nn sea/nn sea/nn sea/nn quickly/rb quickly/rb quickly/rb rainy/jj
 """
 
 
-def test_the_brown_corpus(tmp_path: Path) -> None:
-    """A corpus of the same form in the place where NLTK looks; in another process, because NLTK reads it only once."""
+def test_the_brown_corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A corpus of the same form in the place where NLTK looks."""
+    monkeypatch.setattr(nltk.data, "path", [str(tmp_path)])
+    monkeypatch.setattr(nltk, "download", lambda name, quiet: False)  # as without a network
+    reader = LazyCorpusLoader("brown", CategorizedTaggedCorpusReader, r"c[a-z]\d\d", cat_file="cats.txt")
+    monkeypatch.setattr(nltk.corpus, "brown", reader)
+    with pytest.raises(DataError, match="neither installed nor reachable. Run .* a file of word counts with --words"):
+        brown_words(min_letters=4)
     corpus = tmp_path / "corpora" / "brown"
     corpus.mkdir(parents=True)
     (corpus / "ca01").write_text(BROWN)
     (corpus / "cats.txt").write_text("ca01 news\n")
     # "rainy" 4 times, "quiet" and "stone" 3; "river" only twice, "sea" too short, "Stone/nn-tl" part of a title.
-    assert printed_words(tmp_path) == "['rainy', 'quiet', 'stone']\n"
-
-
-def test_no_brown_corpus_and_no_network(tmp_path: Path) -> None:
-    printed = printed_words(tmp_path)
-    assert printed.startswith(
-        "DataError: reading seed words: NLTK's Brown corpus is neither installed nor reachable. Run"
-    )
-    assert "or give a file of word counts with --words.\n" in printed
-
-
-def printed_words(nltk_data: Path) -> str:
-    program = """
-import nltk, sys
-nltk.data.path[:] = [sys.argv[1]]
-from softprompt_registry.dod.seed_words import brown_words
-from softprompt_registry.errors import DataError
-try:
-    print(brown_words(min_letters=4))
-except DataError as error:
-    print(f"DataError: {error}")
-"""
-    nowhere = {f"{scheme}_proxy": "http://127.0.0.1:1" for scheme in ("http", "https")}
-    environment = os.environ | nowhere | {"HOME": str(nltk_data), "no_proxy": ""}
-    command = [sys.executable, "-c", program, str(nltk_data)]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+    assert brown_words(min_letters=4) == ["rainy", "quiet", "stone"]
 
 
 # --- Prompt files ---

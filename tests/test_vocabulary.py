@@ -15,7 +15,6 @@ from softprompt_registry.dod.vocabulary import (
     is_english_word,
     same_root,
     share_of_english,
-    stem,
     words_of,
 )
 
@@ -36,14 +35,9 @@ def test_words_of(text: str, words: list[str]) -> None:
     assert words_of(text) == words
 
 
-@pytest.mark.parametrize("word", ["lion", "Lions", "worse", "running", "the", "whom", "could", "happily", "seven"])
-def test_english_words(word: str) -> None:
-    assert is_english_word(word)
-
-
-@pytest.mark.parametrize("word", ["", "blorptang", "frühling", "qwxz", "雨"])
-def test_other_words(word: str) -> None:
-    assert not is_english_word(word)
+def test_english_words() -> None:
+    assert all(map(is_english_word, "lion Lions worse running the whom could happily seven".split()))
+    assert not any(map(is_english_word, ("", "blorptang", "frühling", "qwxz", "雨")))
 
 
 @pytest.mark.parametrize(
@@ -71,35 +65,13 @@ def test_inflections() -> None:
     assert inflections("blorptang") == {"blorptang"}
 
 
-@pytest.mark.parametrize(
-    ("word", "other"),
-    [
-        ("music", "music"),
-        ("music", "musician"),  # derived
-        ("happily", "happiness"),
-        ("cat", "cats"),
-        ("ran", "run"),  # irregular
-        ("feet", "foot"),
-        ("worse", "bad"),
-        ("taught", "teach"),
-        ("photo", "photography"),
-        ("carp", "carpet"),  # no relation; the rule errs on this side
-        ("Farming", "farmer"),
-    ],
-)
-def test_same_root(word: str, other: str) -> None:
-    assert same_root(word, other) and same_root(other, word)
-
-
-@pytest.mark.parametrize(
-    ("word", "other"), [("art", "artery"), ("cat", "category"), ("lion", "tiger"), ("sun", "sunder"), ("car", "carpet")]
-)
-def test_other_roots(word: str, other: str) -> None:
-    assert not same_root(word, other) and not same_root(other, word)
-
-
-def test_stems() -> None:
-    assert [stem(word) for word in ("Running", "happiness", "flies")] == ["run", "happi", "fli"]
+def test_same_root() -> None:
+    same = "music music,music musician,happily happiness,cat cats,ran run,feet foot,worse bad,taught teach,photo photography"
+    same += ",carp carpet,Farming farmer"  # the rule errs on the side of "carp"
+    for word, other in map(str.split, same.split(",")):
+        assert same_root(word, other) and same_root(other, word)
+    for word, other in map(str.split, "art artery,cat category,lion tiger,sun sunder,car carpet".split(",")):
+        assert not same_root(word, other) and not same_root(other, word)
 
 
 def test_held_out_words_are_the_evaluation_labels_with_their_inflections() -> None:
@@ -107,7 +79,7 @@ def test_held_out_words_are_the_evaluation_labels_with_their_inflections() -> No
     # sst2 and sst5; trec; subj; agnews
     assert {"positive", "negative", "terrible", "bad", "neutral", "good", "great", "worst", "better"} <= held_out
     assert {"description", "entity", "entities", "abbreviation", "human", "location", "numbers"} <= held_out
-    assert {"objective", "subjective"} <= held_out
+    assert {"objective", "subjective", "truthful", "deceptive", "human", "generated", "generate"} <= held_out
     assert {"world", "sports", "sport", "business", "technologies"} <= held_out
     assert held_out.isdisjoint({"lion", "music", "nice", "awful", "science", "place"})
 
@@ -129,7 +101,3 @@ def test_importing_loads_no_lexicon() -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
-
-
-def test_labels_of_the_sets_from_elsewhere_are_held_out_too() -> None:
-    assert {"truthful", "deceptive", "human", "generated", "generate"} <= held_out_words()

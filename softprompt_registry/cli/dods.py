@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial, wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
@@ -16,7 +17,65 @@ from softprompt_registry.printing import print_json, print_table
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from softprompt_registry.dod.classification import ClassificationReport
+    from softprompt_registry.dod.files import FilesReport
+    from softprompt_registry.dod.general import GeneralReport
+    from softprompt_registry.dod.labelled_sets import LabelledSetsReport
+    from softprompt_registry.dod.paraphrase import ParaphraseReport
     from softprompt_registry.language_models.answer_cache import Asked
+    from softprompt_registry.stages.dods import BuildReport
+
+ConfigT = TypeVar("ConfigT")
+ReportT = TypeVar("ReportT", bound="BuildReport")
+
+
+@dataclasses.dataclass(frozen=True)
+class Given:
+    """What every builder is given: --out, --overwrite, --config, --set and --json."""
+
+    out: Path
+    overwrite: bool
+    config: Path | None
+    overrides: tuple[str, ...]
+    as_json: bool
+
+    def settings(
+        self, cls: type[ConfigT], section: str, edit: Callable[[dict[str, Any]], Any] | None = None
+    ) -> ConfigT:
+        """The builder's settings; `edit` lays options of the command over them."""
+        from softprompt_registry.config import build_config
+
+        values = section_of(section, self.config, self.overrides)
+        return build_config(cls, edit(values) if edit else values)
+
+    def build(
+        self, stage: str, settings: Any, build_dod: Callable[..., ReportT], show: Callable[[ReportT], None]
+    ) -> None:
+        """Build in a run of its own and print the report."""
+        from softprompt_registry.stages.dods import build
+
+        arguments = {"config": settings, "overwrite": self.overwrite}
+        run_id, report = build(stage, settings, lambda recorder: build_dod(**arguments, recorder=recorder))
+        if not self.as_json:
+            show(report)
+            return
+        values = dataclasses.asdict(report)  # type: ignore[call-overload]
+        if "asked" in values:
+            values["asked"].pop("last_failure")
+        print_json({"run_id": run_id, **values})
+
+
+def with_given(command: Callable[..., None]) -> Callable[..., None]:
+    """--config, --set and --json; with those of `with_out` they reach the command as one `Given`."""
+
+    @with_settings
+    @with_json
+    @wraps(command)
+    def wrapped(**options: Any) -> None:
+        given = Given(**{field.name: options.pop(field.name) for field in dataclasses.fields(Given)})
+        command(given, **options)
+
+    return wrapped
 
 
 def with_out(command: CommandT) -> CommandT:
@@ -64,32 +123,22 @@ def build_dod() -> None:
 @build_dod.command("files")
 @click.argument("folder", type=click.Path(path_type=Path))
 @with_out
-@with_settings
-@with_json
-def build_dod_files(
-    folder: Path, out: Path, overwrite: bool, config: Path | None, overrides: tuple[str, ...], as_json: bool
-) -> None:
+@with_given
+def build_dod_files(given: Given, folder: Path) -> None:
     """From a folder with one CSV, TSV, JSON, JSONL or Parquet file per task, each with the columns input and output.
 
     \b
     Example:
       softprompt build-dod files my_tasks --out tasks.sqlite -s test_share=0.2
     """
-    from softprompt_registry.config import build_config
     from softprompt_registry.dod.files import FilesConfig, build_dod_from_files
 
-    settings = build_config(FilesConfig, section_of("files", config, overrides))
+    settings = given.settings(FilesConfig, "files")
     require_store()
-    from softprompt_registry.stages.dods import build
+    given.build("build-dod-files", settings, partial(build_dod_from_files, folder, given.out), _show_files)
 
-    run_id, report = build(
-        "build-dod-files",
-        settings,
-        lambda recorder: build_dod_from_files(folder, out, config=settings, overwrite=overwrite, recorder=recorder),
-    )
-    if as_json:
-        print_json({"run_id": run_id, **dataclasses.asdict(report)})
-        return
+
+def _show_files(report: FilesReport) -> None:
     _say_built(report.path, report.tasks, report.pairs, report.digest)
     skipped = sum(sum(reasons.values()) for reasons in report.skipped_rows.values())
     click.echo(f"dropped {sum(report.duplicates.values())} duplicate pairs, skipped {skipped} rows")
@@ -116,108 +165,94 @@ def build_dod_files(
 @click.option(
     "--dry-run", is_flag=True, help="Only print how many requests and tokens it takes if no answer is refused."
 )
-@with_settings
-@with_json
+@with_given
 def build_dod_classification_command(
-    out: Path,
-    overwrite: bool,
+    given: Given,
     words: Path | None,
     unrelated_labels: bool,
     engine: str | None,
     model: str | None,
     base_url: str | None,
     dry_run: bool,
-    config: Path | None,
-    overrides: tuple[str, ...],
-    as_json: bool,
 ) -> None:
-    """Classification tasks written by an LLM. Stopped or killed, it goes on where it was.
+    """Classification tasks written by an LLM. Stopped or killed, it resumes.
 
     \b
     Example:
       softprompt build-dod classification --out c.sqlite --model gpt-4o-mini -s num_tasks=50
     """
-    from softprompt_registry.config import build_config
-    from softprompt_registry.dod.classification import ClassificationConfig, build_dod_classification
-    from softprompt_registry.dod.classification_requests import ClassificationRequests, estimate
+    from softprompt_registry.dod.classification import (
+        ClassificationConfig,
+        ClassificationRequests,
+        build_dod_classification,
+        estimate,
+    )
     from softprompt_registry.dod.seed_words import brown_words, read_seed_words
     from softprompt_registry.dod.store import require_free
 
-    values = _with_generator(section_of("classification", config, overrides), engine, model, base_url)
-    if unrelated_labels:
-        values["related_labels"] = False
-    settings = build_config(ClassificationConfig, values)
+    def edit(values: dict[str, Any]) -> dict[str, Any]:
+        values = _with_generator(values, engine, model, base_url)
+        return {**values, "related_labels": False} if unrelated_labels else values
+
+    settings = given.settings(ClassificationConfig, "classification", edit)
     if dry_run:
         print_json(dataclasses.asdict(estimate(settings)))
         return
     require_store()
-    require_free(out, "building a classification DoD", overwrite=overwrite)  # before a large model is loaded
+    require_free(given.out, "building a classification DoD", overwrite=given.overwrite)  # before a model is loaded
     letters = settings.min_seed_letters
     seed_words = read_seed_words(words, min_letters=letters) if words else brown_words(min_letters=letters)
     ClassificationRequests(seed_words, settings)
     from softprompt_registry.language_models.opening import open_language_model
-    from softprompt_registry.stages.dods import build
 
     with open_language_model(settings.generator) as writer:
-        run_id, report = build(
+        given.build(
             "build-dod-classification",
             settings,
-            lambda recorder: build_dod_classification(
-                seed_words, out, writer, config=settings, overwrite=overwrite, recorder=recorder
-            ),
+            partial(build_dod_classification, seed_words, given.out, writer),
+            _show_classification,
         )
-    if as_json:
-        print_json({"run_id": run_id, **_without_failure(dataclasses.asdict(report))})
-        return
+
+
+def _show_classification(report: ClassificationReport) -> None:
     _say_built(report.path, report.tasks, report.pairs, report.digest)
-    _say_refused({f"given up, {reason}": count for reason, count in report.given_up.items()} | dict(report.refused))
-    _say_asked(report.asked)
+    given_up = {f"given up, {reason}": count for reason, count in report.given_up.items()}
+    _say_refused_and_asked({**given_up, **report.refused}, report.asked)
 
 
 @build_dod.command("general")
 @click.argument("source")
 @with_out
 @with_tokenizer
-@with_settings
-@with_json
-def build_dod_general_command(
-    source: str,
-    out: Path,
-    overwrite: bool,
-    base_model: str | None,
-    config: Path | None,
-    overrides: tuple[str, ...],
-    as_json: bool,
-) -> None:
+@with_given
+def build_dod_general_command(given: Given, source: str, base_model: str | None) -> None:
     """Super-NaturalInstructions: a folder with its task files, a flat copy of them, or hub for a copy on the Hub.
 
     \b
     Example:
       softprompt build-dod general natural-instructions --out general.sqlite
     """
-    from softprompt_registry.config import build_config
     from softprompt_registry.dod.general import GeneralConfig, build_dod_general
 
-    settings = build_config(GeneralConfig, section_of("general", config, overrides))
+    settings = given.settings(GeneralConfig, "general")
     require_store()
     tokenizer = _tokenizer(base_model)
-    from softprompt_registry.stages.dods import build
-
-    run_id, report = build(
+    given.build(
         "build-dod-general",
         settings,
         lambda recorder: build_dod_general(
-            source, out, tokenizer=tokenizer, config=settings, overwrite=overwrite, recorder=recorder
+            source, given.out, tokenizer=tokenizer, config=settings, overwrite=given.overwrite, recorder=recorder
         ),
+        _show_general,
     )
-    if as_json:
-        print_json({"run_id": run_id, **dataclasses.asdict(report)})
-        return
-    shown = ("name", "split", "status", "pairs", "empty", "duplicates", "too_long", "drawn")
+
+
+def _show_general(report: GeneralReport) -> None:
     table = report.table()
+    shown = ("name", "split", "status", "pairs", "empty", "duplicates", "too_long", "drawn")
     print_table("Filters, task by task", {name: table[name] for name in shown})
-    kept = [row for row in report.rows if row.status == "kept"]
-    _say_built(report.path, len(kept), sum(row.drawn for row in kept), report.digest)
+    kept = [row.drawn for row in report.rows if row.kept]
+    _say_built(report.path, len(kept), sum(kept), report.digest)
     for name, reason in report.skipped.items():
         click.echo(f"skipped {name}: {reason}")
 
@@ -225,37 +260,21 @@ def build_dod_general_command(
 @build_dod.command("inspect")
 @click.argument("folder", required=False)
 @with_out
-@with_settings
-@with_json
-def build_dod_inspect_command(
-    folder: str | None,
-    out: Path,
-    overwrite: bool,
-    config: Path | None,
-    overrides: tuple[str, ...],
-    as_json: bool,
-) -> None:
+@with_given
+def build_dod_inspect_command(given: Given, folder: str | None) -> None:
     """SST-2, SST-5, TREC, Subj and AG News with the paper's labels, from FOLDER, else from the Hugging Face Hub.
 
     \b
     Example:
       softprompt build-dod inspect --out inspect.sqlite
     """
-    from softprompt_registry.config import build_config
     from softprompt_registry.dod.labelled_sets import InspectConfig, build_dod_inspect
 
     # An entry point of MLproject has no way to leave the folder out but an empty text.
     source = Path(folder) if folder else None
-    settings = build_config(InspectConfig, section_of("inspect", config, overrides))
+    settings = given.settings(InspectConfig, "inspect")
     require_store()
-    from softprompt_registry.stages.dods import build
-
-    run_id, report = build(
-        "build-dod-inspect",
-        settings,
-        lambda recorder: build_dod_inspect(source, out, config=settings, overwrite=overwrite, recorder=recorder),
-    )
-    _print_sets(run_id, report, as_json=as_json)
+    given.build("build-dod-inspect", settings, partial(build_dod_inspect, source, given.out), _show_sets)
 
 
 @build_dod.command("ood")
@@ -266,38 +285,26 @@ def build_dod_inspect_command(
     help="Hotel reviews: a file with text and label, or the corpus's own folders.",
 )
 @click.option("--essays", type=click.Path(path_type=Path), help="Essays: a file with text and label.")
-@with_settings
-@with_json
-def build_dod_ood_command(
-    out: Path,
-    overwrite: bool,
-    reviews: Path | None,
-    essays: Path | None,
-    config: Path | None,
-    overrides: tuple[str, ...],
-    as_json: bool,
-) -> None:
+@with_given
+def build_dod_ood_command(given: Given, reviews: Path | None, essays: Path | None) -> None:
     """Two sets from elsewhere: truthful or deceptive hotel reviews, essays by humans or generated.
 
     \b
     Example:
       softprompt build-dod ood --reviews op_spam_v1.4 --essays essays.csv --out ood.sqlite
     """
-    from softprompt_registry.config import build_config
     from softprompt_registry.dod.labelled_sets import OodConfig, build_dod_ood
 
-    settings = build_config(OodConfig, section_of("ood", config, overrides))
+    settings = given.settings(OodConfig, "ood")
     require_store()
-    from softprompt_registry.stages.dods import build
-
-    run_id, report = build(
-        "build-dod-ood",
-        settings,
-        lambda recorder: build_dod_ood(
-            out, reviews=reviews, essays=essays, config=settings, overwrite=overwrite, recorder=recorder
-        ),
+    given.build(
+        "build-dod-ood", settings, partial(build_dod_ood, given.out, reviews=reviews, essays=essays), _show_sets
     )
-    _print_sets(run_id, report, as_json=as_json)
+
+
+def _show_sets(report: LabelledSetsReport) -> None:
+    print_table("Labelled sets", report.table())
+    _say_built(report.path, len(report.sets), sum(c.train + c.validation + c.test for c in report.sets), report.digest)
 
 
 @main.command("audit-dod")
@@ -353,67 +360,52 @@ def audit_dod_command(
 @click.option("--factor", type=int, help="Paraphrases of each training task's hard prompt. Default: 10.")
 @with_generator
 @with_tokenizer
-@with_settings
-@with_json
+@with_given
 def paraphrase_dod_command(
+    given: Given,
     dod: Path,
-    out: Path,
-    overwrite: bool,
     factor: int | None,
     engine: str | None,
     model: str | None,
     base_url: str | None,
     base_model: str | None,
-    config: Path | None,
-    overrides: tuple[str, ...],
-    as_json: bool,
 ) -> None:
-    """Add shorter wordings of the training tasks' hard prompts, written by an LLM. Stopped, it goes on where it was.
+    """Add shorter wordings of the training tasks' hard prompts, written by an LLM. Stopped, it resumes.
 
     \b
     Example:
       softprompt paraphrase-dod general.sqlite --out general-x10.sqlite --model gpt-4o-mini
     """
-    from softprompt_registry.config import build_config
     from softprompt_registry.dod.paraphrase import ParaphraseConfig, paraphrase_dod
     from softprompt_registry.dod.store import DodStore, require_free
 
-    values = _with_generator(section_of("paraphrase", config, overrides), engine, model, base_url)
-    if factor is not None:
-        values["factor"] = factor
-    settings = build_config(ParaphraseConfig, values)
+    def edit(values: dict[str, Any]) -> dict[str, Any]:
+        values = _with_generator(values, engine, model, base_url)
+        return values if factor is None else {**values, "factor": factor}
+
+    settings = given.settings(ParaphraseConfig, "paraphrase", edit)
     require_store()
-    require_free(out, f"paraphrasing DoD {str(dod)!r}", overwrite=overwrite)  # before a large model is loaded
+    require_free(given.out, f"paraphrasing DoD {str(dod)!r}", overwrite=given.overwrite)  # before a model is loaded
     with DodStore.open(dod):
         pass
     tokenizer = _tokenizer(base_model)
     from softprompt_registry.language_models.opening import open_language_model
-    from softprompt_registry.stages.dods import build
+
+    def count_tokens(text: str) -> int:
+        return len(tokenizer(text, add_special_tokens=False)["input_ids"])
 
     with open_language_model(settings.generator) as writer:
-        run_id, report = build(
-            "paraphrase-dod",
-            settings,
-            lambda recorder: paraphrase_dod(
-                dod,
-                out,
-                writer,
-                lambda text: len(tokenizer(text, add_special_tokens=False)["input_ids"]),
-                config=settings,
-                overwrite=overwrite,
-                recorder=recorder,
-            ),
+        given.build(
+            "paraphrase-dod", settings, partial(paraphrase_dod, dod, given.out, writer, count_tokens), _show_paraphrases
         )
-    if as_json:
-        values = _without_failure(dataclasses.asdict(report))
-        print_json({"run_id": run_id, "failed_share": report.failed_share, **values})
-        return
+
+
+def _show_paraphrases(report: ParaphraseReport) -> None:
     click.echo(
         f"{report.path}: {report.made} of {report.wanted} paraphrases for {report.tasks} tasks, "
         f"{100 * report.failed_share:.1f} % failed, digest {report.digest[:12]}"
     )
-    _say_refused(report.refused)
-    _say_asked(report.asked)
+    _say_refused_and_asked(report.refused, report.asked)
 
 
 # --- What the commands share ---
@@ -447,28 +439,12 @@ def _first(texts: Sequence[str], separator: str) -> str:
     return separator.join(texts[:8]) + (f" and {len(texts) - 8} more" if len(texts) > 8 else "")
 
 
-def _say_refused(refused: Any) -> None:
+def _say_refused_and_asked(refused: Mapping[str, int], asked: Asked) -> None:
     if refused:
         print_table("Refused", {"reason": list(refused), "count": [str(count) for count in refused.values()]})
-
-
-def _say_asked(asked: Asked) -> None:
     click.echo(
         f"asked {asked.requests} requests in {asked.seconds:.0f} s: {asked.prompt_tokens} prompt tokens, "
         f"{asked.completion_tokens} completion tokens; what was answered before was not asked again"
     )
     if asked.adapted:
         click.echo(f"the model refuses what was set, so answers were asked for with {asked.adapted}")
-
-
-def _without_failure(report: dict[str, Any]) -> dict[str, Any]:
-    report["asked"].pop("last_failure")
-    return report
-
-
-def _print_sets(run_id: str, report: Any, *, as_json: bool) -> None:
-    if as_json:
-        print_json({"run_id": run_id, **dataclasses.asdict(report)})
-        return
-    print_table("Labelled sets", report.table())
-    _say_built(report.path, len(report.sets), sum(c.train + c.validation + c.test for c in report.sets), report.digest)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import statistics
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -107,9 +107,11 @@ class _Reading:
         self._lengths: dict[str, Counter[int]] = {side: Counter() for side in TASK_SPLITS}
         self._num_hard_prompts = self._counted_in_words = 0
 
-    def _found(self, code: str, tasks: Iterable[str], count: int = 1) -> None:
+    def _note(self, code: str, task: str, detail: str, text: str = "", weight: float = 0.0, *, count: int = 1) -> None:
+        """A finding in one task, and its example."""
         self._counts[code] += count
-        self._tasks[code].update(tasks)
+        self._tasks[code].add(task)
+        self._example(code, weight, task, text, detail)
 
     def _example(self, code: str, weight: float, task: str, text: str, detail: str) -> None:
         """Offer an example; the heaviest are kept, equal ones in the order of task and text."""
@@ -132,11 +134,11 @@ class _Reading:
         )
         for split in PAIR_SPLITS:
             if not splits[split]:
-                self._note_task(f"tasks_without_{split}_pairs", task, plural(len(task.pairs), "pair"))
+                self._note(f"tasks_without_{split}_pairs", task.name, plural(len(task.pairs), "pair"))
         if len(task.pairs) < self._config.min_pairs_per_task:
-            self._note_task("small_tasks", task, plural(len(task.pairs), "pair"), weight=-len(task.pairs))
+            self._note("small_tasks", task.name, plural(len(task.pairs), "pair"), weight=-len(task.pairs))
         if not task.ground_truth:
-            self._note_task("missing_ground_truth", task, plural(len(task.pairs), "pair"))
+            self._note("missing_ground_truth", task.name, plural(len(task.pairs), "pair"))
         self._read_duplicates(task)
         self._read_lengths(task)
         self._read_hard_prompts(task)
@@ -144,10 +146,6 @@ class _Reading:
             self._read_balance(task)
             self._read_labels(task)
             self._read_label_words(task)
-
-    def _note_task(self, code: str, task: Task, detail: str, weight: float = 0.0, text: str = "") -> None:
-        self._found(code, [task.name])
-        self._example(code, weight, task.name, text, detail)
 
     def _read_duplicates(self, task: Task) -> None:
         places: dict[str, list[Pair]] = {}
@@ -165,8 +163,7 @@ class _Reading:
             codes += [several] if len(outputs) > 1 else []
             for code in codes or ["repeated_inputs"]:  # counted as repeated only where nothing is worse about it
                 counts[code] += 1
-                self._found(code, [task.name])
-                self._example(code, len(pairs), task.name, min(p.input for p in pairs), _splits_and_outputs(pairs))
+                self._note(code, task.name, _splits_and_outputs(pairs), min(p.input for p in pairs), len(pairs))
         self._rows[-1] |= {
             "leaks": counts["leaks_between_splits"],
             "contradictions": counts["contradictions"],
@@ -179,10 +176,9 @@ class _Reading:
             alike.setdefault(key.translate(NO_PUNCTUATION), []).append(key)
         for letters, keys in alike.items():
             if len(keys) > 1 and letters:  # without letters a text is punctuation alone, which is then what it says
-                self._found("near_duplicates", [task.name], len(keys))
                 pairs = [pair for key in keys for pair in places[key]]
-                first = min(pair.input for pair in pairs)
-                self._example("near_duplicates", len(keys), task.name, first, _splits_and_outputs(pairs))
+                first, detail = min(pair.input for pair in pairs), _splits_and_outputs(pairs)
+                self._note("near_duplicates", task.name, detail, first, len(keys), count=len(keys))
 
     def _read_lengths(self, task: Task) -> None:
         lengths = [pair.num_tokens for pair in task.pairs]
@@ -202,11 +198,9 @@ class _Reading:
         self._lengths[task.split].update(measured)
         self._rows[-1]["longest"] = max(measured)
         limit = self._config.max_pair_tokens
-        if limit is not None and max(measured) > limit:
-            long = [(length, pair) for length, pair in zip(measured, task.pairs, strict=True) if length > limit]
-            self._found("long_pairs", [task.name], len(long))
-            for length, pair in long:
-                self._example("long_pairs", length, task.name, pair.input, f"{length:,} long")
+        for length, pair in zip(measured, task.pairs, strict=True):
+            if limit is not None and length > limit:
+                self._note("long_pairs", task.name, f"{length:,} long", pair.input, length)
 
     def _num_tokens(self, texts: Sequence[str]) -> list[int]:
         return (
@@ -220,14 +214,13 @@ class _Reading:
             for prompt in task.hard_prompts:
                 held_out = sorted(held_out_words().intersection(words_of(prompt)))
                 if held_out:
-                    self._note_task(
-                        "held_out_words_in_hard_prompts", task, ", ".join(held_out), weight=len(held_out), text=prompt
-                    )
+                    words = ", ".join(held_out)
+                    self._note("held_out_words_in_hard_prompts", task.name, words, prompt, len(held_out))
         limit = self._config.max_hard_prompt_tokens
         if self._tokenizer is not None and limit is not None:
             for prompt, length in zip(task.hard_prompts, self._num_tokens(task.hard_prompts), strict=True):
                 if length > limit:
-                    self._note_task("long_hard_prompts", task, f"{length:,} tokens", weight=length, text=prompt)
+                    self._note("long_hard_prompts", task.name, f"{length:,} tokens", prompt, length)
 
     def _read_balance(self, task: Task) -> None:
         counts = Counter({label: 0 for label in task.labels})
@@ -241,16 +234,16 @@ class _Reading:
             detail = (
                 f"balance {balance:.2f}: {detail} of {plural(len(task.pairs), 'pair')}; equal would be {equal:,.4g}"
             )
-            self._note_task("unbalanced_labels", task, detail, weight=-balance)
+            self._note("unbalanced_labels", task.name, detail, weight=-balance)
 
     def _read_labels(self, task: Task) -> None:
         trained = {pair.output for pair in task.pairs if pair.split == "train"}
         for label in task.labels:
             if trained and label not in trained:  # without any train pair, that alone is the finding
-                self._note_task("labels_without_train_pairs", task, f"label {label!r}")
+                self._note("labels_without_train_pairs", task.name, f"label {label!r}")
             held_out = sorted(held_out_words().intersection(words_of(label)))
             if task.split == "train" and held_out:
-                self._note_task("held_out_labels", task, f"label {label!r}: {', '.join(held_out)}")
+                self._note("held_out_labels", task.name, f"label {label!r}: {', '.join(held_out)}")
         spellings: dict[str, list[str]] = {}
         for label in task.labels:
             spellings.setdefault(text_key(label), []).append(label)
@@ -258,8 +251,7 @@ class _Reading:
             if len(labels) > 1:
                 counts = Counter(pair.output for pair in task.pairs)
                 detail = ", ".join(f"{label!r} {counts[label]:,}" for label in sorted(labels))
-                self._found("label_spellings", [task.name], len(labels))
-                self._example("label_spellings", len(labels), task.name, "", detail)
+                self._note("label_spellings", task.name, detail, weight=len(labels), count=len(labels))
         sides = self._label_sets.setdefault(frozenset(map(text_key, task.labels)), {"train": [], "test": []})
         sides[task.split].append(task.name)
 
@@ -284,15 +276,13 @@ class _Reading:
             if others:
                 other += 1
                 detail = f"label {pair.output!r}, the input also has {', '.join(map(repr, others))}"
-                self._example("other_labels_in_inputs", len(others), task.name, pair.input, detail)
+                self._note("other_labels_in_inputs", task.name, detail, pair.input, len(others))
         share = own / len(task.pairs)
         self._rows[-1] |= {"label_in_inputs": share, "other_label_in_inputs": other / len(task.pairs)}
-        if other:
-            self._found("other_labels_in_inputs", [task.name], other)
         if share > self._config.max_label_leak_share:
             text, label, said = min(examples)
             detail = f"{own:,} of {plural(len(task.pairs), 'input')}; here label {label!r}, the input says {said!r}"
-            self._note_task("labels_in_inputs", task, detail, weight=share, text=text)
+            self._note("labels_in_inputs", task.name, detail, text, share)
 
     def compare_tasks(self, store: DodStore) -> None:
         """What only shows across tasks; the texts of the examples are read again, since only hashes were kept."""
@@ -307,7 +297,8 @@ class _Reading:
             for code, group in ((on_both_sides, both_sides), (on_one_side, one_side)):
                 if code is None or not group.count:
                     continue
-                self._found(code, (names[task] for task in group.tasks), group.count)
+                self._counts[code] += group.count
+                self._tasks[code].update(names[task] for task in group.tasks)
                 for digest, tasks in group.examples:
                     among = sorted(names[task] for task in tasks)
                     task = store.task(among[0])
@@ -320,9 +311,8 @@ class _Reading:
                 for row, (both, one, size) in zip(self._rows, per_task, strict=True):
                     row |= {"shared_inputs": one, "both_sides_inputs": both}
                     if one > self._config.max_shared_input_share * size:
-                        self._found("mostly_shared_tasks", [row["name"]])
                         detail = f"{one:,} of {plural(size, 'different input')}"
-                        self._example("mostly_shared_tasks", one / size, row["name"], "", detail)
+                        self._note("mostly_shared_tasks", row["name"], detail, weight=one / size)
         for labels, sides in self._label_sets.items():
             among = sorted(sides["train"] + sides["test"])
             for code, is_so in (
@@ -330,8 +320,8 @@ class _Reading:
                 ("repeated_label_sets", max(map(len, sides.values())) > 1),
             ):
                 if is_so:
-                    self._found(code, among)
-                    self._example(code, len(among), among[0], ", ".join(sorted(labels)), _by_side(among, side_of))
+                    self._tasks[code].update(among)
+                    self._note(code, among[0], _by_side(among, side_of), ", ".join(sorted(labels)), len(among))
 
     def audit(self, path: Path, digest: str) -> Audit:
         """The findings, sizes and rows."""
@@ -368,7 +358,7 @@ class _Reading:
         return Audit(
             path=path,
             digest=digest,
-            settings=flatten(self._config),
+            settings=settings,
             sizes=Sizes(
                 tasks=len(rows),
                 train_tasks=sum(row["side"] == "train" for row in rows),

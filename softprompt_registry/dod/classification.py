@@ -1,10 +1,7 @@
 """A DoD of classification tasks, written by an LLM: seed words → label sets → sentences (paper sections 4.2 and A.2).
 
-The work goes in rounds. A round asks for everything that is still missing; when all its answers are there, they are
-checked in a fixed order, and what was refused is asked for again in the next round, a bounded number of times. Answers are
-on the disk as soon as they arrive (`<out>.answers`), and what they are worth is worked out from them anew. So a build that
-was stopped, however it was stopped, asks for nothing twice and ends with the same DoD. What counts as a good answer is in
-`answer_checks.py`.
+The work goes in rounds (see `asking.py`): some for the label sets, then some for the sentences. What counts as a good
+answer is in `answer_checks.py`.
 """
 
 from __future__ import annotations
@@ -12,7 +9,7 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from pathlib import Path
 from typing import Annotated
 
@@ -21,14 +18,18 @@ from pydantic import Field, NonNegativeInt, PositiveInt
 from softprompt_registry.config import Share, settings
 from softprompt_registry.dod.answer_checks import (
     label_set_fault,
+    label_set_schema,
     read_string_list,
     sentence_fault,
+    sentences_schema,
 )
-from softprompt_registry.dod.classification_requests import ClassificationRequests, recorded_settings
+from softprompt_registry.dod.asking import Rounds, answers_path, recorded_settings
+from softprompt_registry.dod.prompt_files import read_prompt, read_styles
 from softprompt_registry.dod.store import dod_written_whole
 from softprompt_registry.dod.task import Pair, PairShares, Task, assign_pair_splits, draw_task_split, seed_of
-from softprompt_registry.errors import LanguageModelError
-from softprompt_registry.language_models.answer_cache import AnswerCache, Asked, ask_all
+from softprompt_registry.errors import ConfigError, LanguageModelError
+from softprompt_registry.fingerprints import digest_of_json
+from softprompt_registry.language_models.answer_cache import AnswerCache, Asked
 from softprompt_registry.language_models.opening import LanguageModelConfig
 from softprompt_registry.language_models.protocol import CompletionRequest, LanguageModel, recorded_name
 from softprompt_registry.recording import NullRecorder, Recorder
@@ -124,30 +125,31 @@ def build_dod_classification(
     overwrite: bool = False,
     recorder: Recorder | None = None,
 ) -> ClassificationReport:
-    """Have `model` write the DoD `out`.
+    """Have `model` write the DoD `out`, whole or not at all; `<out>.answers` beside it keeps every answer.
 
     Args:
         seed_words: see `seed_words.read_seed_words` and `brown_words`.
-        out: the DoD to write, whole or not at all; `<out>.answers` beside it keeps every answer.
-        model: asked with as much in flight as it takes.
 
     Raises:
-        DataError: `out` exists, the disk is full, or no task came out.
-        LanguageModelError: requests failed; all other answers are stored, and the same command asks for the rest.
+        DataError: `out` exists, or the disk is full.
+        LanguageModelError: no task came out, or requests failed; all other answers are stored, and the same command asks
+            for the rest.
         BusyError: another process is building the same DoD.
     """
-    build = _Build(seed_words, model, config, recorder or NullRecorder())
+    requests = ClassificationRequests(seed_words, config)
     doing = f"building a classification DoD with {model.name!r}"
     with dod_written_whole(out, doing, overwrite=overwrite) as store, AnswerCache(answers_path(out)) as cache:
-        pairs = 0
-        for task in build.tasks(cache):
+        rounds = Rounds(model, cache, recorder or NullRecorder(), skip_failed=config.skip_failed_requests)
+        build = _Build(requests, rounds, config, recorded_name(model))
+        made = pairs = 0
+        for task in build.tasks():
             store.add_task(task)
+            made += 1
             pairs += len(task.pairs)
-        made = len(store.task_names())
         if not made:
             raise LanguageModelError(
                 f"{doing}: no task came out of {config.num_tasks}; given up: {dict(build.given_up)}, refused: "
-                f"{dict(build.refused.most_common(5))}.",
+                f"{dict(rounds.refused.most_common(5))}.",
                 retryable=False,
                 hint=f"Look at what it answers in {str(cache.path)!r}; a larger model or other prompts may help.",
             )
@@ -157,9 +159,9 @@ def build_dod_classification(
             tasks=made,
             pairs=pairs,
             given_up=dict(build.given_up),
-            refused=dict(build.refused.most_common()),
+            refused=dict(rounds.refused.most_common()),
             answers=build.answers,
-            asked=build.asked,
+            asked=rounds.asked,
         )
         store.set_metadata(
             "build",
@@ -167,8 +169,8 @@ def build_dod_classification(
                 "builder": "classification",
                 "settings": recorded_settings(config),
                 "model": recorded_name(model),
-                "prompts_digest": build.requests.prompts_digest,
-                "seed_words_digest": build.requests.seed_words_digest,
+                "prompts_digest": requests.prompts_digest,
+                "seed_words_digest": requests.seed_words_digest,
                 "tasks": made,
                 "given_up": report.given_up,
                 "refused": report.refused,
@@ -178,94 +180,77 @@ def build_dod_classification(
     return report
 
 
-def answers_path(out: Path) -> Path:
-    """Where the answers of a build are kept."""
-    return out.with_name(out.name + ".answers")
-
-
-@dataclass
-class _Unfinished:
+class _Draft:
     """A task whose sentences are not all there."""
 
-    name: str
-    labels: tuple[str, ...]
-    sentences: dict[str, list[str]]
-    """Good sentences by label, in the order of their requests."""
-    calls: dict[str, int]
-    """Requests made so far for each label."""
+    def __init__(self, name: str, labels: tuple[str, ...]) -> None:
+        self.name, self.labels = name, labels
+        self.sentences: dict[str, list[str]] = {label: [] for label in labels}
+        """Good sentences by label, in the order of their requests."""
+        self.calls: Counter[str] = Counter()
+        """Requests made so far for each label."""
+        self.seen: set[str] = set()
+
+    @property
+    def fewest(self) -> int:
+        """Good sentences of the label that has the fewest."""
+        return min(map(len, self.sentences.values()))
 
 
 class _Build:
-    """One build: the rounds, and the counts of what they refused."""
+    """One build, and the counts of what it gave up."""
 
     def __init__(
-        self, seed_words: Sequence[str], model: LanguageModel, config: ClassificationConfig, recorder: Recorder
+        self, requests: ClassificationRequests, rounds: Rounds, config: ClassificationConfig, writer: str
     ) -> None:
         self.given_up: Counter[str] = Counter()
-        self.refused: Counter[str] = Counter()
         self.answers = 0
-        self.asked = Asked()
-        self._model, self._config, self._recorder = model, config, recorder
-        self.requests = ClassificationRequests(seed_words, config)
+        self._requests, self._rounds, self._config, self._writer = requests, rounds, config, writer
 
-    def tasks(self, cache: AnswerCache) -> Iterator[Task]:
-        """Every task, as soon as it is complete."""
+    def tasks(self) -> Iterator[Task]:
+        """Every task, after the round that completes it."""
         config = self._config
-        unfinished = [
-            _Unfinished(name, labels, {label: [] for label in labels}, dict.fromkeys(labels, 0))
-            for name, labels in self._label_sets(cache)
-        ]
-        for number in range(config.max_extra_calls + 1):
-            wanted = {task.name: self._calls_wanted(task, first=number == 0) for task in unfinished}
-            active = [task for task in unfinished if any(wanted[task.name].values())]
-            if not active:
+        drafts = [_Draft("_".join([f"{number:05d}", *labels]), labels) for number, labels in self._label_sets()]
+        for attempt in range(config.max_extra_calls + 1):
+            calls = [
+                (draft, label, call) for draft in drafts for label in draft.labels for call in self._calls(draft, label)
+            ]
+            if not calls:
                 break
-            total = sum(sum(wanted[task.name].values()) for task in active)
-            title = "sentences" if number == 0 else f"sentences, again ({number})"
-            self._ask(
-                cache, (r for task in active for r in self._sentence_requests(task, wanted[task.name])), title, total
-            )
-            for task in active:
-                self._take_sentences(task, wanted[task.name], cache)
-                if self._complete(task):
-                    yield self._task(task)
-            unfinished = [task for task in unfinished if not self._complete(task)]
-        for task in unfinished:
-            least = min(map(len, task.sentences.values()))
-            if config.min_sentences_per_label is not None and least >= config.min_sentences_per_label:
-                yield self._task(task)
+            requests = (self._sentences(draft, label, call) for draft, label, call in calls)
+            self._rounds.ask("sentences", attempt, requests, len(calls))
+            for draft, label, call in calls:
+                self._take_sentences(draft, label, call)
+            yield from (self._task(draft) for draft in drafts if draft.fewest >= config.sentences_per_label)
+            drafts = [draft for draft in drafts if draft.fewest < config.sentences_per_label]
+        for draft in drafts:
+            if config.min_sentences_per_label is not None and draft.fewest >= config.min_sentences_per_label:
+                yield self._task(draft)
             else:
                 self.given_up["too few good sentences"] += 1
 
-    # --- Labels ---
-
-    def _label_sets(self, cache: AnswerCache) -> Iterator[tuple[str, tuple[str, ...]]]:
-        """(task name, labels) of every task whose label set was found."""
+    def _label_sets(self) -> list[tuple[int, tuple[str, ...]]]:
+        """(number, labels) of every task whose label set was found."""
         config = self._config
         found: dict[int, tuple[str, ...]] = {}
-        taken: set[frozenset[str]] = set()
         for attempt in range(config.max_label_tries):
-            open_tasks = [number for number in range(config.num_tasks) if number not in found]
-            if not open_tasks:
+            missing = [number for number in range(config.num_tasks) if number not in found]
+            if not missing:
                 break
-            requests = (self.requests.label_set(number, attempt) for number in open_tasks)
-            title = "label sets" if attempt == 0 else f"label sets, again ({attempt})"
-            self._ask(cache, requests, title, len(open_tasks))
-            for number in open_tasks:
-                labels = self._labels_in(cache, self.requests.label_set(number, attempt), taken)
+            requests = (self._requests.label_set(number, attempt) for number in missing)
+            self._rounds.ask("label sets", attempt, requests, len(missing))
+            taken = set(map(frozenset, found.values()))
+            for number in missing:
+                labels = self._labels_in(self._requests.label_set(number, attempt), taken)
                 if labels is not None:
                     found[number] = labels
                     taken.add(frozenset(labels))
-        missing = config.num_tasks - len(found)
-        if missing:
-            self.given_up["no good label set"] += missing
-        for number in sorted(found):
-            yield "_".join([f"{number:05d}", *found[number]]), found[number]
+        if len(found) < config.num_tasks:
+            self.given_up["no good label set"] += config.num_tasks - len(found)
+        return sorted(found.items())
 
-    def _labels_in(
-        self, cache: AnswerCache, request: CompletionRequest, taken: set[frozenset[str]]
-    ) -> tuple[str, ...] | None:
-        words = self._read(cache, request, "labels")
+    def _labels_in(self, request: CompletionRequest, taken: set[frozenset[str]]) -> tuple[str, ...] | None:
+        words = self._strings_in(request, "labels")
         if words is None:
             return None
         labels = tuple(word.strip().lower() for word in words)
@@ -273,100 +258,162 @@ class _Build:
         if fault is None and frozenset(labels) in taken:
             fault = "the label set of another task"
         if fault is not None:
-            self.refused[f"labels: {fault}"] += 1
+            self._rounds.refused[f"labels: {fault}"] += 1
             return None
         return labels
 
-    # --- Sentences ---
+    def _calls(self, draft: _Draft, label: str) -> range:
+        """Numbers of the requests for a label in the next round."""
+        config, made = self._config, draft.calls[label]
+        missing = config.sentences_per_label - len(draft.sentences[label])
+        most = _calls_for(config.sentences_per_label, config) + config.max_extra_calls
+        return range(made, min(made + _calls_for(missing, config), most))
 
-    def _complete(self, task: _Unfinished) -> bool:
-        return all(len(task.sentences[label]) >= self._config.sentences_per_label for label in task.labels)
+    def _sentences(self, draft: _Draft, label: str, call: int) -> CompletionRequest:
+        return self._requests.sentences(draft.name, draft.labels, label, call)
 
-    def _calls_wanted(self, task: _Unfinished, *, first: bool) -> dict[str, int]:
-        """Label → requests to make in this round."""
-        config = self._config
-        wanted = {}
-        for label in task.labels:
-            missing = max(config.sentences_per_label - len(task.sentences[label]), 0)
-            calls = -(-missing // config.sentences_per_call)
-            if not first:
-                made = -(-config.sentences_per_label // config.sentences_per_call)
-                calls = min(calls, made + config.max_extra_calls - task.calls[label])
-            wanted[label] = calls
-        return wanted
-
-    def _sentence_requests(self, task: _Unfinished, wanted: Mapping[str, int]) -> Iterator[CompletionRequest]:
-        for label, calls in wanted.items():
-            for call in range(task.calls[label], task.calls[label] + calls):
-                yield self.requests.sentences(task.name, task.labels, label, call)
-
-    def _take_sentences(self, task: _Unfinished, wanted: Mapping[str, int], cache: AnswerCache) -> None:
-        """Add the good sentences of this round's answers, in the order of the requests."""
-        config = self._config
-        seen = {_plain(sentence) for sentences in task.sentences.values() for sentence in sentences}
-        for label, calls in wanted.items():
-            for call in range(task.calls[label], task.calls[label] + calls):
-                for sentence in (
-                    self._read(cache, self.requests.sentences(task.name, task.labels, label, call), "answer") or []
-                ):
-                    sentence = " ".join(sentence.split())
-                    if len(task.sentences[label]) >= config.sentences_per_label:
-                        break  # more than was needed; not refused
-                    fault = sentence_fault(
-                        sentence,
-                        label,
-                        min_words=config.min_words,
-                        max_words=config.max_words,
-                        min_english=config.min_english,
-                    )
-                    if fault is None and _plain(sentence) in seen:
-                        fault = "duplicate"
-                    if fault is not None:
-                        self.refused[f"sentence: {fault}"] += 1
-                        continue
-                    seen.add(_plain(sentence))
-                    task.sentences[label].append(sentence)
-            task.calls[label] += calls
-
-    def _task(self, task: _Unfinished) -> Task:
-        config = self._config
-        pairs: list[Pair] = []
-        for label in task.labels:
-            sentences = task.sentences[label]
-            splits = assign_pair_splits(
-                len(sentences), config.pair_shares, seed_of("splits", config.seed, f"{task.name}/{label}")
+    def _take_sentences(self, draft: _Draft, label: str, call: int) -> None:
+        """Add the good sentences of one answer."""
+        config, sentences = self._config, draft.sentences[label]
+        draft.calls[label] += 1
+        for sentence in self._strings_in(self._sentences(draft, label, call), "answer") or ():
+            if len(sentences) >= config.sentences_per_label:
+                break  # more than was needed; not refused
+            sentence = " ".join(sentence.split())
+            fault = sentence_fault(
+                sentence,
+                label,
+                min_words=config.min_words,
+                max_words=config.max_words,
+                min_english=config.min_english,
             )
-            pairs += [Pair(text, label, split) for text, split in zip(sentences, splits, strict=True)]
-        random.Random(seed_of("order", config.seed, task.name)).shuffle(pairs)
-        return Task(
-            name=task.name,
-            kind="classification",
-            pairs=tuple(pairs),
-            labels=task.labels,
-            split=draw_task_split(task.name, config.test_share, config.seed),
-            source=f"written by {recorded_name(self._model)}",
-        )
+            # Sentences are the same if their letters and digits are.
+            key = "".join(filter(str.isalnum, sentence.lower()))
+            if fault is None and key in draft.seen:
+                fault = "duplicate"
+            if fault is not None:
+                self._rounds.refused[f"sentence: {fault}"] += 1
+                continue
+            draft.seen.add(key)
+            sentences.append(sentence)
 
-    # --- Asking ---
-
-    def _ask(self, cache: AnswerCache, requests: Iterator[CompletionRequest], title: str, total: int) -> None:
-        skip = self._config.skip_failed_requests
-        ask_all(self._model, cache, requests, title, total, self._recorder, self.asked, skip_failed=skip)
-
-    def _read(self, cache: AnswerCache, request: CompletionRequest, what: str) -> list[str] | None:
-        """The list of strings in a stored answer; None, and counted, if it is no such list."""
-        answer = cache.get(self._model.identity, request)
-        if answer is None:  # it failed, and failures are skipped
-            self.refused[f"{what}: the request failed"] += 1
+    def _strings_in(self, request: CompletionRequest, what: str) -> list[str] | None:
+        """The list of strings in an answer; None, and counted, if it is no such list."""
+        answer = self._rounds.answer(request)
+        if answer is None:
+            self._rounds.refused[f"{what}: the request failed"] += 1
             return None
         self.answers += 1
         result = read_string_list(answer)
         if isinstance(result, str):
-            self.refused[f"{what}: {result}"] += 1
+            self._rounds.refused[f"{what}: {result}"] += 1
             return None
         return result
 
+    def _task(self, draft: _Draft) -> Task:
+        config = self._config
+        pairs: list[Pair] = []
+        for label, sentences in draft.sentences.items():
+            seed = seed_of("splits", config.seed, f"{draft.name}/{label}")
+            splits = assign_pair_splits(len(sentences), config.pair_shares, seed)
+            pairs += [Pair(text, label, split) for text, split in zip(sentences, splits, strict=True)]
+        random.Random(seed_of("order", config.seed, draft.name)).shuffle(pairs)
+        return Task(
+            name=draft.name,
+            kind="classification",
+            pairs=tuple(pairs),
+            labels=draft.labels,
+            split=draw_task_split(draft.name, config.test_share, config.seed),
+            source=f"written by {self._writer}",
+        )
 
-def _plain(sentence: str) -> str:
-    """What makes two sentences the same: letters and digits alone, in lower case."""
-    return "".join(character for character in sentence.lower() if character.isalnum())
+
+def _calls_for(sentences: int, config: ClassificationConfig) -> int:
+    return -(-sentences // config.sentences_per_call)
+
+
+class ClassificationRequests:
+    """The requests of one build; each follows from the settings and its place alone."""
+
+    def __init__(self, seed_words: Sequence[str], config: ClassificationConfig) -> None:
+        if len(seed_words) < config.seed_words:
+            raise ConfigError(
+                f"building a classification DoD: there are {len(seed_words)} seed words; expected at least "
+                f"{config.seed_words}. Give a longer list."
+            )
+        self._words, self._config = seed_words, config
+        name = "label_set" if config.related_labels else "unrelated_label_set"
+        self._label_prompt = read_prompt(name, config.prompts_folder, ("count", "words"))
+        self._sentence_prompt = read_prompt("sentences", config.prompts_folder, ("count", "label"))
+        self._styles = read_styles("styles", config.prompts_folder)
+        self.prompts_digest = digest_of_json(
+            [astuple(self._label_prompt), astuple(self._sentence_prompt), self._styles]
+        )
+        """Tells which prompts wrote a DoD."""
+        self.seed_words_digest = digest_of_json(list(seed_words))
+
+    def label_set(self, number: int, attempt: int) -> CompletionRequest:
+        config = self._config
+        seed = seed_of("label set", config.seed, f"{number}/{attempt}")
+        words = random.Random(seed).sample(self._words, config.seed_words)
+        values = {"count": config.labels_per_task, "words": ", ".join(words)}
+        return CompletionRequest(
+            self._label_prompt.fill(values),
+            system=self._label_prompt.system,
+            max_tokens=20 + 12 * config.labels_per_task,
+            temperature=config.label_temperature,
+            seed=seed % 2**31,
+            json_schema=label_set_schema(config.labels_per_task),
+        )
+
+    def sentences(self, name: str, labels: tuple[str, ...], label: str, call: int) -> CompletionRequest:
+        config = self._config
+        seed = seed_of("sentences", config.seed, f"{name}/{label}/{call}")
+        values = {
+            "count": config.sentences_per_call,
+            "label": label,
+            "other_labels": ", ".join(other for other in labels if other != label),
+            # All labels of a task go through the same styles: a style must not tell the label.
+            "style": self._styles[(seed_of("style", config.seed, name) + call) % len(self._styles)],
+        }
+        return CompletionRequest(
+            self._sentence_prompt.fill(values),
+            system=self._sentence_prompt.system,
+            max_tokens=20 + config.max_tokens_per_sentence * config.sentences_per_call,
+            temperature=config.sentence_temperature,
+            presence_penalty=config.presence_penalty,
+            seed=seed % 2**31,
+            json_schema=sentences_schema(config.sentences_per_call),
+        )
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a build asks for if no answer is refused."""
+
+    label_requests: int
+    sentence_requests: int
+    prompt_tokens: int
+    """About: a token is taken as four characters."""
+    completion_tokens: int
+    """About: a sentence is taken as 22 tokens with its quotes."""
+    max_completion_tokens: int
+    """No answer can be longer."""
+
+
+def estimate(config: ClassificationConfig) -> Estimate:
+    """How many requests and tokens a build takes."""
+    requests_of = ClassificationRequests([f"word{number}" for number in range(config.seed_words)], config)
+    labels = tuple(f"label{number}" for number in range(config.labels_per_task))
+    label_request, sentence_request = requests_of.label_set(0, 0), requests_of.sentences("task", labels, labels[0], 0)
+    calls = -(-config.sentences_per_label // config.sentences_per_call)
+    sentence_requests = config.num_tasks * config.labels_per_task * calls
+    requests = ((label_request, config.num_tasks), (sentence_request, sentence_requests))
+    return Estimate(
+        label_requests=config.num_tasks,
+        sentence_requests=sentence_requests,
+        prompt_tokens=sum((len(r.prompt) + len(r.system or "")) // 4 * count for r, count in requests),
+        completion_tokens=config.num_tasks * 4 * config.labels_per_task
+        + sentence_requests * (8 + 22 * config.sentences_per_call),
+        max_completion_tokens=sum(r.max_tokens * count for r, count in requests),
+    )

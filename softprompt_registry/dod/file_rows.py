@@ -6,6 +6,7 @@ The number is what an editor shows: the line on which the row starts, or in Parq
 
 from __future__ import annotations
 
+import codecs
 import csv
 import gzip
 import io
@@ -70,11 +71,16 @@ def _fits_utf8(text: str) -> bool:
     return True
 
 
-def rows_of(path: Path, columns: Sequence[str]) -> Rows:
-    """The rows of a task file; `columns` are those that a CSV header or a Parquet schema must have."""
+def rows_of(path: Path, columns: Sequence[str] = (), optional: Sequence[str] = ()) -> Rows:
+    """The rows of a task file.
+
+    Args:
+        columns: what a CSV header or a Parquet schema must have.
+        optional: what is read of a Parquet file besides, where it is there; without `columns`, everything is.
+    """
     match _format_of(path):
         case ".parquet":
-            return _parquet_rows(path, columns)
+            return _parquet_rows(path, columns, optional)
         case ".csv":
             return _csv_rows(path, columns, "comma")
         case ".tsv":
@@ -211,33 +217,27 @@ def _unique_keys(items: Iterable[tuple[str, Any]]) -> dict[str, Any]:
     return result
 
 
-_BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # which some editors write
-
-
 def jsonl_rows(path: Path) -> Rows:
     """The objects of a JSON Lines file; empty lines are left out."""
     line = 0
     try:
         with _open_bytes(path) as file:
             for line, raw in enumerate(file, start=1):
-                if line == 1:
-                    raw = raw.removeprefix(_BYTE_ORDER_MARK)
-                if raw.strip():
-                    yield line, _object(_json_value(raw, "one JSON object on the line", "Correct the line."))
+                if raw.removeprefix(codecs.BOM_UTF8).strip():
+                    yield line, _object(json_value(raw, "one JSON object on the line", "Correct the line."))
     except (OSError, EOFError, zlib.error) as error:
         yield line + 1, _unreadable(error, "JSON Lines")
 
 
 def _json_rows(path: Path) -> Rows:
     """The objects of a JSON file that is one list of them."""
+    wanted, advice = "one list of objects", "Correct the file, or call it .jsonl if each of its lines is an object."
     try:
         with _open_bytes(path) as file:
-            raw = file.read().removeprefix(_BYTE_ORDER_MARK)
+            value = json_value(file.read(), wanted, advice)
     except (OSError, EOFError, zlib.error) as error:
         yield 1, _unreadable(error, "JSON")
         return
-    wanted, advice = "one list of objects", "Correct the file, or call it .jsonl if each of its lines is an object."
-    value = _json_value(raw, wanted, advice)
     if isinstance(value, Fault):
         yield 1, replace(value, fatal=True)
     elif not isinstance(value, list):
@@ -248,10 +248,10 @@ def _json_rows(path: Path) -> Rows:
             yield number, _object(item)
 
 
-def _json_value(raw: bytes, expected: str, advice: str) -> Any:
-    """The value, or the `Fault` that it has."""
+def json_value(raw: bytes, expected: str, advice: str) -> Any:
+    """The value in JSON text, with or without a byte order mark, or the `Fault` that the text has."""
     try:
-        return json.loads(raw.decode("utf-8"), object_pairs_hook=_unique_keys)
+        return json.loads(raw.decode("utf-8-sig"), object_pairs_hook=_unique_keys)
     except UnicodeDecodeError:
         return _BAD_UTF8
     except _DuplicateKey as error:
@@ -271,7 +271,7 @@ def _object(value: Any) -> dict[str, Any] | Fault:
     )
 
 
-def _parquet_rows(path: Path, columns: Sequence[str]) -> Rows:
+def _parquet_rows(path: Path, columns: Sequence[str], optional: Sequence[str]) -> Rows:
     # Imported here because pyarrow takes a while to load and most folders have no Parquet file.
     import pyarrow
     import pyarrow.parquet
@@ -284,7 +284,7 @@ def _parquet_rows(path: Path, columns: Sequence[str]) -> Rows:
             if fault is not None:
                 yield 1, fault
                 return
-            read = [*columns, *(["split"] if "split" in names else [])]
+            read = [*columns, *(name for name in optional if name in names)] if columns else names
             classes = _class_names(file.schema_arrow.metadata or {})
             for batch in file.iter_batches(batch_size=PARQUET_BATCH_ROWS, columns=read):
                 cells = (_named(_arrow_values(batch.column(name)), classes.get(name, ())) for name in read)

@@ -8,7 +8,6 @@ that the same files and the same config give the same digest. The readers of the
 
 from __future__ import annotations
 
-import random
 import unicodedata
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
@@ -31,6 +30,7 @@ from softprompt_registry.dod.task import (
     Task,
     TaskKind,
     TaskSplit,
+    draw_in_proportion,
     draw_task_split,
     seed_of,
     split_pairs_by_input,
@@ -128,18 +128,11 @@ def build_dod_from_files(
     problems = _Problems(folder, skip_bad_rows=config.skip_bad_rows)
     files, left_out = _task_files(folder, out, problems)
     records = _read_records(folder / RECORDS_FILE, files, problems)
-    duplicates: dict[str, int] = {}
-    respelled: dict[str, dict[str, dict[str, int]]] = {}
     num_pairs = 0
-    recorder = recorder or NullRecorder()
     with dod_written_whole(out, doing, overwrite=overwrite) as store:
-        with recorder.progress("task files", len(files)) as bar:
+        with (recorder or NullRecorder()).progress("task files", len(files)) as bar:
             for name, path in files.items():
-                task, dropped, others = _read_task(name, path, records.get(name, _Record()), config, problems)
-                if dropped:
-                    duplicates[path.name] = dropped
-                if others:
-                    respelled[path.name] = others
+                task = _read_task(name, path, records.get(name, _Record()), config, problems)
                 bar.advance(1, name)
                 if task is None or problems.found:
                     continue  # read on, to report the problems of all files at once
@@ -151,9 +144,9 @@ def build_dod_from_files(
             digest=store.digest,
             tasks=len(files),
             pairs=num_pairs,
-            duplicates=duplicates,
+            duplicates=problems.duplicates,
             skipped_rows={name: dict(reasons) for name, reasons in problems.skipped.items()},
-            respelled_labels=respelled,
+            respelled_labels=problems.respelled,
             left_out=left_out,
         )
         store.set_metadata("build", {"builder": "files", "settings": flatten(config), "counts": _counts(report)})
@@ -173,11 +166,13 @@ def _counts(report: FilesReport) -> dict[str, Any]:
 
 
 class _Problems:
-    """Collects what is wrong with the files, so that one error can report it all."""
+    """Collects what is wrong with the files, so that one error can report it all, and what was dropped or respelled."""
 
     def __init__(self, folder: Path, *, skip_bad_rows: bool) -> None:
         self.found: list[str] = []
         self.skipped: dict[str, Counter[str]] = {}
+        self.duplicates: dict[str, int] = {}
+        self.respelled: dict[str, dict[str, dict[str, int]]] = {}
         self._folder = folder
         self._skip_bad_rows = skip_bad_rows
         self._some_can_be_skipped = False
@@ -319,10 +314,8 @@ def _record_fault(row: Mapping[str, Any], files: Collection[str], seen: Collecti
     return None
 
 
-def _read_task(
-    name: str, path: Path, record: _Record, config: FilesConfig, problems: _Problems
-) -> tuple[Task | None, int, dict[str, dict[str, int]]]:
-    """The task in `path`, or None if it has problems; the number of dropped duplicates; label → other spelling → rows."""
+def _read_task(name: str, path: Path, record: _Record, config: FilesConfig, problems: _Problems) -> Task | None:
+    """The task in `path`, or None if it has problems."""
     found_before = len(problems.found)
     splits: dict[tuple[str, str], str | None] = {}  # (input, output) → split; a dict keeps the order of the file
     rows_with: Counter[str] = Counter()
@@ -330,7 +323,7 @@ def _read_task(
     file_has_splits: bool | None = None  # as the first usable row says
     unify = config.label_spelling == "unify"
     label_of = _labels_by_key(record.labels) if unify else {}
-    for line, row in rows_of(path, (config.input_column, config.output_column)):
+    for line, row in rows_of(path, (config.input_column, config.output_column), optional=("split",)):
         fault = row if isinstance(row, Fault) else _row_fault(row, record.labels, label_of, file_has_splits, config)
         if fault is not None:
             problems.add_row(path, f"{unit_of(path)} {line}", fault)
@@ -343,34 +336,37 @@ def _read_task(
         duplicates += pair in splits
         splits.setdefault(pair, split)
     if len(problems.found) > found_before:
-        return None, duplicates, {}
+        return None
     if not splits:
         fault = Fault("no pairs", "no usable rows", "at least one pair", "Fill the file or remove it.")
         problems.add(path.name, fault)
-        return None, duplicates, {}
-
+        return None
     spelling = _unified(rows_with, record.labels) if unify else {output: output for output in rows_with}
     unified: dict[tuple[str, str], str | None] = {}
     for (text, output), split in splits.items():
         unified.setdefault((text, spelling[output]), split)
     kind = record.kind or _infer_kind(unified, config.max_labels)
     labels: tuple[str, ...] = ()
-    others: dict[str, dict[str, int]] = {}
     if kind == "classification":
         duplicates += len(splits) - len(unified)
         splits = unified
         for output, label in sorted(spelling.items()):
             if output != label:
-                others.setdefault(label, {})[output] = rows_with[output]
+                problems.respelled.setdefault(path.name, {}).setdefault(label, {})[output] = rows_with[output]
         labels = record.labels or tuple(sorted({output for _, output in splits}))
-    pairs = _draw(splits, kind, config.max_pairs_per_task, seed_of("pairs", config.seed, name))
+    if duplicates:
+        problems.duplicates[path.name] = duplicates
+    pairs = list(splits)
+    strata = [(splits[pair] or "", pair[1] if kind == "classification" else "") for pair in pairs]
+    drawn = draw_in_proportion(strata, config.max_pairs_per_task, seed_of("pairs", config.seed, name))
+    pairs = [pairs[position] for position in drawn]
     if file_has_splits:
         pair_splits = [cast(PairSplit, splits[pair]) for pair in pairs]
     else:
         inputs = [text for text, _ in pairs]
         pair_splits = split_pairs_by_input(inputs, config.pair_shares, seed_of("splits", config.seed, name))
     try:
-        task = Task(
+        return Task(
             name=name,
             kind=kind,
             split=record.split or draw_task_split(name, config.test_share, config.seed),
@@ -381,8 +377,7 @@ def _read_task(
         )
     except DataError as error:
         problems.found.append(f"{path.name}: {error}")
-        return None, duplicates, others
-    return task, duplicates, others
+        return None
 
 
 def _labels_by_key(labels: Sequence[str]) -> dict[str, str]:
@@ -465,27 +460,3 @@ def _infer_kind(pairs: Collection[tuple[str, str]], max_labels: int) -> TaskKind
     few = 2 <= len(outputs) <= max_labels and len(pairs) >= MIN_PAIRS_PER_LABEL * len(outputs)
     short = all(len(output.split()) <= MAX_LABEL_WORDS for output in outputs)
     return "classification" if few and short else "generation"
-
-
-def _draw(
-    splits: Mapping[tuple[str, str], str | None], kind: TaskKind, count: int | None, seed: int
-) -> list[tuple[str, str]]:
-    """At most `count` of the pairs, in their order, with the shares of labels and splits kept.
-
-    A stratum is what shares split and (in classification) label. Its i-th of n shuffled pairs gets the key i / n, and
-    the smallest keys are drawn: first one pair of every stratum, then of each in proportion.
-    """
-    pairs = list(splits)
-    if count is None or len(pairs) <= count:
-        return pairs
-    strata: dict[tuple[str, str], list[int]] = {}
-    for position, pair in enumerate(pairs):
-        stratum = (splits[pair] or "", pair[1] if kind == "classification" else "")
-        strata.setdefault(stratum, []).append(position)
-    generator = random.Random(seed)
-    keyed: list[tuple[float, tuple[str, str], int]] = []
-    for stratum in sorted(strata):
-        positions = strata[stratum]
-        generator.shuffle(positions)
-        keyed += [(i / len(positions), stratum, position) for i, position in enumerate(positions)]
-    return [pairs[position] for position in sorted(position for _, _, position in sorted(keyed)[:count])]

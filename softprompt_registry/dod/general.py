@@ -161,64 +161,55 @@ def build_dod_general(
     recorder = recorder or NullRecorder()
     doing = f"building the General DoD from {str(source)!r}"
     require_free(out, doing, overwrite=overwrite)  # before minutes are spent on reading
-    sides = _Sides(config)
+    configured = _configured_lists(config)
     rows: list[TaskRow] = []
     with (
         dod_written_whole(out, doing, overwrite=overwrite) as store,
-        open_source(source, recorder, sides.side_of) as opened,
+        open_source(source, recorder) as opened,
         recorder.progress("General DoD", opened.num_tasks) as bar,
     ):
-        sides.require_lists(opened, doing)
-        for found in opened.tasks:
-            row, task = _build_task(found, sides.side_of(found.name, found.side, opened.lists), tokenizer, config)
-            if task is not None:
-                store.add_task(task)
-            if row.status == "damaged":
-                opened.skipped[_place(found)] = row.reason
-            _refuse_damage(opened.skipped, config, doing, least=MAX_PROBLEMS)
-            rows.append(row)
-            bar.advance(note=row.name)
-        _refuse_damage(opened.skipped, config, doing, least=1)
-        rows.sort(key=lambda row: row.name)
-        report = GeneralReport(out, store.digest, opened.layout, tuple(rows), dict(sorted(opened.skipped.items())))
-        _require_tasks(report, doing)
-        store.set_metadata("build", _build_record(report, opened, sides, tokenizer, config))
-    return report
-
-
-def _place(found: SourceTask) -> str:
-    """Where a damaged task lies: its file, and its name if the file holds others too."""
-    return found.file if found.file == f"{found.name}.json" else f"{found.file}, task {found.name!r}"
-
-
-class _Sides:
-    """On which side of the benchmark a task is."""
-
-    def __init__(self, config: GeneralConfig) -> None:
-        self._unlisted = "train" if config.unlisted_to_train else None
-        self.lists: SplitLists | None = None
-        """The lists that the config names."""
-        if config.split_lists is not None:
-            self.lists = read_split_lists(Path(config.split_lists))
-            if self.lists is None:
-                raise DataError(
-                    f"reading the benchmark's lists in {config.split_lists!r}: found neither 'train_tasks.txt' nor "
-                    "'test_tasks.txt'; expected at least one of them. Correct split_lists."
-                )
-
-    def side_of(self, name: str, told: str | None, beside: SplitLists | None) -> str | None:
-        """The config's lists come first, then what the source tells of the task, then the lists beside it."""
-        if self.lists is not None:
-            return self.lists.side_of(name) or self._unlisted
-        return told or (beside.side_of(name) if beside else None) or self._unlisted
-
-    def require_lists(self, source: Source, doing: str) -> None:
-        if source.layout == "repository" and not (self.lists or source.lists or self._unlisted):
+        lists = configured or opened.lists
+        if opened.layout == "repository" and not (lists or config.unlisted_to_train):
             raise DataError(
                 f"{doing}: found task files but no lists; expected the benchmark's train_tasks.txt and test_tasks.txt in "
                 "splits/default/ or beside the task files. Add them, name their folder in split_lists, or set "
                 "unlisted_to_train to use every task for training."
             )
+        for found in opened.tasks:
+            # The config's lists come first, then what the source says of the task, then the lists beside it.
+            side = (None if configured else found.side) or (lists.side_of(found.name) if lists else None)
+            side = side or ("train" if config.unlisted_to_train else None)
+            row, task = _build_task(found, side, tokenizer, config)
+            if task is not None:
+                store.add_task(task)
+            if row.status == "damaged":
+                # Its file, and its name if the file holds others too.
+                place = found.file if found.file == f"{found.name}.json" else f"{found.file}, task {found.name!r}"
+                opened.skipped[place] = row.reason
+            if config.strict and len(opened.skipped) >= MAX_PROBLEMS:
+                break
+            rows.append(row)
+            bar.advance(note=row.name)
+        if config.strict and opened.skipped:
+            raise _damage(opened.skipped, doing)
+        rows.sort(key=lambda row: row.name)
+        report = GeneralReport(out, store.digest, opened.layout, tuple(rows), dict(sorted(opened.skipped.items())))
+        _require_tasks(report, doing)
+        store.set_metadata("build", _build_record(report, opened, lists, tokenizer, config))
+    return report
+
+
+def _configured_lists(config: GeneralConfig) -> SplitLists | None:
+    """The lists that the config names."""
+    if config.split_lists is None:
+        return None
+    lists = read_split_lists(Path(config.split_lists))
+    if lists is None:
+        raise DataError(
+            f"reading the benchmark's lists in {config.split_lists!r}: found neither 'train_tasks.txt' nor "
+            "'test_tasks.txt'; expected at least one of them. Correct split_lists."
+        )
+    return lists
 
 
 def _build_task(
@@ -341,12 +332,9 @@ def _other_language(content: TaskContent, language: str | None) -> str:
     return ", ".join(f"{key} {list(names)}" for key, names in others.items())
 
 
-def _refuse_damage(skipped: Mapping[str, str], config: GeneralConfig, doing: str, *, least: int) -> None:
-    """With `strict`, stop as soon as there are `least` places that cannot be used."""
-    if not config.strict or len(skipped) < least:
-        return
+def _damage(skipped: Mapping[str, str], doing: str) -> DataError:
     lines = "\n".join(f"  {place}: {reason}" for place, reason in sorted(skipped.items())[:MAX_PROBLEMS])
-    raise DataError(
+    return DataError(
         f"{doing}: nothing was written because of {len(skipped)} damaged place{'s' if len(skipped) > 1 else ''}; expected "
         f"none with strict. Fetch these again, or turn strict off to leave them out:\n{lines}"
     )
@@ -366,7 +354,7 @@ def _require_tasks(report: GeneralReport, doing: str) -> None:
 def _build_record(
     report: GeneralReport,
     source: Source,
-    sides: _Sides,
+    lists: SplitLists | None,
     tokenizer: PreTrainedTokenizerBase,
     config: GeneralConfig,
 ) -> dict[str, Any]:
@@ -374,19 +362,15 @@ def _build_record(
     settings = flatten(config)
     if config.split_lists is not None:
         settings["split_lists"] = Path(config.split_lists).resolve().name
-    lists = sides.lists or source.lists
+    tokenizer_name = str(tokenizer.name_or_path)
+    if Path(tokenizer_name).is_dir():
+        tokenizer_name = Path(tokenizer_name).name
     return {
         "builder": "general",
         "settings": settings,
         "layout": source.layout,
         "source": source.name,
         "split_lists_sha256": lists.digest if lists else None,
-        "tokenizer": _tokenizer_identity(tokenizer),
+        "tokenizer": {"name": tokenizer_name, "sha256": tokenizer_digest(tokenizer)},
         "totals": report.totals(),
     }
-
-
-def _tokenizer_identity(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
-    """A folder's name stands without its path."""
-    name = str(tokenizer.name_or_path)
-    return {"name": Path(name).name if Path(name).is_dir() else name, "sha256": tokenizer_digest(tokenizer)}

@@ -6,7 +6,7 @@ import json
 import re
 import sqlite3
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -26,6 +26,7 @@ from softprompt_registry.dod.general_sources import (
     open_repository,
     read_split_lists,
 )
+from softprompt_registry.dod.hub import datasets_library
 from softprompt_registry.errors import DataError
 from softprompt_registry.recording import Recorder
 
@@ -34,16 +35,12 @@ HUB_COLUMNS = ("task_name", "definition", "inputs", "targets")
 MAX_DEFINITIONS = 100
 """A task with more distinct definitions than this has its columns mixed up."""
 
-SideOf = Callable[[str, "str | None", "SplitLists | None"], "str | None"]
-"""The side of a task, given its name, the side that the source puts it on and the lists beside the tasks."""
 
-
-def open_source(source: Path | str, recorder: Recorder, side_of: SideOf) -> AbstractContextManager[Source]:
+def open_source(source: Path | str, recorder: Recorder) -> AbstractContextManager[Source]:
     """The source with its layout recognised.
 
     Args:
         source: a folder, or `hub` or `hub:NAME[@revision]` for a dataset of the Hub.
-        side_of: rows of tasks that are excluded or on no side are not stored; tasks of all names are still found.
 
     Raises:
         DataError: there is nothing in one of the three layouts, or a file that all tasks lie in is damaged.
@@ -52,7 +49,7 @@ def open_source(source: Path | str, recorder: Recorder, side_of: SideOf) -> Abst
         dataset = source.partition(":")[2] or DEFAULT_HUB_DATASET
         copy = Path(dataset.partition("@")[0])
         name = copy.resolve().name if copy.is_dir() else dataset
-        return _open_rows("hub", name, _hub_splits(dataset, name), None, recorder, side_of)
+        return _open_rows("hub", name, _hub_splits(dataset, name), None, recorder)
     folder = Path(source)
     doing = f"reading {CORPUS} from {str(folder)!r}"
     if not folder.is_dir():
@@ -71,7 +68,7 @@ def open_source(source: Path | str, recorder: Recorder, side_of: SideOf) -> Abst
     rows = [path for path in rows if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
     if rows and not tasks_file and not pairs_file:
         lists = read_split_lists(folder)
-        return _open_rows("hub copy", folder.resolve().name, _local_files(folder, rows), lists, recorder, side_of)
+        return _open_rows("hub copy", folder.resolve().name, _local_files(folder, rows), lists, recorder)
     shown = sorted(path.name for path in folder.iterdir())
     raise DataError(
         f"{doing}: found {', '.join(map(repr, shown[:8])) or 'no files'}{', …' if len(shown) > 8 else ''}; expected "
@@ -110,31 +107,13 @@ def _local_files(folder: Path, files: Sequence[Path]) -> list[_RowFile]:
 def _hub_splits(dataset: str, name: str) -> list[_RowFile]:
     """The splits of a dataset on the Hub, or of a local copy of one given by its folder, read through `datasets`."""
     doing = f"reading {CORPUS} from the Hub dataset {dataset!r}"
-    try:
-        import datasets
-    except ImportError as error:
-        raise DataError(
-            f"{doing}: the package 'datasets' is not installed; expected it for sources on the Hub. Run "
-            "`pip install 'softprompt-registry[hub]'`."
-        ) from error
-
-    @contextmanager
-    def explained() -> Iterator[None]:
-        try:
-            yield
-        except Exception as error:  # what can go wrong between here and the Hub comes from a dozen libraries
-            message = str(error).strip().partition("\n")[0][:200]
-            raise DataError(
-                f"{doing}: `datasets` could not ({type(error).__name__}: {message}); "
-                "expected a dataset that this machine can reach. Check its name and the network, or use a local copy."
-            ) from error
 
     def rows(split: Any) -> Rows:
-        with explained():
+        with datasets_library(doing):
             yield from enumerate(split, start=1)
 
     place, _, revision = dataset.partition("@")
-    with explained():
+    with datasets_library(doing) as datasets:
         splits = datasets.load_dataset(place, revision=revision or None, streaming=True)
     return [
         _RowFile(f"{name}, {split}", split if split in ("train", "test") else None, rows(data))
@@ -163,7 +142,7 @@ class _Found:
 
 @contextmanager
 def _open_rows(
-    layout: str, name: str, files: Sequence[_RowFile], lists: SplitLists | None, recorder: Recorder, side_of: SideOf
+    layout: str, name: str, files: Sequence[_RowFile], lists: SplitLists | None, recorder: Recorder
 ) -> Iterator[Source]:
     """Groups rows that come in any order by task, through a temporary database that needs disk and no memory.
 
@@ -193,10 +172,9 @@ def _open_rows(
                             continue
                         task = found.setdefault(task_name, _Found(len(found), file.side))
                         task.add(file, row.get("definition"))
-                        if side_of(task_name, file.side, lists) not in (None, "excluded"):
-                            # As ASCII, because half a surrogate pair is no text for SQLite; what is no JSON is no text.
-                            instance = json.dumps([row.get("inputs"), row.get("targets")], default=lambda _: None)
-                            connection.execute("INSERT INTO instances VALUES (?, ?)", (task.number, instance))
+                        # As ASCII, because half a surrogate pair is no text for SQLite; what is no JSON is no text.
+                        instance = json.dumps([row.get("inputs"), row.get("targets")], default=lambda _: None)
+                        connection.execute("INSERT INTO instances VALUES (?, ?)", (task.number, instance))
                     bar.advance(note=f"{len(found)} tasks")
             connection.execute("CREATE INDEX by_task ON instances (task)")
             connection.execute("COMMIT")

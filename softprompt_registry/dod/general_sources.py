@@ -6,7 +6,6 @@ Every reader gives `SourceTask`s. What a task holds is read only when it is aske
 from __future__ import annotations
 
 import itertools
-import json
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -16,7 +15,7 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
-from softprompt_registry.dod.file_rows import Fault, is_text, jsonl_rows
+from softprompt_registry.dod.file_rows import Fault, is_text, json_value, jsonl_rows
 from softprompt_registry.errors import DataError
 from softprompt_registry.fingerprints import digest_of_json
 
@@ -180,39 +179,16 @@ def _read_task_file(path: Path) -> TaskContent:
     )
 
 
-_BREAKS_OFF = "the JSON breaks off before its end"
-
-
 def _read_json(path: Path) -> dict[str, Any]:
-    """The object in a task file. Only `json` reads a lone half of a surrogate pair, which spoils one instance alone."""
-    keys: list[str] = []
-
-    def with_keys(items: list[tuple[str, Any]]) -> dict[str, Any]:
-        keys[:] = [key for key, _ in items]  # the outermost object comes last
-        return dict(items)
-
+    """The object in a task file."""
     try:
-        text = path.read_bytes().decode("utf-8-sig")
-        if not text:
-            raise DamagedTask("the file is empty")
-        record = json.loads(text, object_pairs_hook=with_keys)
+        record = json_value(path.read_bytes(), "one object", "Fetch the file again.")
     except OSError as error:
         raise DamagedTask(f"the file cannot be read ({error.strerror or error})") from error
-    except UnicodeDecodeError as error:
-        cut = error.reason == "unexpected end of data"
-        raise DamagedTask(_BREAKS_OFF if cut else "the file is not UTF-8") from error
-    except json.JSONDecodeError as error:
-        cut = error.pos >= len(text.rstrip()) or error.msg.startswith("Unterminated string")
-        raise DamagedTask(_BREAKS_OFF if cut else f"broken JSON ({error})") from error
-    except RecursionError as error:
-        raise DamagedTask("broken JSON (nested too deeply)") from error
-    except ValueError as error:  # a number of thousands of digits
-        raise DamagedTask(f"broken JSON ({error})") from error
+    if isinstance(record, Fault):
+        raise DamagedTask(f"found {record.found}")
     if not isinstance(record, dict):
         raise DamagedTask(f"the file holds {_kind_of(record)}, not an object")
-    twice = [key for key, count in Counter(keys).items() if count > 1]
-    if twice:
-        raise DamagedTask(f"the key {twice[0]!r} stands there twice")
     return record
 
 

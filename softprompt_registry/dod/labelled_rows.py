@@ -6,12 +6,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from softprompt_registry.dod.file_rows import ENDINGS, Fault, ending_of, is_text, rows_of, unit_of
+from softprompt_registry.dod.hub import datasets_library
 from softprompt_registry.dod.task import PairSplit
 from softprompt_registry.errors import DataError
 
@@ -95,7 +95,7 @@ def from_folder(known: LabelledSet, folder: Path, doing: str) -> Found:
             )
         files[split] = path
     if files:
-        splits = {split: _labelled_rows(known, *_rows_of_file(known, path, doing)) for split, path in files.items()}
+        splits = {split: _labelled_rows(known, _rows_of_file(path, doing)) for split, path in files.items()}
         return splits, ", ".join(path.name for path in files.values())
     copy = folder / known.name
     if not copy.is_dir():
@@ -105,8 +105,7 @@ def from_folder(known: LabelledSet, folder: Path, doing: str) -> Found:
             "saves it. Add them, or leave the set out of `sets`."
         )
     saved = (copy / "dataset_dict.json").is_file()
-    expected = "files that `datasets` can load. Save or download the set again"
-    with _datasets_library(doing, f"reading {str(copy)!r}", expected) as datasets:
+    with datasets_library(f"{doing}: reading {str(copy)!r}", "files that it can load") as datasets:
         loaded = datasets.load_from_disk(str(copy)) if saved else datasets.load_dataset(str(copy.resolve()))
         return _loaded_splits(known, loaded, known.name, doing), f"the folder {known.name}"
 
@@ -114,10 +113,7 @@ def from_folder(known: LabelledSet, folder: Path, doing: str) -> Found:
 def from_hub(known: LabelledSet, place: str, doing: str) -> Found:
     """The splits of a set on the Hub, and its repository with the commit that was read."""
     repository, _, revision = place.partition("@")
-    expected = (
-        "a dataset that this machine can reach. Check the network and the name, or give a folder with the sets' files"
-    )
-    with _datasets_library(doing, f"loading {place!r}", expected) as datasets:
+    with datasets_library(f"{doing}: loading {place!r}") as datasets:
         loaded = datasets.load_dataset(repository, revision=revision or None)
         # The cache of `datasets` has a folder for each commit; where it has not, what was asked for has to do.
         cached = next((file["filename"] for files in loaded.cache_files.values() for file in files), "")
@@ -126,45 +122,21 @@ def from_hub(known: LabelledSet, place: str, doing: str) -> Found:
     return splits, f"{repository}@{commit[1]}" if commit else place
 
 
-@contextmanager
-def _datasets_library(doing: str, step: str, expected: str) -> Iterator[Any]:
-    """The library `datasets`; what it raises becomes a `DataError`."""
-    try:
-        import datasets
-    except ImportError as error:
-        raise DataError(
-            f"{doing}: the package 'datasets' is not installed; expected it for sets on the Hub and for saved copies of "
-            "them. Run `pip install 'softprompt-registry[hub]'`, or give a folder with the sets' files."
-        ) from error
-    try:
-        yield datasets
-    except DataError:
-        raise
-    except Exception as error:  # what goes wrong between here and the Hub comes from a dozen libraries
-        unreached = " cannot reach the Hugging Face Hub" if isinstance(error, ConnectionError) else " failed"
-        raise DataError(
-            f"{doing}: {step}: `datasets`{unreached} ({type(error).__name__}: {str(error)[:200]}); expected {expected}."
-        ) from error
-
-
 def _loaded_splits(known: LabelledSet, loaded: Any, place: str, doing: str) -> Splits:
     """What `datasets` loaded, split by split; labels by their names where it knows them."""
-    splits: Splits = {}
-    for split in SPLITS:
-        if not isinstance(loaded, Mapping) or split not in loaded:
-            continue
-        dataset = loaded[split]
-        where = f"{doing}: {place!r}, split {split!r}"
-        text, label = columns = _columns_of(known, dataset.column_names, where)
-        cells = dataset.select_columns(columns)[:]
-        names = getattr(dataset.features[label], "names", None) or ()
-        labels = [names[found] if found in range(len(names)) else found for found in cells[label]]
-        rows = (
-            (f"{where}, row {number}", {text: cell, label: found})
-            for number, (cell, found) in enumerate(zip(cells[text], labels, strict=True), start=1)
-        )
-        splits[split] = _labelled_rows(known, columns, rows)
-    return splits
+
+    def rows(dataset: Any, where: str) -> Iterator[Row]:
+        names = {column: getattr(feature, "names", None) for column, feature in dataset.features.items()}
+        for number, row in enumerate(dataset.to_list(), start=1):
+            for column, classes in names.items():
+                if classes and row[column] in range(len(classes)):
+                    row[column] = classes[row[column]]
+            yield f"{where}, row {number}", row
+
+    found = [split for split in SPLITS if isinstance(loaded, Mapping) and split in loaded]
+    return {
+        split: _labelled_rows(known, rows(loaded[split], f"{doing}: {place!r}, split {split!r}")) for split in found
+    }
 
 
 def with_test_rows(splits: Splits, where: str) -> Splits:
@@ -189,9 +161,9 @@ def from_path(known: LabelledSet, path: Path, held_out: Mapping[int, PairSplit],
         held_out: fold → its split; the other folds are train.
     """
     if path.is_dir() and known.fold_column:
-        columns, rows = ["text", "label", known.fold_column], _review_files(known, path, doing)
+        rows = _review_files(known, path, doing)
     elif path.is_file() and ending_of(path.name) is not None:
-        columns, rows = _rows_of_file(known, path, doing)
+        rows = _rows_of_file(path, doing)
     else:
         found = "a file of another kind" if path.is_file() else "a folder" if path.is_dir() else "nothing"
         raise DataError(
@@ -199,12 +171,19 @@ def from_path(known: LabelledSet, path: Path, held_out: Mapping[int, PairSplit],
             "the path."
         )
     origin = path.resolve().name
-    if known.fold_column not in columns:
-        return {"train": _labelled_rows(known, columns, rows)}, origin
+    if known.fold_column is None:
+        return {"train": _labelled_rows(known, rows)}, origin
+    all_rows = list(rows)
+    if not all_rows or known.fold_column not in all_rows[0][1]:
+        return {"train": _labelled_rows(known, all_rows)}, origin
     by_split: dict[PairSplit, list[Row]] = {split: [] for split in SPLITS}
-    for where, row in rows:
-        by_split[held_out.get(_fold(row[known.fold_column], where), "train")].append((where, row))
-    return {split: _labelled_rows(known, columns, found) for split, found in by_split.items()}, origin
+    for where, row in all_rows:
+        found = row[_column((known.fold_column,), row, where)]
+        fold = str(found).strip().removesuffix(".0")
+        if fold not in map(str, range(1, NUM_FOLDS + 1)):
+            raise DataError(f"{where}: found fold {found!r}; expected a number from 1 to {NUM_FOLDS}. Correct it.")
+        by_split[held_out.get(int(fold), "train")].append((where, row))
+    return {split: _labelled_rows(known, there) for split, there in by_split.items()}, origin
 
 
 def _review_files(known: LabelledSet, folder: Path, doing: str) -> Iterator[Row]:
@@ -229,74 +208,40 @@ def _review_files(known: LabelledSet, folder: Path, doing: str) -> Iterator[Row]
         yield where, {"text": text, "label": label, "fold": path.parent.name.removeprefix("fold")}
 
 
-def _fold(found: object, where: str) -> int:
-    fold = str(found).strip().removesuffix(".0")
-    if fold not in map(str, range(1, NUM_FOLDS + 1)):
-        raise DataError(f"{where}: found fold {found!r}; expected a number from 1 to {NUM_FOLDS}. Correct it.")
-    return int(fold)
-
-
-def _rows_of_file(known: LabelledSet, path: Path, doing: str) -> tuple[list[str], Iterator[Row]]:
-    """The columns of text, label and, where there is one, fold in a file, and its rows, every one with these columns."""
-    found = _column_names(path)
-    if not found:  # reading the rows will tell why
-        columns = [known.text_columns[0], known.label_columns[0]]
-    else:
-        columns = _columns_of(known, found, f"{doing}: {path.name!r}, {unit_of(path)} 1")
-        columns += [column for column in found if column == known.fold_column]
-    return columns, _checked_rows(path, columns, doing)
-
-
-def _column_names(path: Path) -> list[str]:
-    """A file's columns (in JSON the keys of its first object); empty where it cannot be read."""
-    if path.name.lower().endswith(".parquet"):
-        import pyarrow
-        import pyarrow.parquet
-
-        try:
-            return list(pyarrow.parquet.read_schema(path).names)
-        except (OSError, pyarrow.ArrowException):
-            return []
-    _, first = next(rows_of(path, ()), (0, None))
-    return list(first) if isinstance(first, dict) else []
-
-
-def _columns_of(known: LabelledSet, found: Sequence[str], where: str) -> list[str]:
-    """The columns of text and label among those that were found."""
-    return [_first_column(wanted, found, where) for wanted in (known.text_columns, known.label_columns)]
-
-
-def _first_column(wanted: Sequence[str], found: Sequence[str], where: str) -> str:
-    for name in wanted:
-        if name in found:
-            return name
-    raise DataError(
-        f"{where}: found the columns {found}; expected {' or '.join(map(repr, wanted))}. Rename the column that has it."
-    )
-
-
-def _checked_rows(path: Path, columns: Sequence[str], doing: str) -> Iterator[Row]:
-    for number, row in rows_of(path, columns):
+def _rows_of_file(path: Path, doing: str) -> Iterator[Row]:
+    for number, row in rows_of(path):
         where = f"{doing}: {path.name!r}, {unit_of(path)} {number}"
         if isinstance(row, Fault):
             raise DataError(f"{where}: found {row.found}; expected {row.expected}. {row.advice}")
-        for column in columns:
-            _first_column((column,), list(row), where)
         yield where, row
 
 
-def _labelled_rows(known: LabelledSet, columns: Sequence[str], found: Iterable[Row]) -> SplitRows:
-    """The rows of a split with our words for their labels; `columns` are those of text and label.
+def _column(wanted: Sequence[str], row: Mapping[str, Any], where: str) -> str:
+    """The first of the wanted columns that a row has."""
+    for name in wanted:
+        if name in row:
+            return name
+    raise DataError(
+        f"{where}: found the columns {list(row)}; expected {' or '.join(map(repr, wanted))}. Rename the column that has it."
+    )
+
+
+def _labelled_rows(known: LabelledSet, found: Iterable[Row]) -> SplitRows:
+    """The rows of a split with our words for their labels; the first row tells which columns have text and label.
 
     A label that is -1 or empty was not published. That may be so for a whole split, not for some of its rows.
     """
-    words = known.words_in(columns[1])
+    text_columns, label_columns = known.text_columns, known.label_columns
+    words: dict[str, str] = {}
     rows: list[Labelled] = []
     blank = 0
     unlabelled: list[str] = []
     unknown: dict[str, str] = {}  # label → where it is first seen
     for where, row in found:
-        text, label = row[columns[0]], row[columns[1]]
+        text_column, label_column = _column(text_columns, row, where), _column(label_columns, row, where)
+        text_columns, label_columns = (text_column,), (label_column,)
+        words = words or known.words_in(label_column)
+        text, label = row[text_column], row[label_column]
         if text is None or (isinstance(text, str) and not text.strip()):
             blank += 1
         elif not isinstance(text, str) or not is_text(text):
@@ -309,12 +254,11 @@ def _labelled_rows(known: LabelledSet, columns: Sequence[str], found: Iterable[R
         else:
             rows.append((text.strip(), word))
     if unknown:
-        shown = ", ".join(map(repr, list(unknown)[:MAX_SHOWN_LABELS])) + (
-            ", …" if len(unknown) > MAX_SHOWN_LABELS else ""
-        )
+        more = ", …" if len(unknown) > MAX_SHOWN_LABELS else ""
         raise DataError(
-            f"{next(iter(unknown.values()))}: found unknown labels in column {columns[1]!r}: {shown}; expected "
-            f"{', '.join(map(repr, words))}. {known.advice}"
+            f"{next(iter(unknown.values()))}: found unknown labels in column {label_columns[0]!r}: "
+            f"{', '.join(map(repr, list(unknown)[:MAX_SHOWN_LABELS]))}{more}; expected {', '.join(map(repr, words))}. "
+            f"{known.advice}"
         )
     if unlabelled and rows:
         raise DataError(

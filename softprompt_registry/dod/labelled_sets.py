@@ -8,7 +8,6 @@ rows. Hotel reviews and essays, from outside their domain (paper section 5.1.3),
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -31,7 +30,7 @@ from softprompt_registry.dod.labelled_rows import (
     with_test_rows,
 )
 from softprompt_registry.dod.store import dod_written_whole
-from softprompt_registry.dod.task import Pair, PairSplit, Task
+from softprompt_registry.dod.task import Pair, PairSplit, Task, draw_in_proportion
 from softprompt_registry.errors import DataError
 from softprompt_registry.recording import NullRecorder, Recorder
 
@@ -428,20 +427,7 @@ def _cleaned(splits: Splits) -> tuple[dict[PairSplit, list[Labelled]], dict[str,
 
 
 def _draw(rows: list[Labelled], count: int | None, seed: str) -> tuple[list[Labelled], list[Labelled]]:
-    """`count` of the rows with the labels in proportion, and the others, both in their order.
-
-    The i-th of n shuffled rows of a label gets the key i / n, and the smallest keys are drawn: first a row of every label.
-    """
-    if count is None or len(rows) <= count:
-        return rows, []
-    places: dict[str, list[int]] = {}
-    for place, (_, label) in enumerate(rows):
-        places.setdefault(label, []).append(place)
-    generator = random.Random(seed)
-    keyed: list[tuple[float, str, int]] = []
-    for label in sorted(places):
-        generator.shuffle(places[label])
-        keyed += [(i / len(places[label]), label, place) for i, place in enumerate(places[label])]
-    drawn = {place for _, _, place in sorted(keyed)[:count]}
+    """`count` of the rows with the labels in proportion, and the others, both in their order."""
+    drawn = set(draw_in_proportion([(label,) for _, label in rows], count, seed))
     chosen = [row for place, row in enumerate(rows) if place in drawn]
     return chosen, [row for place, row in enumerate(rows) if place not in drawn]

@@ -1,14 +1,13 @@
 """More wordings of a DoD's hard prompts, written by an LLM: shorter, and with everything that the task needs (paper A.8).
 
 Only tasks of the training side are paraphrased. The new DoD has the same pairs; its training tasks have further hard
-prompts behind their own, among which the translator's training draws. Answers are kept as in `classification.py`.
+prompts behind their own, among which the translator's training draws. Answers are asked for and kept as `asking.py` says.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import re
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,15 +16,14 @@ from typing import Any
 from pydantic import PositiveInt
 
 from softprompt_registry.config import Share, settings
-from softprompt_registry.dod.classification import answers_path
-from softprompt_registry.dod.classification_requests import recorded_settings
+from softprompt_registry.dod.asking import Rounds, answers_path, recorded_settings
 from softprompt_registry.dod.prompt_files import read_prompt, read_styles
 from softprompt_registry.dod.store import DodStore, dod_written_whole, require_free
 from softprompt_registry.dod.task import Task, seed_of
 from softprompt_registry.dod.vocabulary import share_of_english
 from softprompt_registry.errors import DataError
 from softprompt_registry.fingerprints import digest_of_dod
-from softprompt_registry.language_models.answer_cache import AnswerCache, Asked, ask_all
+from softprompt_registry.language_models.answer_cache import AnswerCache, Asked
 from softprompt_registry.language_models.opening import LanguageModelConfig
 from softprompt_registry.language_models.protocol import CompletionRequest, LanguageModel, recorded_name
 from softprompt_registry.recording import NullRecorder, Recorder
@@ -90,13 +88,10 @@ class ParaphraseReport:
     """Reason → refused answers; one paraphrase can be refused several times."""
     failed_by_task: Mapping[str, int]
     """Task → paraphrases that were given up; only tasks that have any."""
+    failed_share: float
+    """Share of the wanted paraphrases that did not come out, from 0 to 1."""
     asked: Asked
     """What this run alone asked for."""
-
-    @property
-    def failed_share(self) -> float:
-        """Share of the wanted paraphrases that did not come out, from 0 to 1."""
-        return (self.wanted - self.made) / self.wanted if self.wanted else 0.0
 
 
 def paraphrase_dod(
@@ -121,14 +116,14 @@ def paraphrase_dod(
     recorder = recorder or NullRecorder()
     doing = f"paraphrasing DoD {str(dod)!r} with {model.name!r}"
     require_free(out, doing, overwrite=overwrite)
-    work = _Paraphrasing(model, count_tokens, config, recorder)
+    requests = _Requests(config)
     with DodStore.open(dod) as source:
         # The translator learns a classification task's label list, in any order; its hard prompts are not asked of it.
-        tasks = [
-            _Paraphrased.of(task, count_tokens)
+        tasks = {
+            task.name: _Paraphrased(task, count_tokens)
             for task in source.tasks("train")
             if task.kind == "generation" and task.hard_prompts
-        ]
+        }
         if not tasks:
             raise DataError(
                 f"{doing}: none of its {len(source.task_names('train'))} training tasks is a generation task with a hard "
@@ -137,54 +132,40 @@ def paraphrase_dod(
             )
         # The answers last: what fails before the first request leaves no file of them behind.
         with dod_written_whole(out, doing, overwrite=overwrite) as store, AnswerCache(answers_path(out)) as cache:
-            work.run(tasks, cache)
-            report = _write(source, store, tasks, work, config, out=out, model_name=recorded_name(model))
+            rounds = Rounds(model, cache, recorder, skip_failed=config.skip_failed_requests)
+            _write_paraphrases(list(tasks.values()), requests, rounds, count_tokens, config)
+            for task in source.tasks():
+                written = tasks[task.name].texts if task.name in tasks else []
+                store.add_task(dataclasses.replace(task, hard_prompts=(*task.hard_prompts, *written)))
+            missing = {name: config.factor - len(task.written) for name, task in tasks.items()}
+            wanted = config.factor * len(tasks)
+            report = ParaphraseReport(
+                path=out,
+                digest=store.digest,
+                tasks=len(tasks),
+                wanted=wanted,
+                made=wanted - sum(missing.values()),
+                refused=dict(rounds.refused.most_common()),
+                failed_by_task={name: count for name, count in missing.items() if count},
+                failed_share=sum(missing.values()) / wanted,
+                asked=rounds.asked,
+            )
+            store.set_metadata(
+                "build",
+                {
+                    "builder": "paraphrase",
+                    "settings": recorded_settings(config),
+                    "model": recorded_name(model),
+                    "from": {"name": source.name, "digest": source.digest, "build": source.metadata().get("build")},
+                    # How many hard prompts each task had before: with them, the digest before can be worked out again.
+                    "hard_prompts_before": {name: len(task.before) for name, task in tasks.items()},
+                    "wanted": report.wanted,
+                    "made": report.made,
+                    "refused": report.refused,
+                    "failed_by_task": report.failed_by_task,
+                },
+            )
     recorder.metric("failed_share", report.failed_share)
-    return report
-
-
-def _write(
-    source: DodStore,
-    store: DodStore,
-    tasks: Sequence[_Paraphrased],
-    work: _Paraphrasing,
-    config: ParaphraseConfig,
-    *,
-    out: Path,
-    model_name: str,
-) -> ParaphraseReport:
-    """Fill the new DoD, once there is nothing more to ask for."""
-    by_name = {task.name: task for task in tasks}
-    for task in source.tasks():
-        written = by_name[task.name].texts(config.factor) if task.name in by_name else ()
-        store.add_task(dataclasses.replace(task, hard_prompts=(*task.hard_prompts, *written)))
-    made = sum(len(task.written) for task in tasks)
-    failed = {task.name: config.factor - len(task.written) for task in tasks if len(task.written) < config.factor}
-    report = ParaphraseReport(
-        path=out,
-        digest=store.digest,
-        tasks=len(tasks),
-        wanted=config.factor * len(tasks),
-        made=made,
-        refused=dict(work.refused.most_common()),
-        failed_by_task=failed,
-        asked=work.asked,
-    )
-    store.set_metadata(
-        "build",
-        {
-            "builder": "paraphrase",
-            "settings": recorded_settings(config),
-            "model": model_name,
-            "from": {"name": source.name, "digest": source.digest, "build": source.metadata().get("build")},
-            # How many hard prompts each task had before: with them, the digest before can be worked out again.
-            "hard_prompts_before": {task.name: len(task.before) for task in tasks},
-            "wanted": report.wanted,
-            "made": made,
-            "refused": report.refused,
-            "failed_by_task": failed,
-        },
-    )
     return report
 
 
@@ -338,64 +319,44 @@ def _pattern(phrase: str, *, ignore_case: bool | None = None) -> re.Pattern[str]
     return re.compile(before + re.escape(phrase) + after, re.IGNORECASE if ignore_case else 0)
 
 
-@dataclass
 class _Paraphrased:
-    """One task on its way; its pairs are not kept."""
+    """One task's hard prompts, those before and those written; its pairs are not kept."""
 
-    name: str
-    before: tuple[str, ...]
-    """Its own hard prompts; the first is paraphrased."""
-    num_tokens: int
-    """Of the first."""
-    keep: list[str]
-    written: dict[int, str] = field(default_factory=dict)
-    """Number of the paraphrase → its text."""
-
-    @classmethod
-    def of(cls, task: Task, count_tokens: Callable[[str], int]) -> _Paraphrased:
-        original = task.hard_prompts[0]
-        return cls(task.name, task.hard_prompts, count_tokens(original), must_keep(task, original))
+    def __init__(self, task: Task, count_tokens: Callable[[str], int]) -> None:
+        self.name, self.before = task.name, task.hard_prompts
+        self.original = task.hard_prompts[0]
+        """The hard prompt that is paraphrased."""
+        self.num_tokens = count_tokens(self.original)
+        self.keep = must_keep(task, self.original)
+        self.written: dict[int, str] = {}
+        """Number of the paraphrase → its text."""
 
     @property
-    def original(self) -> str:
-        return self.before[0]
+    def texts(self) -> list[str]:
+        """The paraphrases in the order of their numbers."""
+        return [self.written[number] for number in sorted(self.written)]
 
-    def has(self, text: str) -> bool:
-        """Whether a text is one of its hard prompts or was written before, apart from case and white space."""
-        return _plain(text) in map(_plain, (*self.before, *self.written.values()))
+    def fault(self, text: str, num_tokens: int, config: ParaphraseConfig) -> str | None:
+        """Why a whole answer is refused; None if it is good."""
+        fault = paraphrase_fault(text, self.original, self.keep, config.min_english)
+        if fault is not None:
+            return fault
+        if self.num_tokens > config.condense_over and num_tokens >= self.num_tokens:
+            return "not shorter than the original"
+        if _plain(text) in map(_plain, (*self.before, *self.written.values())):
+            return "duplicate"
+        return None
 
-    def texts(self, factor: int) -> list[str]:
-        return [self.written[number] for number in range(factor) if number in self.written]
 
+class _Requests:
+    """The requests of one build; each follows from the settings and its place alone."""
 
-class _Paraphrasing:
-    """The rounds, and what they refused."""
-
-    def __init__(
-        self, model: LanguageModel, count_tokens: Callable[[str], int], config: ParaphraseConfig, recorder: Recorder
-    ) -> None:
-        self.refused: Counter[str] = Counter()
-        self.asked = Asked()
-        self._model, self._count_tokens, self._config, self._recorder = model, count_tokens, config, recorder
+    def __init__(self, config: ParaphraseConfig) -> None:
+        self._config = config
         self._prompt = read_prompt("paraphrase", config.prompts_folder, ("hard_prompt",))
         self._styles = read_styles("paraphrase_styles", config.prompts_folder)
 
-    def run(self, tasks: Sequence[_Paraphrased], cache: AnswerCache) -> None:
-        config = self._config
-        for attempt in range(config.max_tries):
-            missing = [
-                (task, number) for task in tasks for number in range(config.factor) if number not in task.written
-            ]
-            if not missing:
-                return
-            title = "paraphrases" if attempt == 0 else f"paraphrases, again ({attempt})"
-            requests: Iterator[CompletionRequest] = (self._request(task, number, attempt) for task, number in missing)
-            skip = config.skip_failed_requests
-            ask_all(self._model, cache, requests, title, len(missing), self._recorder, self.asked, skip_failed=skip)
-            for task, number in missing:
-                self._take(task, number, attempt, cache)
-
-    def _request(self, task: _Paraphrased, number: int, attempt: int) -> CompletionRequest:
+    def paraphrase(self, task: _Paraphrased, number: int, attempt: int) -> CompletionRequest:
         values = {
             "hard_prompt": task.original,
             "keep": (" | " if "," in "".join(task.keep) else ", ").join(task.keep) or "(nothing in particular)",
@@ -409,26 +370,36 @@ class _Paraphrasing:
             seed=seed_of("paraphrase", self._config.seed, f"{task.name}/{number}/{attempt}") % 2**31,
         )
 
-    def _take(self, task: _Paraphrased, number: int, attempt: int, cache: AnswerCache) -> None:
-        answer = cache.get(self._model.identity, self._request(task, number, attempt))
-        if answer is None:
-            self.refused["the request failed"] += 1
+
+def _write_paraphrases(
+    tasks: Sequence[_Paraphrased],
+    requests: _Requests,
+    rounds: Rounds,
+    count_tokens: Callable[[str], int],
+    config: ParaphraseConfig,
+) -> None:
+    """Ask until every task has its paraphrases or the tries are used up."""
+    for attempt in range(config.max_tries):
+        missing = [(task, number) for task in tasks for number in range(config.factor) if number not in task.written]
+        if not missing:
             return
-        text = _unwrapped(" ".join(answer.text.split()))
-        num_tokens = self._count_tokens(text)
-        if answer.finish_reason == "length" or num_tokens > self._config.max_tokens:
-            # First: a text that was cut has lost what stands at its end.
-            fault: str | None = f"over {self._config.max_tokens} tokens"
-        else:
-            fault = paraphrase_fault(text, task.original, task.keep, self._config.min_english)
-        if fault is None and task.num_tokens > self._config.condense_over and num_tokens >= task.num_tokens:
-            fault = "not shorter than the original"
-        if fault is None and task.has(text):
-            fault = "duplicate"
-        if fault is None:
-            task.written[number] = text
-        else:
-            self.refused[fault] += 1
+        rounds.ask("paraphrases", attempt, (requests.paraphrase(*place, attempt) for place in missing), len(missing))
+        for task, number in missing:
+            answer = rounds.answer(requests.paraphrase(task, number, attempt))
+            if answer is None:
+                rounds.refused["the request failed"] += 1
+                continue
+            text = _unwrapped(" ".join(answer.text.split()))
+            num_tokens = count_tokens(text)
+            if answer.finish_reason == "length" or num_tokens > config.max_tokens:
+                # Checked first: a text that was cut has lost what stands at its end.
+                fault: str | None = f"over {config.max_tokens} tokens"
+            else:
+                fault = task.fault(text, num_tokens, config)
+            if fault is None:
+                task.written[number] = text
+            else:
+                rounds.refused[fault] += 1
 
 
 def _plain(text: str) -> str:

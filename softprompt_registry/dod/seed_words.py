@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, cast
 
-from softprompt_registry.dod.file_rows import Fault, Rows, ending_of, rows_of
+from softprompt_registry.dod.file_rows import Fault, ending_of, rows_of
 from softprompt_registry.errors import DataError
 
 PARTS_OF_SPEECH = ("noun", "adj")
@@ -26,7 +26,7 @@ def read_seed_words(path: Path, *, min_letters: int) -> list[str]:
             "word, pos and count. Correct the path, or leave it out to use the Brown corpus of NLTK."
         )
     counts: dict[str, int] = {}
-    for line, row in _rows(path):
+    for line, row in rows_of(path, ("word", "pos"), optional=("count",)):
         if isinstance(row, Fault):
             raise DataError(
                 f"reading seed words from {path.name!r}, line {line}: found {row.found}; expected {row.expected}. "
@@ -66,15 +66,6 @@ def brown_words(*, min_letters: int, min_count: int = 3) -> list[str]:
             "`python -m nltk.downloader brown` where there is a network, or give a file of word counts with --words."
         ) from None
     return _ordered({word: count for word, count in counts.items() if count >= min_count}, "in the Brown corpus")
-
-
-def _rows(path: Path) -> Rows:
-    """The rows with their counts, if there are any: Parquet gives only the columns that it is asked for."""
-    for line, row in rows_of(path, ("word", "pos", "count")):
-        if isinstance(row, Fault) and row.reason == "missing column":
-            yield from rows_of(path, ("word", "pos"))
-            return
-        yield line, row
 
 
 def _word_and_count(row: dict[str, Any], doing: str) -> tuple[str, int]:

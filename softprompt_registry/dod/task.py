@@ -174,6 +174,28 @@ def split_pairs_by_input(inputs: Sequence[str], shares: Sequence[float], seed: i
     return [split_of[key] for key in keys]
 
 
+def draw_in_proportion(strata: Sequence[tuple[str, ...]], count: int | None, seed: int | str) -> list[int]:
+    """Positions of at most `count` items, in their order, with the shares of the strata kept; None draws all.
+
+    The i-th of n shuffled items of a stratum gets the key i / n, and the smallest keys are drawn: first an item of every
+    stratum, then of each in proportion.
+
+    Args:
+        strata: the stratum of each item.
+    """
+    if count is None or len(strata) <= count:
+        return list(range(len(strata)))
+    positions_of: dict[tuple[str, ...], list[int]] = {}
+    for position, stratum in enumerate(strata):
+        positions_of.setdefault(stratum, []).append(position)
+    generator = random.Random(seed)
+    keyed: list[tuple[float, tuple[str, ...], int]] = []
+    for stratum, positions in sorted(positions_of.items()):
+        generator.shuffle(positions)
+        keyed += [(i / len(positions), stratum, position) for i, position in enumerate(positions)]
+    return sorted(position for _, _, position in sorted(keyed)[:count])
+
+
 def text_key(text: str) -> str:
     """What two texts have in common that count as the same: compatibility form (NFKC), no case, single spaces."""
     return " ".join((text if text.isascii() else unicodedata.normalize("NFKC", text)).casefold().split())
