@@ -161,29 +161,29 @@ def test_classification_with_one_output(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("record", "expected"),
     [
+        ({"name": "t", "label": ["a"]}, "unknown 'label'; known are name, kind, split, labels, hard_prompts, source"),
+        ({"kind": "generation"}, "name is missing"),
+        ({"name": 3}, "name is 3, expected text"),
         (
-            {"name": "t", "label": ["a"], "hard_prompt": "x"},
-            "unknown keys ['hard_prompt', 'label']; expected only ['name'",
+            {"name": "T"},
+            "found task 'T', for which the folder has no file; expected one of the tasks with a file, ['t']",
         ),
-        ({"kind": "generation"}, "name None; expected the name of a task as a string"),
-        ({"name": 3}, "name 3; expected the name of a task as a string"),
-        ({"name": "T"}, "task 'T', for which the folder has no file; expected one of the tasks with a file, ['t']"),
-        ({"name": "t", "kind": "qa"}, "kind 'qa'; expected one of ['classification', 'generation']"),
-        ({"name": "t", "split": ["test"]}, "split ['test']; expected one of ['train', 'test']"),
-        ({"name": "t", "labels": "a, b"}, "labels 'a, b'; expected a list of strings that are not empty"),
-        ({"name": "t", "hard_prompts": ["x", ""]}, "hard_prompts ['x', '']; expected a list of strings that are not"),
-        ({"name": "t", "labels": ["a"]}, "labels ['a']; expected at least two labels, each once"),
-        ({"name": "t", "labels": ["a", "b", "a"]}, "labels ['a', 'b', 'a']; expected at least two labels, each once"),
-        ({"name": "t", "labels": ["a", "b"], "kind": "generation"}, "labels on a generation task"),
-        ({"name": "t", "source": 5}, "source 5; expected a string that is not empty"),
-        (["t"], "a JSON list; expected an object in braces"),
+        ({"name": "t", "kind": "qa"}, "kind is 'qa', expected 'classification' or 'generation'"),
+        ({"name": "t", "split": ["test"]}, "split is ['test'], expected 'train' or 'test'"),
+        ({"name": "t", "labels": "a, b"}, "labels is 'a, b', expected a list"),
+        ({"name": "t", "hard_prompts": ["x", ""]}, "hard_prompts.1: found '', expected text that is not empty"),
+        ({"name": "t", "labels": ["a"]}, "found labels ['a'], expected at least two, each once"),
+        ({"name": "t", "labels": ["a", "b", "a"]}, "found labels ['a', 'b', 'a'], expected at least two, each once"),
+        ({"name": "t", "labels": ["a", "b"], "kind": "generation"}, "found labels on a generation task"),
+        ({"name": "t", "source": 5}, "source is 5, expected text"),
+        (["t"], "found a JSON list; expected an object in braces"),
     ],
 )
 def test_bad_records(tmp_path: Path, record: object, expected: str) -> None:
     for skip_bad_rows in (False, True):  # a record is never skipped
         config = FilesConfig(skip_bad_rows=skip_bad_rows)
         (found,) = problems(tmp_path, config, t__csv=HEAD, tasks__jsonl=b"\n" + jsonl_bytes([record]))
-        assert found.startswith(f"tasks.jsonl, line 2: found {expected}")
+        assert found.removeprefix("reading ").startswith(f"tasks.jsonl, line 2: {expected}")
 
 
 def test_two_records_and_two_files_for_a_task(tmp_path: Path) -> None:

@@ -13,17 +13,15 @@ from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Annotated, Any, Literal, cast
 
-from pydantic import PositiveInt
+from pydantic import AfterValidator, PositiveInt
 
-from softprompt_registry.config import Share, flatten, settings
+from softprompt_registry.config import Share, build_config, flatten, settings
 from softprompt_registry.dod.file_rows import ENDINGS, Fault, ending_of, is_text, jsonl_rows, rows_of, unit_of
 from softprompt_registry.dod.store import dod_written_whole, require_free
 from softprompt_registry.dod.task import (
     PAIR_SPLITS,
-    TASK_KINDS,
-    TASK_SPLITS,
     Pair,
     PairShares,
     PairSplit,
@@ -36,11 +34,10 @@ from softprompt_registry.dod.task import (
     split_pairs_by_input,
     text_key,
 )
-from softprompt_registry.errors import DataError
+from softprompt_registry.errors import ConfigError, DataError
 from softprompt_registry.recording import NullRecorder, Recorder
 
 RECORDS_FILE = "tasks.jsonl"
-RECORD_KEYS = ("name", "kind", "split", "labels", "hard_prompts", "source")
 MAX_PROBLEMS = 20
 """A build stops at this many problems and reports them together."""
 MAX_NOTED_FILES = 20
@@ -132,7 +129,7 @@ def build_dod_from_files(
     with dod_written_whole(out, doing, overwrite=overwrite) as store:
         with (recorder or NullRecorder()).progress("task files", len(files)) as bar:
             for name, path in files.items():
-                task = _read_task(name, path, records.get(name, _Record()), config, problems)
+                task = _read_task(name, path, records.get(name) or TaskRecord(name), config, problems)
                 bar.advance(1, name)
                 if task is None or problems.found:
                     continue  # read on, to report the problems of all files at once
@@ -179,7 +176,10 @@ class _Problems:
 
     def add(self, place: str, fault: Fault) -> None:
         """Note a problem that no setting can skip."""
-        self.found.append(f"{place}: found {fault.found}; expected {fault.expected}. {fault.advice}")
+        self.note(f"{place}: found {fault.found}; expected {fault.expected}. {fault.advice}")
+
+    def note(self, text: str) -> None:
+        self.found.append(text)
         if len(self.found) == MAX_PROBLEMS:
             self.raise_if_any()
 
@@ -244,87 +244,73 @@ def _task_files(folder: Path, out: Path, problems: _Problems) -> tuple[dict[str,
     return dict(sorted(files.items())), tuple(left_out)
 
 
-@dataclass(frozen=True)
-class _Record:
-    """What `tasks.jsonl` says about a task; None where it says nothing."""
+def _text(text: str) -> str:
+    if not is_text(text):
+        raise ValueError(f"found {text!r}, expected text that is not empty")
+    return text
 
+
+Text = Annotated[str, AfterValidator(_text)]
+
+
+@settings
+class TaskRecord:
+    """What a line of `tasks.jsonl` says about a task; None where it says nothing."""
+
+    name: str
     kind: TaskKind | None = None
     split: TaskSplit | None = None
-    labels: tuple[str, ...] = ()
-    hard_prompts: tuple[str, ...] = ()
-    source: str = ""
+    labels: tuple[Text, ...] | None = None
+    hard_prompts: tuple[Text, ...] | None = None
+    source: Text | None = None
+
+    def __post_init__(self) -> None:
+        if self.labels and (len(self.labels) < 2 or len(set(self.labels)) < len(self.labels)):
+            raise ValueError(f"found labels {list(self.labels)}, expected at least two, each once")
+        if self.labels and self.kind == "generation":
+            raise ValueError("found labels on a generation task, expected them on classification tasks only")
 
 
-def _read_records(path: Path, files: Collection[str], problems: _Problems) -> dict[str, _Record]:
-    records: dict[str, _Record] = {}
-    if not path.is_file():
-        return records
-    for line, row in jsonl_rows(path):
-        fault = row if isinstance(row, Fault) else _record_fault(row, files, records)
-        if fault is not None:
-            problems.add(f"{path.name}, line {line}", fault)
+def _read_records(path: Path, files: Collection[str], problems: _Problems) -> dict[str, TaskRecord]:
+    records: dict[str, TaskRecord] = {}
+    for line, row in jsonl_rows(path) if path.is_file() else ():
+        place = f"{path.name}, line {line}"
+        if isinstance(row, Fault):
+            problems.add(place, row)
             continue
-        row = cast(dict[str, Any], row)
-        labels = tuple(row.get("labels") or ())
-        records[row["name"]] = _Record(
-            kind=row.get("kind") or ("classification" if labels else None),
-            split=row.get("split"),
-            labels=labels,
-            hard_prompts=tuple(row.get("hard_prompts") or ()),
-            source=row.get("source") or "",
-        )
+        try:
+            record = build_config(TaskRecord, row, place)
+        except ConfigError as error:
+            problems.note(str(error))
+            continue
+        if record.name in records:
+            found = f"a second record for task {record.name!r}"
+            problems.add(place, Fault("name", found, "one record per task", "Remove one of them."))
+        elif record.name not in files:
+            known = sorted(files)
+            fault = Fault(
+                "unknown task",
+                f"task {record.name!r}, for which the folder has no file",
+                f"one of the tasks with a file, {known[:8]}{' and more' if len(known) > 8 else ''}",
+                f"Correct the name or add {record.name + '.jsonl'!r}.",
+            )
+            problems.add(place, fault)
+        else:
+            records[record.name] = record
     return records
 
 
-def _record_fault(row: Mapping[str, Any], files: Collection[str], seen: Collection[str]) -> Fault | None:
-    """What is wrong with one line of `tasks.jsonl`; an optional key may also be null."""
-    unknown = sorted(set(row) - set(RECORD_KEYS))
-    if unknown:
-        return Fault("unknown key", f"unknown keys {unknown}", f"only {list(RECORD_KEYS)}", "Correct or remove them.")
-    name = row.get("name")
-    if not isinstance(name, str):
-        return Fault("name", f"name {name!r}", "the name of a task as a string", "Correct it.")
-    if name in seen:
-        return Fault("name", f"a second record for task {name!r}", "one record per task", "Remove one of them.")
-    if name not in files:
-        known = sorted(files)
-        shown = f"{known[:8]}{' and more' if len(known) > 8 else ''}"
-        return Fault(
-            "unknown task",
-            f"task {name!r}, for which the folder has no file",
-            f"one of the tasks with a file, {shown}",
-            f"Correct the name or add {name + '.jsonl'!r}.",
-        )
-    for key, words in (("kind", TASK_KINDS), ("split", TASK_SPLITS)):
-        if row.get(key) is not None and row[key] not in words:
-            return Fault(key, f"{key} {row[key]!r}", f"one of {list(words)}", "Correct it.")
-    for key in ("labels", "hard_prompts"):
-        texts = row.get(key)
-        if texts is not None and not (isinstance(texts, list) and all(is_text(text) for text in texts)):
-            return Fault(key, f"{key} {texts!r}", "a list of strings that are not empty", "Correct it.")
-    labels = row.get("labels") or []
-    if labels and (len(set(labels)) < 2 or len(set(labels)) != len(labels)):
-        return Fault("labels", f"labels {labels!r}", "at least two labels, each once", "Correct the list.")
-    if labels and row.get("kind") == "generation":
-        return Fault(
-            "labels", "labels on a generation task", "labels on classification tasks only", "Remove labels or the kind."
-        )
-    if row.get("source") is not None and not is_text(row["source"]):
-        return Fault("source", f"source {row['source']!r}", "a string that is not empty", "Correct it.")
-    return None
-
-
-def _read_task(name: str, path: Path, record: _Record, config: FilesConfig, problems: _Problems) -> Task | None:
+def _read_task(name: str, path: Path, record: TaskRecord, config: FilesConfig, problems: _Problems) -> Task | None:
     """The task in `path`, or None if it has problems."""
-    found_before = len(problems.found)
+    found_before, record_labels = len(problems.found), record.labels or ()
     splits: dict[tuple[str, str], str | None] = {}  # (input, output) → split; a dict keeps the order of the file
     rows_with: Counter[str] = Counter()
     duplicates = 0
     file_has_splits: bool | None = None  # as the first usable row says
     unify = config.label_spelling == "unify"
-    label_of = _labels_by_key(record.labels) if unify else {}
+    label_of = _labels_by_key(record_labels) if unify else {}
     for line, row in rows_of(path, (config.input_column, config.output_column), optional=("split",)):
-        fault = row if isinstance(row, Fault) else _row_fault(row, record.labels, label_of, file_has_splits, config)
+        fault = row if isinstance(row, Fault) else _row_fault(row, record_labels, label_of, file_has_splits, config)
         if fault is not None:
             problems.add_row(path, f"{unit_of(path)} {line}", fault)
             continue
@@ -341,11 +327,11 @@ def _read_task(name: str, path: Path, record: _Record, config: FilesConfig, prob
         fault = Fault("no pairs", "no usable rows", "at least one pair", "Fill the file or remove it.")
         problems.add(path.name, fault)
         return None
-    spelling = _unified(rows_with, record.labels) if unify else {output: output for output in rows_with}
+    spelling = _unified(rows_with, record_labels) if unify else {output: output for output in rows_with}
     unified: dict[tuple[str, str], str | None] = {}
     for (text, output), split in splits.items():
         unified.setdefault((text, spelling[output]), split)
-    kind = record.kind or _infer_kind(unified, config.max_labels)
+    kind = record.kind or ("classification" if record_labels else _infer_kind(unified, config.max_labels))
     labels: tuple[str, ...] = ()
     if kind == "classification":
         duplicates += len(splits) - len(unified)
@@ -353,7 +339,7 @@ def _read_task(name: str, path: Path, record: _Record, config: FilesConfig, prob
         for output, label in sorted(spelling.items()):
             if output != label:
                 problems.respelled.setdefault(path.name, {}).setdefault(label, {})[output] = rows_with[output]
-        labels = record.labels or tuple(sorted({output for _, output in splits}))
+        labels = record_labels or tuple(sorted({output for _, output in splits}))
     if duplicates:
         problems.duplicates[path.name] = duplicates
     pairs = list(splits)
@@ -371,12 +357,12 @@ def _read_task(name: str, path: Path, record: _Record, config: FilesConfig, prob
             kind=kind,
             split=record.split or draw_task_split(name, config.test_share, config.seed),
             labels=labels,
-            hard_prompts=record.hard_prompts,
-            source=record.source,
+            hard_prompts=record.hard_prompts or (),
+            source=record.source or "",
             pairs=tuple(Pair(*pair, split) for pair, split in zip(pairs, pair_splits, strict=True)),
         )
     except DataError as error:
-        problems.found.append(f"{path.name}: {error}")
+        problems.note(f"{path.name}: {error}")
         return None
 
 
