@@ -22,16 +22,11 @@ from softprompt_registry.base_models.frozen import BaseModel
 from softprompt_registry.dod.task import Pair, Task
 from softprompt_registry.errors import ArtifactError, BaseModelMismatch, BusyError, ConfigError, DataError
 from softprompt_registry.evaluation.grid_figure import heatmap
-from softprompt_registry.evaluation.layer_grid import (
-    LayerGrid,
-    LayerGridConfig,
-    TaskReadings,
-    read_layer_grid,
-    score_texts,
-)
+from softprompt_registry.evaluation.layer_grid import LayerGridConfig, read_layer_grid, score_texts
 from softprompt_registry.recording import NullRecorder, ProgressBar
 from softprompt_registry.soft_prompts.soft_prompt import SoftPrompt
 from softprompt_registry.storage import locked
+from softprompt_registry.verbalization.layer_grid import LayerGrid, TaskReadings
 from softprompt_registry.verbalization.patching import LayerPair
 from softprompt_registry.verbalization.proposers.inspect import InspectProposer
 from softprompt_registry.verbalization.verbalizer import VerbalizationConfig

@@ -12,12 +12,13 @@ from tiny_llm import tiny_base_model
 from softprompt_registry.base_models.frozen import BaseModel
 from softprompt_registry.dod.store import DodStore
 from softprompt_registry.errors import BaseModelMismatch, ConfigError, DataError
-from softprompt_registry.evaluation.layer_grid import LayerGrid, TaskReadings
-from softprompt_registry.stages.proposing import EvaluationConfig, make_proposers
+from softprompt_registry.stages.proposing import EvaluationConfig
 from softprompt_registry.translators.translator import Translator, TranslatorRecord
+from softprompt_registry.verbalization.layer_grid import LayerGrid, TaskReadings
 from softprompt_registry.verbalization.patching import LayerPair
 from softprompt_registry.verbalization.proposers.inspect import InspectProposer
 from softprompt_registry.verbalization.proposers.most_frequent import MostFrequentTargetProposer
+from softprompt_registry.verbalization.proposing import Sources, make_proposers
 from softprompt_registry.verbalization.verbalizer import Proposer
 
 TRAIN = make_task("moods")
@@ -41,7 +42,7 @@ def store(tmp_path: Path) -> DodStore:
 def proposer(base: BaseModel, store: DodStore, config: EvaluationConfig, *seen: str) -> Proposer:
     translator = Translator(base, TranslatorRecord(base.ref, 4, train_tasks=seen or ("moods",)), "made")
     with store:
-        return make_proposers(base, translator, store, {"sides": TEST}, config)[0]
+        return make_proposers(config.methods, Sources(translator, store, {"sides": TEST}, config))[0]
 
 
 def grid_file(folder: Path, base: BaseModel, *train: str) -> EvaluationConfig:

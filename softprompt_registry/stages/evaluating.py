@@ -29,7 +29,7 @@ from softprompt_registry.registry.artifacts import find_artifact
 from softprompt_registry.soft_prompts.bank import SoftPromptBank
 from softprompt_registry.soft_prompts.soft_prompt import SoftPrompt
 from softprompt_registry.stages.evaluation_records import Evaluated, record_evaluation
-from softprompt_registry.stages.proposing import NOT_AMONG_ALL, EvaluationConfig, make_proposers, settings_digest
+from softprompt_registry.stages.proposing import EvaluationConfig, settings_digest
 from softprompt_registry.stages.running import log_inputs, stage_run
 from softprompt_registry.stages.training import require_same_dod
 from softprompt_registry.storage import forget, locked
@@ -39,6 +39,7 @@ from softprompt_registry.verbalization.held_out import MIN_ITEMS, split_pairs
 from softprompt_registry.verbalization.kept_parts import KeptParts, KeptProposer, KeptVerifier
 from softprompt_registry.verbalization.methods import ALL, WITH_VERIFIER, MethodTexts, apply_methods
 from softprompt_registry.verbalization.proposers.translator import TranslatorProposer
+from softprompt_registry.verbalization.proposing import NOT_AMONG_ALL, Sources, make_proposers
 from softprompt_registry.verbalization.verbalizer import Proposer, Verbalization
 from softprompt_registry.verbalization.verifier import Verifier
 
@@ -118,7 +119,7 @@ class _Work:
         )
 
     def _proposers(self, tasks: Mapping[str, Task]) -> list[Proposer]:
-        return make_proposers(self.base_model, self.translator, self.store, tasks, self.config)
+        return make_proposers(self.config.methods, Sources(self.translator, self.store, tasks, self.config))
 
     def is_good(self, item: Verbalization, task: Task) -> bool:
         limits = self.config.abstention

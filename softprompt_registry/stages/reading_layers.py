@@ -15,13 +15,14 @@ from softprompt_registry.config import flatten
 from softprompt_registry.dod.store import DodStore
 from softprompt_registry.errors import DataError
 from softprompt_registry.evaluation.grid_figure import heatmap
-from softprompt_registry.evaluation.layer_grid import LayerGrid, LayerGridConfig, read_layer_grid
+from softprompt_registry.evaluation.layer_grid import LayerGridConfig, read_layer_grid
 from softprompt_registry.evaluation.metrics import SentenceEncoder
 from softprompt_registry.registry import conventions
 from softprompt_registry.registry.artifacts import find_artifact
 from softprompt_registry.soft_prompts.bank import SoftPromptBank
 from softprompt_registry.stages.running import log_inputs, stage_run
 from softprompt_registry.stages.training import require_same_dod
+from softprompt_registry.verbalization.layer_grid import LayerGrid
 
 
 @dataclass(frozen=True)
