@@ -100,7 +100,7 @@ SETTINGS = [
         "VerbalizationConfig",
     ),
     ("inspect-grid", "section `layer_grid`", "softprompt_registry/evaluation/layer_grid.py", "LayerGridConfig"),
-    ("evaluate", "section `evaluation`", "softprompt_registry/stages/proposing.py", "EvaluationConfig"),
+    ("evaluate", "section `evaluation`", "softprompt_registry/evaluation/evaluating.py", "EvaluationConfig"),
     (
         "the verifier",
         "section `verifier` inside `evaluation`",
@@ -110,7 +110,7 @@ SETTINGS = [
     (
         "the abstention rule",
         "section `abstention` inside `evaluation`",
-        "softprompt_registry/stages/proposing.py",
+        "softprompt_registry/evaluation/evaluating.py",
         "AbstentionConfig",
     ),
     (

@@ -17,6 +17,7 @@ from softprompt_registry.base_models.loading import default_reference, load_base
 from softprompt_registry.config import settings
 from softprompt_registry.dod.store import DodStore
 from softprompt_registry.errors import PromotionRefused
+from softprompt_registry.evaluation.evaluating import EvaluationConfig
 from softprompt_registry.evaluation.verbalizations import Evaluation
 from softprompt_registry.registry.promotion import Decision, Policy, promote
 from softprompt_registry.registry.registration import RegisteredVersion
@@ -24,7 +25,6 @@ from softprompt_registry.registry.store import open_run
 from softprompt_registry.soft_prompts.bank import SoftPromptBank
 from softprompt_registry.soft_prompts.tuning import TuningConfig
 from softprompt_registry.stages.evaluating import evaluate
-from softprompt_registry.stages.proposing import EvaluationConfig
 from softprompt_registry.stages.registering import register
 from softprompt_registry.stages.training import train
 from softprompt_registry.stages.tuning import tune
@@ -100,7 +100,7 @@ def run_pipeline(config: PipelineConfig, dod_path: Path, folder: Path) -> Pipeli
         run_id,
         folder,
         evaluated.evaluation,
-        evaluated.rule,
+        evaluated.record.rule,
         registered,
         decision,
         refusal,

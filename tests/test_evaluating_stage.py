@@ -1,4 +1,4 @@
-"""`evaluate` and `reproduce` as commands: the verifier, garbage, tasks that are left out, and what the run holds."""
+"""`evaluate` and `reproduce` as commands: the verifier, control prompts, tasks that are left out, and what the run holds."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from click.testing import CliRunner, Result
 from mlflow import MlflowClient
 
 from softprompt_registry.cli import main
+from softprompt_registry.registry import artifacts
 from softprompt_registry.storage import locked
 
 WORDS = {
@@ -63,9 +64,10 @@ def trained(shared_folder: Path) -> list[str]:
     dod, bank, translator = (str(shared_folder / name) for name in ("tasks.sqlite", "bank", "translator"))
     run("build-dod", "files", str(folder), "--out", dod)
     settings = ["num_virtual_tokens=4", "epochs=3", "learning_rate=0.05", "max_sequence_tokens=64"]
-    run("tune", "--dod", dod, "--out", bank, *(part for value in settings for part in ("-s", value)))
+    tuned = run("tune", "--dod", dod, "--out", bank, *(part for value in settings for part in ("-s", value)), "--json")
     made = run("train-translator", "--dod", dod, "--bank", bank, "--out", translator, "-s", "epochs=2", "--json")
-    return ["--dod", dod, "--bank", bank, "--translator", json.loads(made.stdout)["model_uri"]]
+    uris = [json.loads(command.stdout)["model_uri"] for command in (tuned, made)]
+    return ["--dod", dod, "--bank", uris[0], "--translator", uris[1]]
 
 
 SETTINGS = [
@@ -94,6 +96,33 @@ def test_every_method_stands_in_the_run_with_the_same_metrics(found: Any) -> Non
     } == logged
     files = {item.path for item in client.list_artifacts(found["run_id"])}
     assert {"report.html", "report.json", "verbalizations.json", "methods.png", "garbage.json", "rule.json"} <= files
+
+
+def test_what_a_stage_reads_is_fetched_once(
+    trained: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a remote store each fetch is a download. The command reads the bank's base model before the stage reads the bank."""
+    fetched = []
+    fetch = mlflow.artifacts.download_artifacts
+
+    def counted(*arguments: Any, **named: Any) -> str:
+        fetched.append(named.get("artifact_uri"))
+        return str(fetch(*arguments, **named))
+
+    monkeypatch.setattr(artifacts, "_FETCHED", {})
+    monkeypatch.setattr(mlflow.artifacts, "download_artifacts", counted)
+    grid = [
+        "inspect-grid",
+        *trained[:4],
+        "--out",
+        str(tmp_path / "grid.json"),
+        "--train-tasks",
+        "1",
+        "--test-tasks",
+        "0",
+    ]
+    run(*grid, "-s", "step=2", "-s", "max_new_tokens=2")
+    assert fetched == [trained[3]]
 
 
 def test_a_task_that_cannot_be_verified_is_left_out_and_named(found: Any) -> None:
@@ -130,12 +159,10 @@ def test_the_report_groups_tasks_by_where_they_are_from(found: Any) -> None:
 
 
 def test_all_numbers_come_back_from_the_run_alone(found: Any, trained: list[str]) -> None:
-    paths = [Path(trained[option]) for option in (1, 3)]
-    for path in paths:
-        path.rename(f"{path}.gone")
+    dod = Path(trained[1])
+    dod.rename(f"{dod}.gone")
     again = json.loads(run("reproduce", found["run_id"], "--json").stdout)
-    for path in paths:
-        Path(f"{path}.gone").rename(path)
+    Path(f"{dod}.gone").rename(dod)
     assert again["differences"] == []
     assert again["compared"] == sum(map(len, found["metrics"].values()))
 
@@ -150,7 +177,7 @@ def test_people_read_tables_differences_and_a_verdict(trained: list[str]) -> Non
     out = run("evaluate", *trained, *SETTINGS, "-s", "abstention.min_faithfulness=0.25").stdout
     assert "left out: bare" in out and "Texts with a faithfulness below 0.25 are withheld; this threshold was" in out
     assert "translator with the verifier minus without" in out and "The verifier's choice" in out
-    assert "garbage: " in out and "of 6 refused" in out and "a faithfulness of 0: " in out
+    assert "control prompts: " in out and "of 6 refused" in out and "a faithfulness of 0: " in out
 
 
 def test_categories_come_from_a_file(trained: list[str], tmp_path: Path) -> None:
@@ -177,7 +204,7 @@ def test_a_translator_that_saw_the_test_tasks_is_refused(
     assert "trained on ['heats']" in run("evaluate", *options, code=1).stderr
 
 
-def test_an_evaluation_that_was_killed_goes_on_and_says_the_same(
+def test_an_evaluation_that_was_killed_resumes_with_the_same_result(
     found: Any, trained: list[str], tmp_path: Path
 ) -> None:
     work = tmp_path / "work"

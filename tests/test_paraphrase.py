@@ -575,7 +575,7 @@ def test_what_was_changed_is_not_taken_for_the_original(
 
 def test_a_bank_goes_with_the_paraphrases_of_its_dod(llm_server: LlmServer, dod: Path, tmp_path: Path) -> None:
     from softprompt_registry.soft_prompts.bank import SoftPromptBank
-    from softprompt_registry.stages.training import require_same_dod
+    from softprompt_registry.stages.running import require_same_dod
 
     def bank_of(path: Path, name: str) -> SoftPromptBank:
         """The golden bank, as if it had been tuned on a DoD."""

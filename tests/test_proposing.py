@@ -12,7 +12,7 @@ from tiny_llm import tiny_base_model
 from softprompt_registry.base_models.frozen import BaseModel
 from softprompt_registry.dod.store import DodStore
 from softprompt_registry.errors import BaseModelMismatch, ConfigError, DataError
-from softprompt_registry.stages.proposing import EvaluationConfig
+from softprompt_registry.evaluation.evaluating import EvaluationConfig
 from softprompt_registry.translators.translator import Translator, TranslatorRecord
 from softprompt_registry.verbalization.layer_grid import LayerGrid, TaskReadings
 from softprompt_registry.verbalization.patching import LayerPair

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     default="evaluation.work",
     show_default=True,
     type=click.Path(path_type=Path),
-    help="Folder that keeps what is done; a second start goes on there. It is removed at the end.",
+    help="Folder that keeps what is done; a second start resumes from it. It is removed at the end.",
 )
 @with_base_model
 @with_settings
@@ -54,14 +54,14 @@ def evaluate(
     """Score methods of verbalization on the DoD's test tasks, each without and with the verifier.
 
     The run gets a report to read (report.html). Texts that do not make the base model act like their soft prompt are
-    withheld by a rule that is chosen on training tasks. Stopped or killed, it goes on where it was.
+    withheld by a rule that is chosen on training tasks. Stopped or killed, it resumes.
 
     \b
     Example:
       softprompt evaluate --dod tasks.sqlite --bank bank --translator models:/m-0123 -s verbalization.num_candidates=8
     """
     from softprompt_registry.config import build_config
-    from softprompt_registry.stages.proposing import EvaluationConfig
+    from softprompt_registry.evaluation.evaluating import EvaluationConfig
 
     settings = build_config(EvaluationConfig, section_of("evaluation", config, overrides))
     require_store()
@@ -70,7 +70,7 @@ def evaluate(
 
     loaded = open_base_model(base_model, dtype, read_by=translator_base_model(translator))
     result = evaluate_stage(loaded, translator, bank, dod, settings, work=work)
-    found = result.evaluation
+    found, record, controls = result.evaluation, result.record, result.record.controls
     if as_json:
         print_json(
             {
@@ -78,28 +78,28 @@ def evaluate(
                 "metrics": {method: item.metrics for method, item in found.methods.items()},
                 "comparisons": _as_dicts(found.comparisons),
                 "verifier_effects": _as_dicts(found.verifier_effects),
-                "rule": result.rule.to_json(),
-                "garbage": None if result.garbage is None else result.garbage.metrics,
-                "garbage_curve": None if result.garbage is None else result.garbage.curve_table,
-                "left_out": result.left_out,
+                "rule": record.rule.to_json(),
+                "garbage": controls and controls.metrics,
+                "garbage_curve": controls and controls.curve_table,
+                "left_out": record.left_out,
                 "table": found.table(),
             }
         )
         return
-    print_evaluation(found, result.rule)
-    for name, reason in result.left_out.items():
+    print_evaluation(found, record.rule)
+    for name, reason in record.left_out.items():
         click.echo(f"left out: {name} ({reason})")
-    if result.garbage is not None:
-        shares = result.garbage.metrics
+    if controls is not None:
+        shares = controls.metrics
         good = f"{shares['good_passed_share']:.0%} of {shares['num_good']:.0f}" if shares["num_good"] else "none of 0"
         click.echo(
-            f"garbage: {shares['garbage_refused_share']:.0%} of {shares['num_garbage']:.0f} refused; of the translator's "
-            f"texts of real soft prompts {good} good ones are given, {shares['real_passed_share']:.0%} of all"
+            f"control prompts: {shares['garbage_refused_share']:.0%} of {shares['num_garbage']:.0f} refused; of the "
+            f"translator's texts of real soft prompts {good} good ones are given, {shares['real_passed_share']:.0%} of all"
         )
-        lowest = result.garbage.curve[0]
+        lowest = controls.curve[0]
         click.echo(
             f"with no more asked of a text than a faithfulness of {lowest.threshold:.0f}: {lowest.garbage_refused:.0%} of "
-            f"the garbage refused, {lowest.real_passed:.0%} of the real ones' texts given; report.html has the curve"
+            f"the control prompts refused, {lowest.real_passed:.0%} of the real ones' texts given; report.html has the curve"
         )
     click.echo(f"run {result.run_id}, with report.html")
 
@@ -157,7 +157,7 @@ def inspect_grid(
     overrides: tuple[str, ...],
     as_json: bool,
 ) -> None:
-    """Find InSPEcT's best pair of layers on training tasks. Stopped or killed, it goes on where it was.
+    """Find InSPEcT's best pair of layers on training tasks. Stopped or killed, it resumes.
 
     \b
     Example:

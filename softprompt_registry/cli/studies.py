@@ -66,7 +66,7 @@ def study(
     overrides: tuple[str, ...],
     as_json: bool,
 ) -> None:
-    """Vary one thing and see what it does to the verbalizations. Stopped or killed, it goes on where it was.
+    """Vary one thing and see what it does to the verbalizations. Stopped or killed, it resumes.
 
     \b
     dod-size           translators trained on shares of the training tasks

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from softprompt_registry.evaluation.control_prompts import ControlResult
 from softprompt_registry.evaluation.metrics import TextEncoder
 from softprompt_registry.evaluation.text_scores import EvaluatedTask
 from softprompt_registry.evaluation.verbalizations import Evaluation, evaluate_verbalizations
@@ -37,6 +38,14 @@ class EvaluationRecord:
     """The rule by which texts were withheld."""
     settings: Mapping[str, Any] = field(default_factory=dict)
     """The evaluation's settings by `section.key`. They are no part of the files: a run has them as its params."""
+    left_out: Mapping[str, str] = field(default_factory=dict)
+    """Test tasks that could not be evaluated, with the reason. This and what follows are tables of the run, not read back."""
+    failures: Mapping[tuple[str, str], str] = field(default_factory=dict)
+    """By proposer and task, why there is no candidate."""
+    calibration: Mapping[str, list[Any]] = field(default_factory=dict)
+    """Columns of what the rule was chosen on; empty if it was not chosen."""
+    controls: ControlResult | None = None
+    """None without control prompts."""
 
     @property
     def seed(self) -> int:
@@ -51,6 +60,19 @@ class EvaluationRecord:
     def score(self, encoder: TextEncoder) -> Evaluation:
         """Every text against its task's truth, and the methods compared."""
         return evaluate_verbalizations(self.texts, self.tasks, encoder, reporting=self.reporting, seed=self.seed)
+
+    def tables(self) -> dict[str, Mapping[str, Sequence[Any]]]:
+        """By file name, the columns of the run's tables for people."""
+        failures = [("", task, reason) for task, reason in self.left_out.items()]
+        failures += [(method, task, reason) for (method, task), reason in self.failures.items()]
+        columns = {name: [row[place] for row in failures] for place, name in enumerate(("method", "task", "reason"))}
+        tables: dict[str, Mapping[str, Sequence[Any]]] = {
+            "abstention_rule.json": self.calibration,
+            "left_out.json": columns,
+        }
+        if self.controls is not None:
+            tables |= {"garbage.json": self.controls.rows, "garbage_curve.json": self.controls.curve_table}
+        return tables
 
     def save(self, folder: Path) -> None:
         """Write `FILES` into a folder."""

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
+from pathlib import Path
 from typing import Any
 
+from softprompt_registry.errors import ConfigError
 from softprompt_registry.evaluation.analysis import (
     AbstentionCurve,
     Category,
@@ -16,14 +19,13 @@ from softprompt_registry.evaluation.control_prompts import ControlPoint
 from softprompt_registry.evaluation.correlation import Correlation, correlation
 from softprompt_registry.evaluation.record import EvaluationRecord
 from softprompt_registry.evaluation.statistics import Interval, PairedComparison, bootstrap_mean
+from softprompt_registry.evaluation.text_scores import EvaluatedTask
 from softprompt_registry.evaluation.verbalizations import COMPARED, Evaluation, TaskRow, compare
 from softprompt_registry.verbalization.methods import WITH_VERIFIER
+from softprompt_registry.verbalization.proposing import METHODS
 
 FORMAT_VERSION = 1
 """Version of `report_json`."""
-
-PRIVILEGED = ("label_list",)
-"""Proposers that are given privileged information, such as the labels: shown, but no rivals of the others."""
 
 
 @dataclass(frozen=True)
@@ -116,7 +118,6 @@ def report_data(
     when: str = "",
     base_model: str = "",
     categories: Mapping[str, str] | None = None,
-    controls: Sequence[ControlPoint] = (),
 ) -> ReportData:
     """An evaluation with all that is known beside it, ready to be shown.
 
@@ -125,13 +126,13 @@ def report_data(
         when: date and time of the evaluation, as people read it.
         base_model: as people name it.
         categories: by task; without them a task's kind is its category.
-        controls: the curve of `ControlResult`.
 
     Raises:
         DataError: a task has no category.
     """
     seed = record.seed
-    told = tuple(name for name in evaluation.methods if name.removesuffix(WITH_VERIFIER) in PRIVILEGED)
+    privileged = {name for name, row in METHODS.items() if row.privileged}
+    told = tuple(name for name in evaluation.methods if name.removesuffix(WITH_VERIFIER) in privileged)
     rows = next(iter(evaluation.methods.values())).rows
     by_method = {name: by_category(result.rows, categories) for name, result in evaluation.methods.items()}
     reports = tuple(
@@ -173,7 +174,7 @@ def report_data(
         correlations=_correlations(reports, list(evaluation.methods), metric, seed),
         curves=_curves(reports, list(evaluation.methods), metric),
         rule=record.rule.describe(),
-        garbage=tuple(controls),
+        garbage=record.controls.curve if record.controls else (),
     )
 
 
@@ -220,6 +221,33 @@ def _curves(tasks: Sequence[TaskReport], methods: Sequence[str], metric: str) ->
         if any(value is not None for value in values):
             curves[name] = abstention_curve(values, [text.scores[metric] for text in texts])
     return curves
+
+
+def categories_of(tasks: Mapping[str, EvaluatedTask], path: str | None) -> dict[str, str]:
+    """A category for each task: that of the file; without one the kind of task and the collection it is from.
+
+    Raises:
+        ConfigError: the file is missing, is no JSON object of texts, or lacks a task.
+    """
+    if path is None:
+        return {
+            name: " · ".join(part for part in (task.kind, task.source.split(":")[0].split(",")[0].strip()) if part)
+            for name, task in tasks.items()
+        }
+    doing = f"reading categories of tasks in {path!r}"
+    try:
+        read = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f'{doing}: {error}. Expected a JSON file such as {{"sst2": "sentiment"}}.') from error
+    if not isinstance(read, dict) or not all(isinstance(value, str) for value in read.values()):
+        raise ConfigError(f"{doing}: expected one JSON object with a category, a text, by task name. Correct the file.")
+    missing = [name for name in tasks if name not in read]
+    if missing:
+        raise ConfigError(
+            f"{doing}: found categories for {len(read)} tasks, but none for {missing[:5]}. Add them, or "
+            "leave the setting out."
+        )
+    return {name: read[name] for name in tasks}
 
 
 def report_json(data: ReportData) -> dict[str, Any]:

@@ -25,6 +25,8 @@ MARKERS = {
 }
 """The file whose presence tells what a folder holds."""
 
+_FETCHED: dict[tuple[str, str | None, str], Path] = {}
+
 
 @dataclass(frozen=True)
 class FoundArtifact:
@@ -49,7 +51,7 @@ def find_artifact(uri: str, kind: str) -> FoundArtifact:
         require_store(for_run=False)
         model_id = model_id_of(location)
         try:
-            root = Path(mlflow.artifacts.download_artifacts(artifact_uri=location))
+            root = _fetched(location, model_id, mlflow.get_tracking_uri())
         except (*STORE_FAILURES, OSError) as error:
             raise RegistryError(
                 f"fetching {kind} {uri!r}: MLflow could not ({in_one_line(error)}). Check the name with "
@@ -71,6 +73,15 @@ def find_artifact(uri: str, kind: str) -> FoundArtifact:
             f"Name a {kind}."
         )
     return FoundArtifact(found, member, model_id)
+
+
+def _fetched(location: str, model_id: str | None, store: str) -> Path:
+    """The folder of what MLflow holds. A LoggedModel does not change, and a bank is large: it is fetched once."""
+    key = (location, model_id, store)
+    found = _FETCHED.get(key)
+    if found is None or model_id is None or not found.is_dir():
+        found = _FETCHED[key] = Path(mlflow.artifacts.download_artifacts(artifact_uri=location))
+    return found
 
 
 def find_evaluation(run: str) -> EvaluationRecord:

@@ -48,8 +48,7 @@ from softprompt_registry.registry.artifacts import find_artifact
 from softprompt_registry.registry.lookup import find_logged_model
 from softprompt_registry.registry.store import STORE_FAILURES, in_one_line
 from softprompt_registry.soft_prompts.bank import SoftPromptBank
-from softprompt_registry.stages.running import log_inputs, stage_run
-from softprompt_registry.stages.training import require_same_dod
+from softprompt_registry.stages.running import log_inputs, require_same_dod, stage_run
 from softprompt_registry.storage import complete_record
 from softprompt_registry.verbalization.verbalizer import Verbalization
 

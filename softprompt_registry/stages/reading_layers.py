@@ -6,22 +6,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import mlflow
-from mlflow.entities import LoggedModelInput
 
-from mlflow_plugins.dod_dataset import from_dod
 from mlflow_plugins.recording import MlflowRecorder
 from softprompt_registry.base_models.frozen import BaseModel
 from softprompt_registry.config import flatten
-from softprompt_registry.dod.store import DodStore
 from softprompt_registry.errors import DataError
 from softprompt_registry.evaluation.grid_figure import heatmap
 from softprompt_registry.evaluation.layer_grid import LayerGridConfig, read_layer_grid
 from softprompt_registry.evaluation.metrics import SentenceEncoder
 from softprompt_registry.registry import conventions
-from softprompt_registry.registry.artifacts import find_artifact
-from softprompt_registry.soft_prompts.bank import SoftPromptBank
-from softprompt_registry.stages.running import log_inputs, stage_run
-from softprompt_registry.stages.training import require_same_dod
+from softprompt_registry.stages.running import dod_stage
 from softprompt_registry.verbalization.layer_grid import LayerGrid
 
 
@@ -49,14 +43,8 @@ def read_grid(
         train_tasks: the first so many of the bank's training tasks.
         test_tasks: the same for test tasks; None takes all.
     """
-    found = find_artifact(bank_uri, "bank")
-    bank = SoftPromptBank(found.folder)
-    with DodStore.open(dod_path) as store, stage_run("inspect-grid", base_model) as run_id:
-        require_same_dod(bank, store)
-        dataset = from_dod(str(dod_path))
-        log_inputs(base_model.ref, dataset, context="evaluation")
-        if found.model_id:
-            mlflow.log_input(model=LoggedModelInput(model_id=found.model_id))
+    with dod_stage("inspect-grid", base_model, dod_path, context="evaluation", bank=bank_uri) as stage:
+        bank, store = stage.bank, stage.store
         in_bank = set(bank.tasks())
         train = [name for name in store.task_names("train") if name in in_bank][:train_tasks]
         test = [name for name in store.task_names("test") if name in in_bank][:test_tasks]
@@ -65,7 +53,7 @@ def read_grid(
                 f"choosing a layer pair: the bank has no soft prompt of a training task of DoD {store.name!r}; expected at "
                 "least one. Tune training tasks too: a pair chosen on test tasks would be an oracle."
             )
-        recorder = MlflowRecorder(dataset=dataset)
+        recorder = MlflowRecorder(dataset=stage.dataset)
         recorder.params("layer_grid", {**flatten(config), "train_tasks": len(train), "test_tasks": len(test)})
         members = [(bank.member(name), store.task(name)) for name in (*train, *test)]
         grid = read_layer_grid(base_model, members, SentenceEncoder(), out, config, recorder=recorder)
@@ -79,4 +67,4 @@ def read_grid(
         oracle = {f"{task} (oracle)": item._asdict() for task, item in grid.oracle().items()}
         mlflow.log_dict(oracle, "oracle.json")
         recorder.artifact(out)
-    return LayerGridResult(run_id, grid)
+    return LayerGridResult(stage.run_id, grid)

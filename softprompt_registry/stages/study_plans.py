@@ -10,13 +10,13 @@ from typing import Any
 from softprompt_registry.base_models.reference import BaseModelRef, require_same_base
 from softprompt_registry.dod.store import DodStore
 from softprompt_registry.errors import ArtifactError, ConfigError, DataError
+from softprompt_registry.evaluation.evaluating import EvaluationConfig, settings_digest
 from softprompt_registry.fingerprints import digest_of_directory, digest_of_json
 from softprompt_registry.registry.artifacts import find_artifact
 from softprompt_registry.soft_prompts.bank import SoftPromptBank
 from softprompt_registry.soft_prompts.tuning import SPEED_SETTINGS, TuningConfig
-from softprompt_registry.stages.proposing import EvaluationConfig, settings_digest
+from softprompt_registry.stages.running import require_same_dod
 from softprompt_registry.stages.study_settings import StudyConfig
-from softprompt_registry.stages.training import require_same_dod
 from softprompt_registry.translators.training import TranslatorConfig
 from softprompt_registry.translators.translator import TranslatorRecord, read_record
 

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
-from typing import Any
 
 import mlflow
 
@@ -14,6 +13,7 @@ from mlflow_plugins.dod_dataset import from_dod
 from mlflow_plugins.recording import MlflowRecorder
 from softprompt_registry.base_models.frozen import BaseModel
 from softprompt_registry.config import flatten
+from softprompt_registry.evaluation.record import EvaluationRecord
 from softprompt_registry.evaluation.study_figure import skill_figure, study_figure
 from softprompt_registry.evaluation.study_table import SKILLS, PointResult, RankCorrelation, StudyTable
 from softprompt_registry.registry import conventions
@@ -47,7 +47,7 @@ def run_study(base_model: BaseModel, plan: StudyPlan, out: Path) -> StudyResult:
     """Train, tune and evaluate what the points of a study need, and lay them side by side.
 
     Everything is written below `out`: the result of a point as `<out>/<point>/result.json` as soon as it is there. A second
-    start with the same settings takes over finished points without evaluating them again, and goes on in the middle of a
+    start with the same settings takes over finished points without evaluating them again, and resumes in the middle of a
     training or tuning; with more points it adds those.
 
     Raises:
@@ -117,7 +117,6 @@ class _Work:
             bank = tune(self.base_model, source.dod, point.tuning, folder / "bank", task_names=names).model_uri
         work = folder / "evaluation.work"
         found = evaluate(self.base_model, translator, bank, source.dod, point.evaluation, work=work)
-        rows = {method: item.rows for method, item in found.evaluation.methods.items()}
         record = read_record(find_artifact(translator, "translator").folder)
         held_out = record.training.get("validation_tasks", [])
         result = PointResult(
@@ -127,8 +126,8 @@ class _Work:
             dod_digest=source.dod_digest,
             run_id=found.run_id,
             metrics={method: dict(item.metrics) for method, item in found.evaluation.methods.items()},
-            rows=rows,
-            skills=_skills(SoftPromptBank(find_artifact(bank, "bank").folder), rows),
+            rows={method: item.rows for method, item in found.evaluation.methods.items()},
+            skills=_skills(found.record, SoftPromptBank(find_artifact(bank, "bank").folder)),
             facts={
                 **point.facts,
                 "train_tasks": len(record.train_tasks) - len(held_out),
@@ -159,15 +158,12 @@ def _finished(plan: StudyPlan, point: PlannedPoint, base_model: BaseModel, out: 
     return PointResult.from_json(record["result"])
 
 
-def _skills(bank: SoftPromptBank, rows: Mapping[str, Any]) -> dict[str, dict[str, float]]:
-    """How well each soft prompt that was read does its task: label accuracy, or exact match, on test pairs, and its loss."""
+def _skills(record: EvaluationRecord, bank: SoftPromptBank) -> dict[str, dict[str, float]]:
+    """How well each soft prompt that was read does its task, on test pairs, and its loss."""
     found = {}
-    for name in dict.fromkeys(row.task for items in rows.values() for row in items):
-        metrics = bank.record(name)["metrics"]
-        accuracy = metrics.get("label_accuracy", metrics.get("exact_match"))
-        skills = {"accuracy": accuracy}
-        if "validation_loss" in metrics:
-            skills["negative_validation_loss"] = -metrics["validation_loss"]
+    for name, task in record.tasks.items():
+        loss = bank.record(name)["metrics"].get("validation_loss")
+        skills = {"accuracy": task.accuracy, "negative_validation_loss": None if loss is None else -loss}
         found[name] = {skill: float(value) for skill, value in skills.items() if value is not None}
     return found
 

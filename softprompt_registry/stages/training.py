@@ -7,21 +7,18 @@ from pathlib import Path
 import mlflow
 
 from mlflow_plugins import translator as translator_flavor
-from mlflow_plugins.dod_dataset import from_dod
 from mlflow_plugins.recording import MlflowRecorder
 from softprompt_registry import figures
 from softprompt_registry.base_models.frozen import BaseModel
 from softprompt_registry.config import flatten
-from softprompt_registry.dod.paraphrase import digest_before_paraphrasing
 from softprompt_registry.dod.store import DodStore
 from softprompt_registry.dod.task import Task
-from softprompt_registry.errors import DataError
 from softprompt_registry.fingerprints import digest_of_directory
 from softprompt_registry.processes import ALONE, Processes
 from softprompt_registry.registry import conventions
 from softprompt_registry.registry.artifacts import find_artifact
 from softprompt_registry.soft_prompts.bank import SoftPromptBank
-from softprompt_registry.stages.running import StageResult, lineage_params, log_inputs, logged_model, stage_run
+from softprompt_registry.stages.running import StageResult, dod_stage, lineage_params, logged_model, require_same_dod
 from softprompt_registry.translators.training import TranslatorConfig, train_translator
 
 
@@ -38,17 +35,13 @@ def train(
 
     Where `processes` are several, this is for the main one; the others call `take_part_in_training`.
     """
-    with DodStore.open(dod_path) as store, stage_run("train-translator", base_model) as run_id:
-        found = find_artifact(bank_uri, "bank")
-        bank = SoftPromptBank(found.folder)
-        require_same_dod(bank, store)
-        dataset = from_dod(str(dod_path))
-        log_inputs(base_model.ref, dataset, context="training", upstream=found.model_id)
+    with dod_stage("train-translator", base_model, dod_path, context="training", bank=bank_uri) as stage:
+        bank, store, found = stage.bank, stage.store, stage.found["bank"]
         params = lineage_params(base_model.ref, store.name, store.digest) | {"bank_digest": bank.digest}
         if found.model_id:
             params["bank_model_id"] = found.model_id
         with logged_model("translator", conventions.TRANSLATOR, params) as model_id:
-            recorder = MlflowRecorder(model_id=model_id, dataset=dataset)
+            recorder = MlflowRecorder(model_id=model_id, dataset=stage.dataset)
             recorder.params("translator", flatten(config))
             tasks = training_tasks(store, bank)
             translator = train_translator(base_model, bank, tasks, config, out, recorder=recorder, processes=processes)
@@ -56,7 +49,7 @@ def train(
             losses = {name: translator.record.training[name] for name in ("train_losses", "validation_losses")}
             recorder.figure("training_curves.png", figures.curves(f"Translator, {len(tasks)} tasks", losses))
             translator_flavor.log_model(out, name="translator", model_id=model_id)
-    return StageResult(run_id, model_id, out)
+    return StageResult(stage.run_id, model_id, out)
 
 
 def take_part_in_training(
@@ -72,14 +65,3 @@ def take_part_in_training(
 def training_tasks(store: DodStore, bank: SoftPromptBank) -> dict[str, Task]:
     members = set(bank.tasks())
     return {task.name: task for task in store.tasks("train") if task.name in members}
-
-
-def require_same_dod(bank: SoftPromptBank, store: DodStore) -> None:
-    """A bank and a DoD that are used together must belong together; paraphrased hard prompts change nothing in that."""
-    if bank.dod_digest in (None, store.digest) or bank.dod_digest == digest_before_paraphrasing(store):
-        return
-    raise DataError(
-        f"using bank {bank.folder.name!r} with DoD {store.name!r}: the bank was tuned on DoD "
-        f"{bank.header.get('dod_name')!r} with digest {str(bank.dod_digest)[:12]}, this one has {store.digest[:12]}. "
-        "Use the DoD that the bank was tuned on, or a paraphrase of it."
-    )

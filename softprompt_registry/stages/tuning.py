@@ -11,17 +11,15 @@ import mlflow
 from mlflow.entities import Metric, Param, RunTag
 
 from mlflow_plugins import soft_prompt_bank as bank_flavor
-from mlflow_plugins.dod_dataset import from_dod
 from mlflow_plugins.recording import MlflowRecorder
 from softprompt_registry import figures
 from softprompt_registry.base_models.frozen import BaseModel
 from softprompt_registry.config import flatten
-from softprompt_registry.dod.store import DodStore
 from softprompt_registry.registry import conventions
 from softprompt_registry.soft_prompts.bank import SoftPromptBank
 from softprompt_registry.soft_prompts.engines import TuningEngine
 from softprompt_registry.soft_prompts.tuning import TuningConfig, tune_soft_prompts
-from softprompt_registry.stages.running import StageResult, lineage_params, log_inputs, logged_model, stage_run
+from softprompt_registry.stages.running import StageResult, dod_stage, lineage_params, logged_model
 
 METRICS = ("validation_loss", "label_accuracy", "exact_match")
 CURVES = {"train_loss_by_epoch": "train_losses", "validation_loss_by_epoch": "validation_losses"}
@@ -47,10 +45,9 @@ def tune(
         base_model: a loaded one, or an engine that tunes elsewhere.
         log_each: also make a nested run for each soft prompt, with its own curves.
     """
-    with DodStore.open(dod_path) as store, stage_run("tune", base_model) as run_id:
-        dataset = from_dod(str(dod_path))
+    with dod_stage("tune", base_model, dod_path, context="tuning") as stage:
+        store, dataset = stage.store, stage.dataset
         tasks = store.stored_tasks(task_names)
-        log_inputs(base_model.ref, dataset, context="tuning")
         mlflow.log_dict(dataset.manifest, "dod_manifest.json")
         params = lineage_params(base_model.ref, store.name, store.digest)
         with logged_model("bank", conventions.BANK, params) as model_id:
@@ -63,9 +60,9 @@ def tune(
             _draw(bank, recorder)
             recorder.table("soft_prompts.json", bank_table(bank))
             if log_each:
-                _log_each(bank, run_id, recorder)
+                _log_each(bank, stage.run_id, recorder)
             bank_flavor.log_model(bank, name="bank", model_id=model_id)
-    return StageResult(run_id, model_id, out)
+    return StageResult(stage.run_id, model_id, out)
 
 
 def bank_table(bank: SoftPromptBank) -> dict[str, list[Any]]:
