@@ -61,9 +61,8 @@ from softprompt_registry.translators.translator import (
 from softprompt_registry.verbalization.abstention import AbstentionRule
 from softprompt_registry.verbalization.evidence import TriedOn
 from softprompt_registry.verbalization.proposers.translator import TranslatorProposer
-from softprompt_registry.verbalization.verbalizer import Verbalization, VerbalizationConfig
+from softprompt_registry.verbalization.verbalizer import Verbalization, VerbalizationConfig, verbalize
 from softprompt_registry.verbalization.verifier import Verifier, VerifierConfig
-from softprompt_registry.verbalization.verifying import verbalize_verified
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -367,16 +366,16 @@ class _ServedTranslator:
                     f"{max(base.max_positions - length, 0)} new tokens of base model {base.ref}, but max_new_tokens is "
                     f"{request.max_new_tokens}. Lower it."
                 )
-            (tried,) = verbalize_verified(
+            (made,) = verbalize(
                 [loaded],
                 [self._proposer],
                 config,
-                self._verifier,
-                [tried_on],
-                self._rule,
+                verifier=self._verifier,
+                evidence=[tried_on],
+                rule=self._rule,
                 translator_id=self._translator.id,
             )
-        return tried.verbalization
+        return made
 
     def _answer(self, records: Sequence[Mapping[Any, Any]], results: Sequence[dict[str, Any]]) -> None:
         """Write `answers` and `usage` into the good rows; all their questions share one deadline."""

@@ -23,7 +23,7 @@ from pydantic import Field, PositiveInt
 from softprompt_registry.config import PositiveShare, build_config, settings
 from softprompt_registry.dod.task import Pair
 from softprompt_registry.errors import ArtifactError, ConfigError, DataError
-from softprompt_registry.verbalization.verifying import DEFAULT_MIN_FAITHFULNESS
+from softprompt_registry.verbalization.abstention import DEFAULT_MIN_FAITHFULNESS
 
 _log = logging.getLogger(__name__)
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig
+from small_prompts import translated
 from tiny_llm import HIDDEN_SIZE, save_tiny_model
 
 from mlflow_plugins import portable_prompt
@@ -41,7 +42,7 @@ class PortableModel:
 
     def text(self, soft_prompt_seed: int = 0, **settings: Any) -> str:
         """The native answer: what the translator writes, greedily unless told otherwise."""
-        return self.translator.translate([self.soft_prompt(soft_prompt_seed)], **settings)[0].text
+        return translated(self.translator, [self.soft_prompt(soft_prompt_seed)], **settings)[0].text
 
 
 def make_portable_model(folder: Path, **model_config: Any) -> PortableModel:

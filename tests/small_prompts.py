@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -13,6 +14,9 @@ from tiny_llm import HIDDEN_SIZE, tiny_base_model
 
 from softprompt_registry.base_models.reference import BaseModelRef
 from softprompt_registry.soft_prompts.soft_prompt import SoftPrompt, SoftPromptRecord
+from softprompt_registry.translators.translator import Translator
+from softprompt_registry.verbalization.proposers.translator import TranslatorProposer
+from softprompt_registry.verbalization.verbalizer import Candidate, VerbalizationConfig
 
 K = 4
 
@@ -56,3 +60,10 @@ def assert_same(found: SoftPrompt, expected: SoftPrompt) -> None:
 def edit_json(path: Path, **changes: Any) -> None:
     record = json.loads(path.read_text()) | changes
     path.write_text(json.dumps({key: value for key, value in record.items() if value is not ...}))
+
+
+def translated(translator: Translator, soft_prompts: Sequence[SoftPrompt], **settings: Any) -> list[Candidate]:
+    """Each soft prompt's greedy text as the translator writes it, label lists uncleaned."""
+    as_written = [replace(each, record=replace(each.record, kind="generation")) for each in soft_prompts]
+    found = TranslatorProposer(translator).propose(as_written, VerbalizationConfig(**settings))
+    return [candidates[0] for candidates in found]

@@ -12,7 +12,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from small_prompts import edit_json
+from small_prompts import edit_json, translated
 from tiny_llm import HIDDEN_SIZE, save_tiny_model, tiny_base_model, tiny_tokenizer
 
 from softprompt_registry.base_models.frozen import BaseModel
@@ -332,7 +332,7 @@ def test_a_translator_adapts_all_linear_layers_of_the_decoder(
     assert all(tensor.any() for name, tensor in trained.items() if "lora_B" in name)
     prompts = list(bank)
     again = Translator.load(tmp_path / "out", load_base_model(str(folder)))
-    assert translator.translate(prompts, max_new_tokens=5) == again.translate(prompts, max_new_tokens=5)
+    assert translated(translator, prompts, max_new_tokens=5) == translated(again, prompts, max_new_tokens=5)
 
 
 @pytest.mark.supports(

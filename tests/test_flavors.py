@@ -16,6 +16,7 @@ import pytest
 import torch
 import yaml
 from peft import LoraConfig, TaskType
+from small_prompts import translated
 from tiny_llm import save_tiny_model, tiny_base_model
 
 from mlflow_plugins import flavor_parts
@@ -149,14 +150,14 @@ def test_translator_round_trip(
 ) -> None:
     info = translator_flavor.log_model(translator_folder, name="translator")
     fresh = tiny_base_model()
-    expected = [item.text for item in Translator.load(translator_folder, fresh).translate(soft_prompts)]
+    expected = [item.text for item in translated(Translator.load(translator_folder, fresh), soft_prompts)]
     assert len(set(expected)) == 3  # texts that differ, or the comparison below proves nothing
 
     stored = translator_flavor.load_model(info.model_uri)
     assert stored.record.train_tasks == ("mood",)
     assert digest_of_directory(stored.folder) == digest_of_directory(translator_folder)
     for base in (None, str(tiny_folder), tiny_base_model()):
-        assert [item.text for item in stored.load(base).translate(soft_prompts)] == expected
+        assert [item.text for item in translated(stored.load(base), soft_prompts)] == expected
 
     model = mlflow.pyfunc.load_model(info.model_uri)
     frame = pd.DataFrame({"soft_prompt": [encoded(item) for item in soft_prompts]})

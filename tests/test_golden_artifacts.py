@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from small_prompts import translated
 from tiny_llm import tiny_base_model
 
 from softprompt_registry.base_models.frozen import LAYOUT_WITHOUT_BOS
@@ -154,7 +155,7 @@ def test_translator() -> None:
     base_model = tiny_base_model()
     assert read_record(FOLDER / "translator").train_tasks == ("colours", "sizes")
     translator = Translator.load(FOLDER / "translator", base_model)
-    assert translator.translate(golden_prompts(), max_new_tokens=4)[0].prefill == ""
+    assert translated(translator, golden_prompts(), max_new_tokens=4)[0].prefill == ""
 
 
 def test_dod() -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig
+from small_prompts import translated
 from tiny_llm import HIDDEN_SIZE, tiny_base_model
 
 from softprompt_registry.base_models.frozen import BaseModel
@@ -156,7 +157,7 @@ def test_each_prefill_makes_its_own_candidates_and_is_kept(translator: Translato
         assert [candidate.proposer for candidate in candidates[2:]] == ["translator:prefill"] * 4
         for number, candidate in enumerate(candidates[2:]):
             assert candidate.text.startswith(prefills[number // 2].strip())
-    greedy = translator.translate(prompts, prefill="Classify: ", max_new_tokens=5)
+    greedy = translated(translator, prompts, prefill="Classify: ", max_new_tokens=5)
     assert [each[2].text for each in found] == [translation.text for translation in greedy]
 
 

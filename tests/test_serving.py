@@ -25,9 +25,8 @@ from softprompt_registry.soft_prompts.soft_prompt import SoftPrompt, SoftPromptR
 from softprompt_registry.verbalization.abstention import AbstentionRule
 from softprompt_registry.verbalization.evidence import TriedOn
 from softprompt_registry.verbalization.proposers.translator import TranslatorProposer
-from softprompt_registry.verbalization.verbalizer import VerbalizationConfig
+from softprompt_registry.verbalization.verbalizer import VerbalizationConfig, verbalize
 from softprompt_registry.verbalization.verifier import Verifier
-from softprompt_registry.verbalization.verifying import verbalize_verified
 
 START_S = 240
 MARK = "PAYLOAD" * 500
@@ -152,16 +151,15 @@ def test_rows_with_pairs_or_inputs_are_verified(served: Served) -> None:
     status, reply = served.post({"dataframe_records": rows, "params": {**PARAMS, "num_candidates": 3}})
     *verified, bad, plain = json.loads(reply)["predictions"]
     assert status == 200
-    native = verbalize_verified(
+    native = verbalize(
         [prompt, prompt],
         [TranslatorProposer(served.portable.translator, rows_per_batch=1)],
         VerbalizationConfig(num_candidates=3, **PARAMS),
-        Verifier(served.portable.base_model),
-        [TriedOn(pairs=tuple(Pair(**pair) for pair in pairs)), TriedOn(inputs=tuple(inputs))],
-        AbstentionRule(0.5),
+        verifier=Verifier(served.portable.base_model),
+        evidence=[TriedOn(pairs=tuple(Pair(**pair) for pair in pairs)), TriedOn(inputs=tuple(inputs))],
+        rule=AbstentionRule(0.5),
     )
-    for row, tried, evidence in zip(verified, native, ("pairs", "probe inputs"), strict=True):
-        expected = tried.verbalization
+    for row, expected, evidence in zip(verified, native, ("pairs", "probe inputs"), strict=True):
         assert row["error"] is None and row["evidence"] == evidence
         assert row["faithfulness"] == pytest.approx(expected.faithfulness, abs=1e-3)
         assert row["abstained"] is expected.abstained

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from small_prompts import translated
 from tiny_llm import HIDDEN_SIZE, save_tiny_model, tiny_base_model
 
 from softprompt_registry.base_models.frozen import BaseModel
@@ -117,9 +118,9 @@ def test_it_learns_to_name_the_labels_and_to_end(trained: Trained) -> None:
     losses = trained.translator.record.training["train_losses"]
     assert len(losses) == 60 and losses[0] > 5 and losses[-1] < 1
     assert trained.recorder.curves["train_loss"] == list(enumerate(losses, start=1))
-    translations = trained.translator.translate(list(trained.bank), max_new_tokens=40)
+    translations = translated(trained.translator, list(trained.bank), max_new_tokens=40)
     assert [set(item.text.split(", ")) for item in translations] == [set(own) for own in LABELS.values()]
-    assert all(item.prefill == "" and -1 < item.log_likelihood < 0 for item in translations)
+    assert all(item.prefill == "" and item.score is not None and -1 < item.score < 0 for item in translations)
 
 
 def test_the_first_loss_is_transformers_own(tmp_path: Path) -> None:
@@ -158,11 +159,11 @@ def test_the_adapter_is_off_unless_it_reads(trained: Trained) -> None:
 
 
 def test_two_translators_share_a_base_model(trained: Trained, tmp_path: Path) -> None:
-    before = trained.translator.translate(list(trained.bank), max_new_tokens=12)
+    before = translated(trained.translator, list(trained.bank), max_new_tokens=12)
     other = train_translator(trained.base, trained.bank, TASKS, SHORT, tmp_path / "other")
     assert other.id != trained.translator.id
-    assert other.translate(list(trained.bank), max_new_tokens=12) != before
-    assert trained.translator.translate(list(trained.bank), max_new_tokens=12) == before
+    assert translated(other, list(trained.bank), max_new_tokens=12) != before
+    assert translated(trained.translator, list(trained.bank), max_new_tokens=12) == before
     assert torch.equal(logits(trained.base), trained.logits_before)
     adapters = set(trained.base.model.peft_config)
     assert adapters == {trained.translator.id, other.id}, "adapters in training are taken out"
@@ -178,8 +179,8 @@ def test_dropout_acts_in_training_steps_alone(tmp_path: Path) -> None:
     stored = json.loads((tmp_path / "none/adapter_config.json").read_text())
     (tmp_path / "none/adapter_config.json").write_text(json.dumps(stored | {"lora_dropout": 0.0}))
 
-    def reads(translator: Translator) -> list[float]:
-        return [item.log_likelihood for item in translator.translate(list(bank), max_new_tokens=12)]
+    def reads(translator: Translator) -> list[float | None]:
+        return [item.score for item in translated(translator, list(bank), max_new_tokens=12)]
 
     loaded = Translator.load(tmp_path / "dropout", tiny_base_model())
     expected = reads(Translator.load(tmp_path / "none", tiny_base_model()))
@@ -424,7 +425,7 @@ def test_long_targets_are_cut_and_still_end(tmp_path: Path) -> None:
     wordy = {"moods": Task("moods", "generation", (Pair("x", "y"),), hard_prompts=("abcdef" * 30,))}
     config = replace(CONFIG, max_target_tokens=6)
     translator = train_translator(base, bank, wordy, config, tmp_path / "out")
-    assert translator.translate([bank.member("moods")], max_new_tokens=40)[0].text == "abcdef"
+    assert translated(translator, [bank.member("moods")], max_new_tokens=40)[0].text == "abcdef"
 
 
 # Saving and loading ---------------------------------------------------------------------------------------------------
@@ -436,10 +437,13 @@ def test_a_fresh_process_writes_the_same_text(trained: Trained) -> None:
         "from softprompt_registry.base_models.loading import load_base_model\n"
         "from softprompt_registry.soft_prompts.bank import SoftPromptBank\n"
         "from softprompt_registry.translators.translator import Translator\n"
+        "from softprompt_registry.verbalization.proposers.translator import TranslatorProposer\n"
+        "from softprompt_registry.verbalization.verbalizer import VerbalizationConfig, verbalize\n"
         "base, folder, bank = sys.argv[1:]\n"
         "translator = Translator.load(Path(folder), load_base_model(base))\n"
-        "found = translator.translate(list(SoftPromptBank(Path(bank))), max_new_tokens=20)\n"
-        "print(json.dumps([[item.text, item.log_likelihood] for item in found]))\n"
+        "members = list(SoftPromptBank(Path(bank)))\n"
+        "found = verbalize(members, [TranslatorProposer(translator)], VerbalizationConfig(max_new_tokens=20))\n"
+        "print(json.dumps([[item.text, item.candidates[0].score] for item in found]))\n"
     )
     answer = subprocess.run(
         [sys.executable, "-c", script, str(trained.base_folder), str(trained.folder), str(trained.bank.folder)],
@@ -448,10 +452,10 @@ def test_a_fresh_process_writes_the_same_text(trained: Trained) -> None:
         capture_output=True,
         text=True,
     )
-    here = trained.translator.translate(list(trained.bank), max_new_tokens=20)
+    here = translated(trained.translator, list(trained.bank), max_new_tokens=20)
     found = json.loads(answer.stdout)
     assert [text for text, _ in found] == [item.text for item in here]
-    assert [score for _, score in found] == pytest.approx([item.log_likelihood for item in here], rel=1e-4)
+    assert [score for _, score in found] == pytest.approx([item.score for item in here], rel=1e-4)
 
 
 def test_save_and_load_keep_adapter_and_record(trained: Trained, tmp_path: Path) -> None:
@@ -513,7 +517,7 @@ def test_another_base_model_is_refused_and_both_are_named(trained: Trained, tmp_
     assert_both_named(caught, "loading a translator: the translator belongs to base model tiny@")
     assert not hasattr(other.model, "peft_config"), "the refused model is left alone"
     with pytest.raises(BaseModelMismatch) as caught:
-        trained.translator.translate([soft_prompt(other, "moods", 0)])
+        translated(trained.translator, [soft_prompt(other, "moods", 0)])
     assert_both_named(caught, "translating: soft prompt 'moods' belongs to base model elsewhere@")
     with pytest.raises(BaseModelMismatch) as caught:
         train_translator(other, trained.bank, TASKS, SHORT, tmp_path / "out")
@@ -571,46 +575,33 @@ def test_the_record_is_read_without_a_model(trained: Trained) -> None:
 
 def test_a_batch_reads_as_its_rows_do(trained: Trained) -> None:
     members = list(trained.bank)
-    batch = trained.translator.translate(members, max_new_tokens=20)
+    batch = translated(trained.translator, members, max_new_tokens=20)
     for member, expected in zip(members, batch, strict=True):
-        (alone,) = trained.translator.translate([member], max_new_tokens=20)
+        (alone,) = translated(trained.translator, [member], max_new_tokens=20)
         assert alone.text == expected.text
-        assert alone.log_likelihood == pytest.approx(expected.log_likelihood, rel=1e-4)
+        assert alone.score == pytest.approx(expected.score, rel=1e-4)
 
 
 def test_the_prefill_is_the_beginning_of_the_text(trained: Trained) -> None:
     member = trained.bank.member("moods")
-    first, second = trained.translator.translate([member], max_new_tokens=20)[0].text.split(", ")
-    prefilled = trained.translator.translate([member], prefill=f"{first}, ", max_new_tokens=20)[0]
+    first, second = translated(trained.translator, [member], max_new_tokens=20)[0].text.split(", ")
+    prefilled = translated(trained.translator, [member], prefill=f"{first}, ", max_new_tokens=20)[0]
     assert (prefilled.text, prefilled.prefill) == (f"{first}, {second}", f"{first}, ")
     with trained.translator.reading(), torch.no_grad():
         base = trained.base
         target = [*base.tokenize(second), 1]
         score = base.score_targets(member.embeddings[None], [[0, *base.tokenize(f"{first}, ")]], [target])
-    assert prefilled.log_likelihood == pytest.approx(float(score.log_likelihood[0]) / len(target), rel=1e-4)
+    assert prefilled.score == pytest.approx(float(score.log_likelihood[0]) / len(target), rel=1e-4)
 
 
 def test_a_text_is_capped(trained: Trained) -> None:
     member = trained.bank.member("rooms")
-    whole = trained.translator.translate([member], max_new_tokens=40)[0].text
-    assert trained.translator.translate([member], max_new_tokens=3)[0].text == whole[:3].strip()
-    assert trained.translator.translate([member], prefill="The ", max_new_tokens=1)[0].text[:3] == "The"
+    whole = translated(trained.translator, [member], max_new_tokens=40)[0].text
+    assert translated(trained.translator, [member], max_new_tokens=3)[0].text == whole[:3].strip()
+    assert translated(trained.translator, [member], prefill="The ", max_new_tokens=1)[0].text[:3] == "The"
 
 
-def test_sampling_follows_its_seed(trained: Trained) -> None:
-    def sample(seed: int) -> list[str]:
-        found = trained.translator.translate(list(trained.bank), max_new_tokens=20, temperature=3.0, seed=seed)
-        return [item.text for item in found]
-
-    assert sample(1) == sample(1) != sample(2)
-
-
-def test_prompts_of_another_size_are_read_but_sizes_are_not_mixed(trained: Trained) -> None:
+def test_soft_prompts_of_another_size_are_read_too(trained: Trained) -> None:
     longer = soft_prompt(trained.base, "longer", 9, num_virtual_tokens=6)
-    assert len(trained.translator.translate([longer, longer], max_new_tokens=5)) == 2
-    with pytest.raises(
-        ArtifactError, match=r"translating: the soft prompts have K=\[4, 6\], expected .* one K in a batch"
-    ):
-        trained.translator.translate([trained.bank.member("moods"), longer])
-    with pytest.raises(ArtifactError, match="expected at least one"):
-        trained.translator.translate([])
+    first, second = translated(trained.translator, [longer, trained.bank.member("moods")], max_new_tokens=5)
+    assert [first] == translated(trained.translator, [longer], max_new_tokens=5) != [second]

@@ -9,6 +9,7 @@ from functools import cache
 import pytest
 import torch
 from peft import LoraConfig
+from small_prompts import translated
 from tiny_llm import HIDDEN_SIZE, tiny_base_model
 
 from softprompt_registry.base_models.frozen import BaseModel
@@ -85,7 +86,7 @@ def test_a_verbalization_keeps_what_is_needed_to_make_it_again() -> None:
     table = {"a": [Candidate("x", "table", -1.0), Candidate("Say: y", "table", -0.5, prefill="Say:")], "b": []}
     prompts = [random_prompt("a", 0), random_prompt("b", 1)]
     config = VerbalizationConfig(prefill="Say:", seed=7, temperature=0.5, max_new_tokens=9)
-    first, second = verbalize(prompts, TableProposer(table), config, translator_id="translator_abc")
+    first, second = verbalize(prompts, [TableProposer(table)], config, translator_id="translator_abc")
     assert first == Verbalization(
         text="Say: y",
         task="a",
@@ -166,24 +167,28 @@ def test_the_first_candidate_is_greedy_and_the_others_are_sampled_by_seed(transl
     prompts = [random_prompt("a", 0), random_prompt("b", 1)]
     config = VerbalizationConfig(num_candidates=3, max_new_tokens=6, seed=5)
     found = TranslatorProposer(translator).propose(prompts, config)
-    rows = [
-        translator.translate(prompts, max_new_tokens=6, temperature=temperature, seed=seed)
-        for temperature, seed in ((0.0, 5), (0.7, 6), (0.7, 7))
-    ]
+    soft = torch.stack([prompt.embeddings for prompt in prompts])
+    base, texts, scores = translator.base_model, [], []
+    with translator.reading(), torch.no_grad():
+        for temperature, seed in ((0.0, 5), (0.7, 6), (0.7, 7)):
+            rows = base.generate(soft, [base.bos] * 2, max_new_tokens=6, temperature=temperature, seed=seed)
+            texts.append([base.decode(row).strip() for row in rows])
+            scored = base.score_targets(soft, [base.bos] * 2, [[*row, base.eos_id] for row in rows])
+            scores.append((scored.log_likelihood / scored.num_tokens).tolist())
     for number, candidates in enumerate(found):
         assert [candidate.proposer for candidate in candidates] == [
             "translator:greedy",
             "translator:sampled",
             "translator:sampled",
         ]
-        assert [candidate.text for candidate in candidates] == [row[number].text for row in rows]
-        assert [candidate.score for candidate in candidates] == [row[number].log_likelihood for row in rows]
+        assert [candidate.text for candidate in candidates] == [row[number] for row in texts]
+        assert [candidate.score for candidate in candidates] == [row[number] for row in scores]
 
 
 def test_prompts_of_several_sizes_keep_their_order_whatever_the_batches(translator: Translator) -> None:
     prompts = [random_prompt(str(n), n, size) for n, size in enumerate([4, 2, 4, 3, 2, 4])]
     config = VerbalizationConfig(max_new_tokens=6)
-    expected = [translator.translate([prompt], max_new_tokens=6)[0].text for prompt in prompts]
+    expected = [translated(translator, [prompt], max_new_tokens=6)[0].text for prompt in prompts]
     assert len(set(expected)) > 2
     for rows_per_batch in (1, 2, 16):
         found = TranslatorProposer(translator, rows_per_batch).propose(prompts, config)
@@ -193,7 +198,9 @@ def test_prompts_of_several_sizes_keep_their_order_whatever_the_batches(translat
 
 def test_a_verbalization_by_the_translator_begins_with_its_prefill(translator: Translator) -> None:
     config = VerbalizationConfig(num_candidates=2, prefill="One of: ", max_new_tokens=5)
-    (result,) = verbalize([random_prompt("a", 0)], TranslatorProposer(translator), config, translator_id=translator.id)
+    (result,) = verbalize(
+        [random_prompt("a", 0)], [TranslatorProposer(translator)], config, translator_id=translator.id
+    )
     assert result.text.startswith("One of:") and result.prefill == "One of: "
     assert result.text == result.candidates[0].text and result.translator_id == "made"
     scores = [candidate.score for candidate in result.candidates]

@@ -30,17 +30,13 @@ from softprompt_registry.dod.task import TEMPLATES, Pair, Task, fill_template
 from softprompt_registry.errors import ConfigError, DataError
 from softprompt_registry.soft_prompts.bank import SoftPromptBank
 from softprompt_registry.soft_prompts.soft_prompt import SoftPrompt, SoftPromptRecord
-from softprompt_registry.verbalization.abstention import AbstentionRule
+from softprompt_registry.verbalization.abstention import DEFAULT_MIN_FAITHFULNESS, AbstentionRule
 from softprompt_registry.verbalization.evidence import TriedOn, collect_evidence, inputs_of_file, pairs_of_file
+from softprompt_registry.verbalization.methods import apply_methods
 from softprompt_registry.verbalization.proposers.translator import TranslatorProposer
-from softprompt_registry.verbalization.verbalizer import NOT_VERIFIED, Candidate, VerbalizationConfig
+from softprompt_registry.verbalization.verbalizer import NOT_VERIFIED, Candidate, VerbalizationConfig, verbalize
 from softprompt_registry.verbalization.verification import Verification
-from softprompt_registry.verbalization.verifier import Verifier, VerifierConfig
-from softprompt_registry.verbalization.verifying import (
-    DEFAULT_MIN_FAITHFULNESS,
-    fitting_template,
-    verbalize_verified,
-)
+from softprompt_registry.verbalization.verifier import Verifier, VerifierConfig, fitting_template
 
 SHORT_TEXT = {"max_new_tokens": 8}
 ANYTHING = AbstentionRule(-1e9)
@@ -123,25 +119,23 @@ def test_the_verifier_chooses_among_the_candidates_of_all_proposers(plain_base: 
     assert expected.order is not None and len(expected.order.order_scores) == 19
     order = [candidate.text for candidate in expected.candidates]
     assert order != texts, "the verifier does not agree with the proposers"
-    verify = partial(verbalize_verified, [moods], proposers, VerbalizationConfig(), Verifier(plain_base))
+    verify = partial(verbalize, [moods], proposers, verifier=Verifier(plain_base))
 
-    (tried,) = verify([TriedOn(pairs=TEST_PAIRS)], ANYTHING)
-    found = tried.verbalization
+    (found,) = verify(evidence=[TriedOn(pairs=TEST_PAIRS)], rule=ANYTHING)
     assert [candidate.text for candidate in found.candidates] == order and found.text == order[0]
-    assert tried.verification == expected
+    assert found.verification == expected
     assert (found.evidence, found.abstained, found.reason) == ("pairs", False, None)
-    assert tried.to_json() == {**found.to_json(), "verification": expected.to_json()}
 
-    (held_back,) = verify([TriedOn(pairs=TEST_PAIRS)], AbstentionRule(1.5))
-    assert held_back.verbalization.abstained and "less than the required 1.50" in str(held_back.verbalization.reason)
+    (withheld,) = verify(evidence=[TriedOn(pairs=TEST_PAIRS)], rule=AbstentionRule(1.5))
+    assert withheld.abstained and "less than the required 1.50" in str(withheld.reason)
 
-    (untried,) = verify([TriedOn()], ANYTHING)
-    assert [candidate.text for candidate in untried.verbalization.candidates] == texts
-    assert (untried.verbalization.reason, untried.verification) == (NOT_VERIFIED, None)
+    (untried,) = verify()
+    assert [candidate.text for candidate in untried.candidates] == texts
+    assert (untried.reason, untried.verification) == (NOT_VERIFIED, None)
 
-    (few,) = verify([TriedOn(pairs=TEST_PAIRS[:3])], ANYTHING)
-    assert few.verbalization.text == "qqq" and few.verbalization.faithfulness is None
-    assert few.verbalization.reason == (
+    (few,) = verify(evidence=[TriedOn(pairs=TEST_PAIRS[:3])])
+    assert few.text == "qqq" and few.faithfulness is None
+    assert few.reason == (
         "not verified: found 3 pairs, expected at least 4; candidates are ranked by the proposer's own score"
     )
 
@@ -158,6 +152,10 @@ def as_rows(pairs: Sequence[Pair]) -> list[dict[str, str]]:
 def test_pairs_and_inputs_are_read_from_files(tmp_path: Path) -> None:
     file = jsonl(tmp_path / "pairs.jsonl", [{**row, "note": 1} for row in as_rows(TEST_PAIRS)])
     assert pairs_of_file(file) == tuple(Pair(pair.input, pair.output) for pair in TEST_PAIRS)
+    (tmp_path / "pairs.csv").write_text(
+        "input,output\n" + "".join(f"{pair.input},{pair.output}\n" for pair in TEST_PAIRS)
+    )
+    assert pairs_of_file(tmp_path / "pairs.csv") == pairs_of_file(file)
     (tmp_path / "inputs.txt").write_text("\ufeffone\n\n  two \nthree\nfour")
     assert inputs_of_file(tmp_path / "inputs.txt") == ("one", "two", "three", "four")
 
@@ -420,7 +418,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, moods: SoftPrompt) -> Path:
     return folder
 
 
-def verbalize(portable: PortableModel, *arguments: str, code: int = 0) -> Result:
+def verbalize_command(portable: PortableModel, *arguments: str, code: int = 0) -> Result:
     base, translator = str(portable.base_folder), str(portable.translator_folder)
     given = ["verbalize", *arguments, "--translator", translator, "--base-model", base, "-s", "max_new_tokens=8"]
     result = CliRunner().invoke(main, given)
@@ -429,10 +427,10 @@ def verbalize(portable: PortableModel, *arguments: str, code: int = 0) -> Result
 
 
 def test_without_anything_to_try_texts_on_the_command_says_how(portable: PortableModel, folder: Path) -> None:
-    result = verbalize(portable, f"{folder}/bank#moods")
+    result = verbalize_command(portable, f"{folder}/bank#moods")
     assert "verbalization" in result.stdout and "faithfulness" not in result.stdout
     assert "Not verified: give --dod, --pairs or --inputs" in result.stderr
-    (row,) = json.loads(verbalize(portable, f"{folder}/bank#moods", "--json").stdout)
+    (row,) = json.loads(verbalize_command(portable, f"{folder}/bank#moods", "--json").stdout)
     assert (row["faithfulness"], row["reason"], row["verification"]) == (None, NOT_VERIFIED, None)
 
 
@@ -440,7 +438,7 @@ def test_the_command_tries_texts_on_the_test_pairs_of_each_task(
     portable: PortableModel, plain_base: BaseModel, folder: Path
 ) -> None:
     settings = ["--dod", f"{folder}/dod.sqlite", "--min-faithfulness", "-1000", "-s", "num_candidates=3"]
-    rows = json.loads(verbalize(portable, f"{folder}/bank", *settings, "--json").stdout)
+    rows = json.loads(verbalize_command(portable, f"{folder}/bank", *settings, "--json").stdout)
     assert [row["task"] for row in rows] == ["moods", "stories"]
     for row, task in zip(rows, (MOODS, STORIES), strict=True):
         prompt = SoftPromptBank(folder / "bank").member(task.name)
@@ -457,18 +455,20 @@ def test_the_table_shows_faithfulness_with_its_interval_and_what_is_held_back(
 ) -> None:
     prompt = f"{folder}/bank#moods"
     pairs = ["--pairs", f"{folder}/pairs.jsonl"]
-    (row,) = json.loads(verbalize(portable, prompt, *pairs, "--min-faithfulness", "-1000", "--json").stdout)
+    (row,) = json.loads(verbalize_command(portable, prompt, *pairs, "--min-faithfulness", "-1000", "--json").stdout)
     low, high = row["faithfulness_interval"]
-    given = verbalize(portable, prompt, *pairs, "--min-faithfulness", "-1000")
+    given = verbalize_command(portable, prompt, *pairs, "--min-faithfulness", "-1000")
     assert "tried on 8 pairs; required faithfulness -1000" in given.stdout
     assert f"{row['faithfulness']:.2f} ({low:.2f} to {high:.2f})" in " ".join(given.stdout.split())
     assert " no " in given.stdout and given.stderr == ""
-    held_back = verbalize(portable, prompt, *pairs, "--min-faithfulness", "9")
+    held_back = verbalize_command(portable, prompt, *pairs, "--min-faithfulness", "9")
     assert " yes " in held_back.stdout and "the best text keeps" in " ".join(held_back.stdout.split())
 
 
 def test_the_command_takes_inputs_for_all_soft_prompts(portable: PortableModel, folder: Path) -> None:
-    rows = json.loads(verbalize(portable, f"{folder}/bank", "--inputs", f"{folder}/inputs.txt", "--json").stdout)
+    rows = json.loads(
+        verbalize_command(portable, f"{folder}/bank", "--inputs", f"{folder}/inputs.txt", "--json").stdout
+    )
     assert [(row["evidence"], len(row["verification"]["items"])) for row in rows] == [("probe inputs", 8)] * 2
     for row in rows:
         required = row["faithfulness"] is not None and row["faithfulness"] >= DEFAULT_MIN_FAITHFULNESS
@@ -479,7 +479,7 @@ def test_the_command_takes_inputs_for_all_soft_prompts(portable: PortableModel, 
 def test_lists_of_the_labels_are_among_the_candidates(portable: PortableModel, folder: Path, source: list[str]) -> None:
     given = [source[0], f"{folder}/{source[1]}", "--labels", "from-data", "--min-faithfulness", "-1000"]
     prompts = f"{folder}/bank" if source[0] == "--dod" else f"{folder}/bank#moods"
-    rows = {row["task"]: row for row in json.loads(verbalize(portable, prompts, *given, "--json").stdout)}
+    rows = {row["task"]: row for row in json.loads(verbalize_command(portable, prompts, *given, "--json").stdout)}
     candidates = {task: [one["proposer"] for one in row["candidates"]] for task, row in rows.items()}
     assert sorted(candidates["moods"]) == ["label_list", "label_list", "translator:greedy"]
     assert candidates.get("stories", ["translator:greedy"]) == ["translator:greedy"]
@@ -511,7 +511,7 @@ def test_misuse_of_the_command_is_said(
     portable: PortableModel, folder: Path, arguments: list[str], code: int, words: str
 ) -> None:
     files = [f"{folder}/{part}" if "." in part and part[0].isalpha() else part for part in arguments]
-    result = verbalize(portable, f"{folder}/bank{'' if 'found 2' in words else '#moods'}", *files, code=code)
+    result = verbalize_command(portable, f"{folder}/bank{'' if 'found 2' in words else '#moods'}", *files, code=code)
     assert words in " ".join(result.stderr.split()) and "Traceback" not in result.output
 
 
@@ -520,9 +520,27 @@ def test_the_help_names_the_default_threshold() -> None:
     assert f"Default: {DEFAULT_MIN_FAITHFULNESS};" in shown
 
 
-def test_the_translators_text_is_the_same_with_and_without_a_verifier(portable: PortableModel, folder: Path) -> None:
-    """The greedy text is among the candidates that are tried."""
-    prompt = SoftPromptBank(folder / "bank").member("stories")
-    (alone,) = TranslatorProposer(portable.translator).propose([prompt], VerbalizationConfig(max_new_tokens=8))
-    (row,) = json.loads(verbalize(portable, f"{folder}/bank#stories", "--dod", f"{folder}/dod.sqlite", "--json").stdout)
-    assert alone[0].text == row["text"]
+def test_command_served_model_evaluation_and_python_give_the_same_text(
+    portable: PortableModel, model: PyFuncModel, folder: Path, moods: SoftPrompt, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the translator repeats a label, which the text does not."""
+    written = portable.base_model.tokenize("joy, fear, joy")
+    monkeypatch.setattr(BaseModel, "generate", lambda self, soft, prompt_ids, **settings: [written for _ in prompt_ids])
+    proposers = [TranslatorProposer(portable.translator)]
+    config, verifier = VerbalizationConfig(max_new_tokens=8), Verifier(portable.base_model)
+    (by_python,) = verbalize([moods], proposers, config)
+    (by_command,) = json.loads(verbalize_command(portable, f"{folder}/bank#moods", "--json").stdout)
+    (by_server,) = predict(model, row_of(moods))
+    evaluated = apply_methods([moods], {"moods": MOODS}, proposers, config, verifier, ANYTHING).texts["translator"][0]
+    texts = [by_python.text, by_command["text"], by_server["hard_prompt"], evaluated.text]
+    assert texts == ["joy, fear"] * 4
+
+    (by_python,) = verbalize(
+        [moods], proposers, config, verifier=verifier, evidence=[TriedOn(TEST_PAIRS)], rule=ANYTHING
+    )
+    pairs = ["--pairs", f"{folder}/pairs.jsonl", "--min-faithfulness", "-1e9"]
+    (by_command,) = json.loads(verbalize_command(portable, f"{folder}/bank#moods", *pairs, "--json").stdout)
+    (by_server,) = predict(model, row_of(moods, TEST_PAIRS))
+    assert by_python.text == by_command["text"] == by_server["hard_prompt"] == "joy, fear"
+    found = [by_command["faithfulness"], by_server["faithfulness"]]
+    assert found == pytest.approx([by_python.faithfulness] * 2, abs=1e-4)

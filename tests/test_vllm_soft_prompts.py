@@ -18,11 +18,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import pytest
 import torch
 from click.testing import CliRunner
+from small_prompts import translated
 from tiny_llm import tiny_base_model
 
 from softprompt_registry.base_models.frozen import BaseModel
@@ -33,7 +33,7 @@ from softprompt_registry.soft_prompts.soft_prompt import SoftPrompt, SoftPromptR
 from softprompt_registry.translators.on_vllm import TranslatorOnVllm, VllmTranslatorConfig
 from softprompt_registry.translators.translator import Translator, TranslatorRecord, adapter_parameters, add_adapter
 from softprompt_registry.verbalization.proposers.translator import TranslatorProposer
-from softprompt_registry.verbalization.verbalizer import VerbalizationConfig
+from softprompt_registry.verbalization.verbalizer import Candidate, VerbalizationConfig
 
 pytestmark = pytest.mark.vllm
 
@@ -236,11 +236,11 @@ def test_greedy_translations_and_their_scores_are_those_of_transformers(
     with in_transformers.reading():
         for soft_prompt in soft_prompts:
             require_no_near_tie(reading, soft_prompt, head, 12)
-    expected = in_transformers.translate(soft_prompts, prefill=prefill, max_new_tokens=12)
-    found = on_vllm.translate(soft_prompts, prefill=prefill, max_new_tokens=12)
+    expected = translated(in_transformers, soft_prompts, prefill=prefill, max_new_tokens=12)
+    found = translated(on_vllm, soft_prompts, prefill=prefill, max_new_tokens=12)
 
     assert [one.text for one in found] == [one.text for one in expected]
-    assert [one.log_likelihood for one in found] == pytest.approx([one.log_likelihood for one in expected], abs=1e-4)
+    assert [one.score for one in found] == pytest.approx([one.score for one in expected], abs=1e-4)
     plain = [base_model.decode(row) for row in written_by(base_model, soft_prompts, head)]
     assert [prefill + text.strip() for text in plain] != [one.text for one in expected], (
         "the adapter makes a difference"
@@ -273,10 +273,13 @@ def test_sampled_texts_depend_on_the_seed_alone_and_have_the_scores_of_transform
     on_vllm: TranslatorOnVllm, in_transformers: Translator, base_model: BaseModel
 ) -> None:
     soft_prompt = make(base_model)
-    settings: dict[str, Any] = {"max_new_tokens": 12, "temperature": 1.5}
-    first, again = (on_vllm.translate([soft_prompt], **settings, seed=3)[0] for _ in range(2))
-    (other,) = on_vllm.translate([soft_prompt], **settings, seed=4)
-    two = on_vllm.translate([soft_prompt] * 2, **settings, seed=3)
+
+    def sampled(seed: int, copies: int = 1) -> list[Candidate]:
+        """The second candidate, which is drawn with the seed behind the given one."""
+        config = VerbalizationConfig(num_candidates=2, max_new_tokens=12, temperature=1.5, seed=seed - 1)
+        return [found[1] for found in TranslatorProposer(on_vllm).propose([soft_prompt] * copies, config)]
+
+    (first,), (again,), (other,), two = sampled(3), sampled(3), sampled(4), sampled(3, copies=2)
     assert first == again != other
     assert two[0].text == first.text != two[1].text, "equal prompts in a batch are drawn apart"
 
@@ -286,17 +289,17 @@ def test_sampled_texts_depend_on_the_seed_alone_and_have_the_scores_of_transform
     )
     with in_transformers.reading(), torch.no_grad():
         scores = base.score_targets(soft_prompt.embeddings[None], [base.bos], [[*row, base.eos_id]])
-    assert first.log_likelihood == pytest.approx(float(scores.log_likelihood[0]) / (len(row) + 1), abs=1e-4)
+    assert first.score == pytest.approx(float(scores.log_likelihood[0]) / (len(row) + 1), abs=1e-4)
 
 
 def test_a_text_may_fill_the_base_model_but_for_two_tokens(on_vllm: TranslatorOnVllm, base_model: BaseModel) -> None:
     room = base_model.max_positions - K - len(base_model.bos) - 2
-    (filled,) = on_vllm.translate([make(base_model)], max_new_tokens=room)
-    assert filled.log_likelihood < 0
+    (filled,) = translated(on_vllm, [make(base_model)], max_new_tokens=room)
+    assert filled.score is not None and filled.score < 0
     with pytest.raises(
         ArtifactError, match=f"leaves room for {room} new ones within 510, but {room + 1} were asked for"
     ):
-        on_vllm.translate([make(base_model)], max_new_tokens=room + 1)
+        translated(on_vllm, [make(base_model)], max_new_tokens=room + 1)
 
 
 def test_what_needs_the_weights_in_this_process_is_refused(on_vllm: TranslatorOnVllm, base_model: BaseModel) -> None:

@@ -42,7 +42,7 @@ def train_translator_command(
     overrides: tuple[str, ...],
     as_json: bool,
 ) -> None:
-    """Train a translator on the bank's training tasks. Stopped or killed, it goes on at its last epoch.
+    """Train a translator on the bank's training tasks. Stopped or killed, it resumes at its last epoch.
 
     Under `accelerate launch` several processes divide each step among them.
 
@@ -81,7 +81,9 @@ def train_translator_command(
     "--dod", type=click.Path(path_type=Path), help="Try texts on the test pairs that this DoD has of each task."
 )
 @click.option(
-    "--pairs", type=click.Path(path_type=Path), help="Try texts on these pairs: a .jsonl file with input and output."
+    "--pairs",
+    type=click.Path(path_type=Path),
+    help="Try texts on these pairs: a file with input and output in each row, as import-dod reads.",
 )
 @click.option(
     "--inputs", type=click.Path(path_type=Path), help="Try texts on these inputs: a file with one on each line."
@@ -94,7 +96,7 @@ def train_translator_command(
 @click.option(
     "--min-faithfulness",
     type=float,
-    help="Hold texts back below it. Default: 0.5; better the one in an evaluation's rule.json.",
+    help="Withhold texts below this faithfulness. Default: 0.5; better the one in an evaluation's rule.json.",
 )
 @with_base_model
 @with_settings
@@ -124,7 +126,8 @@ def verbalize(
       softprompt verbalize bank --translator translator --dod tasks.sqlite --labels from-data
     """
     from softprompt_registry.config import build_config
-    from softprompt_registry.verbalization.verbalizer import VerbalizationConfig
+    from softprompt_registry.verbalization.verbalizer import Proposer, VerbalizationConfig
+    from softprompt_registry.verbalization.verbalizer import verbalize as verbalize_soft_prompts
 
     given = [name for name, file in (("--dod", dod), ("--pairs", pairs), ("--inputs", inputs)) if file is not None]
     if len(given) > 1:
@@ -136,13 +139,11 @@ def verbalize(
     settings = build_config(VerbalizationConfig, section_of("evaluation.verbalization", config, overrides))
     from softprompt_registry.registry.artifacts import find_artifact, find_soft_prompts, translator_base_model
     from softprompt_registry.translators.translator import Translator
-    from softprompt_registry.verbalization.abstention import AbstentionRule
+    from softprompt_registry.verbalization.abstention import DEFAULT_MIN_FAITHFULNESS, AbstentionRule
     from softprompt_registry.verbalization.evidence import collect_evidence
     from softprompt_registry.verbalization.proposers.label_list import LabelListProposer
     from softprompt_registry.verbalization.proposers.translator import TranslatorProposer
-    from softprompt_registry.verbalization.verbalizer import Proposer
     from softprompt_registry.verbalization.verifier import Verifier
-    from softprompt_registry.verbalization.verifying import DEFAULT_MIN_FAITHFULNESS, verbalize_verified
 
     read = [soft_prompt for uri in soft_prompts for soft_prompt in find_soft_prompts(uri)]
     # Before the base model is loaded: what is wrong with files is known at once.
@@ -153,13 +154,20 @@ def verbalize(
     if evidence.labelled_tasks:
         proposers.append(LabelListProposer(reader, evidence.labelled_tasks))
     rule = AbstentionRule(DEFAULT_MIN_FAITHFULNESS if min_faithfulness is None else min_faithfulness)
-    results = verbalize_verified(
-        read, proposers, settings, Verifier(loaded), evidence.tried_on, rule, translator_id=reader.id
+    texts = verbalize_soft_prompts(
+        read,
+        proposers,
+        settings,
+        verifier=Verifier(loaded),
+        evidence=evidence.tried_on,
+        rule=rule,
+        translator_id=reader.id,
     )
     if as_json:
-        print_json([result.to_json() for result in results])
+        print_json(
+            [{**text.to_json(), "verification": text.verification and text.verification.to_json()} for text in texts]
+        )
         return
-    texts = [result.verbalization for result in results]
     columns: dict[str, Sequence[str | None]] = {
         "task": [text.task for text in texts],
         "ground truth": [soft_prompt.record.ground_truth for soft_prompt in read],
@@ -168,7 +176,7 @@ def verbalize(
     if evidence.what is None:
         print_table("Verbalizations", columns)
         click.echo(
-            "Not verified: give --dod, --pairs or --inputs to try texts on, and to hold back those that fail.", err=True
+            "Not verified: give --dod, --pairs or --inputs to try texts on, and to withhold those that fail.", err=True
         )
         return
     columns["faithfulness"] = [_with_interval(text) for text in texts]

@@ -65,17 +65,6 @@ class TranslatorRecord:
         return cls(**values)
 
 
-@dataclass(frozen=True)
-class Translation:
-    """Text that a translator wrote for a soft prompt."""
-
-    text: str
-    """Prefill and continuation."""
-    prefill: str
-    log_likelihood: float
-    """Mean over the continuation's tokens and EOS, in nats per token, under the translator."""
-
-
 class Translator:
     """A translator on a loaded base model.
 
@@ -176,47 +165,6 @@ class Translator:
         soft = torch.stack([soft_prompt.embeddings for soft_prompt in soft_prompts]).to(self.base_model.device)
         with self.reading(), torch.no_grad():
             yield soft
-
-    def translate(
-        self,
-        soft_prompts: Sequence[SoftPrompt],
-        *,
-        prefill: str = "",
-        max_new_tokens: int = 64,
-        temperature: float = 0.0,
-        seed: int = 0,
-    ) -> list[Translation]:
-        """Write each soft prompt out as text: [soft tokens][BOS][prefill] and on until EOS or the cap.
-
-        Args:
-            soft_prompts: B prompts of this base model, all with the same K.
-            prefill: the beginning of every text (paper, appendix A.12), kept in the result.
-            max_new_tokens: cap on the continuation.
-            temperature: 0 is greedy.
-            seed: of the sampling.
-        """
-        sizes = sorted({soft_prompt.num_virtual_tokens for soft_prompt in soft_prompts})
-        if len(sizes) != 1:
-            raise ArtifactError(
-                f"translating: the soft prompts have K={sizes}, expected at least one, and one K in a batch. "
-                "Translate those of each K apart."
-            )
-        base = self.base_model
-        head = base.bos + (base.tokenize(prefill) if prefill else [])
-        with self.soft_tokens(soft_prompts) as soft:
-            rows = base.generate(
-                soft,
-                [head] * len(soft_prompts),
-                max_new_tokens=max_new_tokens,
-                temperature=temperature,
-                seed=seed,
-            )
-            scores = base.score_targets(soft, [head] * len(rows), [[*row, base.eos_id] for row in rows])
-        means = (scores.log_likelihood / scores.num_tokens).tolist()
-        return [
-            Translation((prefill + base.decode(row, after=head)).strip(), prefill, mean)
-            for row, mean in zip(rows, means, strict=True)
-        ]
 
 
 def read_record(folder: Path) -> TranslatorRecord:

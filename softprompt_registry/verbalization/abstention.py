@@ -12,6 +12,9 @@ from softprompt_registry.errors import ConfigError, DataError
 from softprompt_registry.storage import complete_record
 from softprompt_registry.verbalization.verification import Verification
 
+DEFAULT_MIN_FAITHFULNESS = 0.5
+"""From here on a text makes the base model act more as the soft prompt does than as it does without a prompt. It is no
+measured number: what share good texts keep depends on the base model and the tasks, and `evaluate` measures it."""
 MIN_ANSWERED = 5
 """A threshold that so few training tasks reach is not chosen: one or two lucky ones would decide it."""
 ALWAYS = "always abstains: "

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from softprompt_registry.dod.file_rows import Fault, is_text, jsonl_rows
+from softprompt_registry.dod.file_rows import Fault, is_text, rows_of, unit_of
 from softprompt_registry.dod.store import DodStore
 from softprompt_registry.dod.task import Pair, Task
 from softprompt_registry.errors import ConfigError, DataError
@@ -57,7 +57,7 @@ def collect_evidence(
 
     Args:
         dod: whose test pairs of each soft prompt's task are taken.
-        pairs: a JSON Lines file, for one soft prompt, since pairs are of one task.
+        pairs: a file of rows, for one soft prompt, since pairs are of one task.
         inputs: a text file with an input on each line, for all soft prompts.
         labels_from_data: take the labels of classification tasks from the outputs in `dod` or `pairs`.
 
@@ -96,22 +96,24 @@ def collect_evidence(
 
 
 def pairs_of_file(path: Path) -> tuple[Pair, ...]:
-    """The pairs of a JSON Lines file with the keys `input` and `output`; others are left alone.
+    """The pairs of a file of rows with `input` and `output`, in the format that its ending names, else JSON Lines.
 
     Raises:
-        DataError: a line is no such object, or there are too few.
+        DataError: a row is no such pair, or there are too few.
         FileNotFoundError: there is no such file.
     """
     doing = f"reading pairs from {str(path)!r}"
-    _require_file(path)
+    with path.open("rb"):
+        pass  # the error of a missing file names it
     pairs = []
-    for line, row in jsonl_rows(path):
+    for number, row in rows_of(path, ("input", "output")):
+        where = f"{doing}: {unit_of(path)} {number}"
         if isinstance(row, Fault):
-            raise DataError(f"{doing}: line {line} is {row.found}, expected {row.expected}. {row.advice}")
+            raise DataError(f"{where} is {row.found}, expected {row.expected}. {row.advice}")
         missing = [key for key in ("input", "output") if not is_text(row.get(key))]
         if missing:
             raise DataError(
-                f"{doing}: line {line} has no text under {' and '.join(map(repr, missing))}, expected a line such as "
+                f"{where} has no text under {' and '.join(map(repr, missing))}, expected a pair such as "
                 '{"input": "a text", "output": "a label"}. Correct it, or leave it out.'
             )
         pairs.append(Pair(row["input"], row["output"]))
@@ -136,11 +138,6 @@ def inputs_of_file(path: Path) -> tuple[str, ...]:
     inputs = tuple(line.strip() for line in lines if line.strip())
     _require_enough(len(inputs), "inputs, one on each line", doing)
     return inputs
-
-
-def _require_file(path: Path) -> None:
-    with path.open("rb"):
-        pass
 
 
 def _require_enough(found: int, what: str, doing: str) -> None:

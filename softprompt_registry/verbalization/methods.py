@@ -19,8 +19,8 @@ from softprompt_registry.verbalization.verbalizer import (
     Proposer,
     Verbalization,
     VerbalizationConfig,
+    choose,
     distinct,
-    verified,
 )
 from softprompt_registry.verbalization.verification import Verification
 from softprompt_registry.verbalization.verifier import Verifier
@@ -63,13 +63,13 @@ def apply_methods(
     A method by a proposer's name gives its first choice (a translator's greedy text). With `+verifier` behind the name the
     verifier has chosen among all its candidates; there is none such for proposers that write one candidate at most.
     `all+verifier` chooses among the candidates of all proposers, those in `without_verifier` left out. The rule judges every
-    text. A proposer that fails with one soft prompt has no candidate for that one, and goes on with the others.
+    text. A proposer that fails with one soft prompt has no candidate for that one, and the others have theirs.
 
     Args:
         tasks: by name; each needs held-out pairs with at least two different inputs.
         translator_id: of the translator that some of the proposers use.
+        without_verifier: names of proposers whose candidates take no part in `all+verifier`.
         test_order: whether soft prompts that are as good in another order of their tokens are given no text.
-        without_verifier: names of negative controls, whose candidates nobody would want to win.
 
     Raises:
         DataError: a task has too few held-out pairs.
@@ -90,21 +90,21 @@ def apply_methods(
             ranking.append(verifier.verify(prompt, texts_of, pairs=halves[number].ranking, test_order=test_order))
             bar.advance(1, prompt.record.task)
 
-    def choose(candidates: Sequence[Sequence[Candidate]], *, first: bool) -> list[Verbalization]:
+    def chosen(candidates: Sequence[Sequence[Candidate]], *, keep_order: bool) -> list[Verbalization]:
         return [
-            verified(_unverified(prompt, found, config, translator_id), verification, rule, keep_text=first)
+            choose(prompt, found, config, verification, rule, keep_order=keep_order, translator_id=translator_id)
             for prompt, found, verification in zip(soft_prompts, candidates, ranking, strict=True)
         ]
 
     texts: dict[str, list[Verbalization]] = {}
     together: list[list[Candidate]] = [[] for _ in soft_prompts]
     for name, candidates in by_proposer.items():
-        texts[name] = choose(candidates, first=True)
+        texts[name] = chosen(candidates, keep_order=True)
         if any(len(found) > 1 for found in candidates):
-            texts[f"{name}{WITH_VERIFIER}"] = choose(candidates, first=False)
+            texts[f"{name}{WITH_VERIFIER}"] = chosen(candidates, keep_order=False)
         if name not in without_verifier:
             together = [[*all_found, *found] for all_found, found in zip(together, candidates, strict=True)]
-    texts[f"{ALL}{WITH_VERIFIER}"] = choose([distinct(found) for found in together], first=False)
+    texts[f"{ALL}{WITH_VERIFIER}"] = chosen([distinct(found) for found in together], keep_order=False)
     reporting = _report(soft_prompts, texts, [half.reporting for half in halves], verifier, recorder)
     return MethodTexts(texts, ranking, reporting, failures)
 
@@ -123,23 +123,6 @@ def _propose(
             failures[proposer.name, soft_prompts[0].record.task] = str(error)
             return [[]]
     return [_propose(proposer, [prompt], config, failures)[0] for prompt in soft_prompts]
-
-
-def _unverified(
-    prompt: SoftPrompt, candidates: Sequence[Candidate], config: VerbalizationConfig, translator_id: str | None
-) -> Verbalization:
-    return Verbalization(
-        text=candidates[0].text if candidates else "",
-        task=prompt.record.task,
-        candidates=tuple(candidates),
-        soft_prompt_id=prompt.id,
-        base_fingerprint=prompt.record.base_model.fingerprint,
-        prefill=candidates[0].prefill if candidates else "",
-        seed=config.seed,
-        temperature=config.temperature,
-        max_new_tokens=config.max_new_tokens,
-        translator_id=translator_id,
-    )
 
 
 def _report(

@@ -1,13 +1,14 @@
-"""From soft prompt to verbalization: proposers write candidates, the verifier tries them, the best one is kept or none.
+"""From soft prompt to text: proposers write candidates, the verifier ranks them, and a rule withholds a text that fails.
 
-Without anything to try candidates on, the ranking is the proposer's own likelihood and `faithfulness` is None, with the
-reason beside it.
+Without anything to try candidates on they are ranked by the proposers' own scores and `faithfulness` is None, with the reason
+beside it. The command line, the served model and Python users call `verbalize`; an evaluation compares methods
+(`methods.py`). Both make each verbalization by `choose`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Protocol
 
 from pydantic import PositiveFloat, PositiveInt
@@ -15,8 +16,10 @@ from pydantic import PositiveFloat, PositiveInt
 from softprompt_registry.config import settings
 from softprompt_registry.soft_prompts.soft_prompt import SoftPrompt
 from softprompt_registry.storage import complete_record
-from softprompt_registry.verbalization.abstention import AbstentionRule, decide
+from softprompt_registry.verbalization.abstention import DEFAULT_MIN_FAITHFULNESS, AbstentionRule, decide
+from softprompt_registry.verbalization.evidence import TriedOn
 from softprompt_registry.verbalization.verification import Verification
+from softprompt_registry.verbalization.verifier import Verifier, fitting_template
 
 RANKED_BY_OWN_SCORE = "candidates are ranked by the proposer's own score"
 NOT_VERIFIED = f"not verified: {RANKED_BY_OWN_SCORE}"
@@ -62,9 +65,13 @@ class Verbalization:
     """Whether the text must not be taken for what the soft prompt does; it is kept for a look at it."""
     reason: str | None = NOT_VERIFIED
     """Why it was not verified or why it abstained."""
+    verification: Verification | None = field(default=None, repr=False, compare=False)
+    """What it was judged by; None where there was too little to try its candidates on. No part of the record."""
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        record = asdict(replace(self, verification=None))
+        del record["verification"]
+        return record
 
     @classmethod
     def from_json(cls, record: dict[str, Any]) -> Verbalization:
@@ -74,7 +81,7 @@ class Verbalization:
             ArtifactError: an entry is missing.
         """
         with complete_record("a verbalization"):
-            values = {item.name: record[item.name] for item in fields(cls)}
+            values = {item.name: record[item.name] for item in fields(cls) if item.compare}
             values["candidates"] = tuple(Candidate(**candidate) for candidate in record["candidates"])
             interval = record["faithfulness_interval"]
             values["faithfulness_interval"] = None if interval is None else (interval[0], interval[1])
@@ -92,9 +99,9 @@ class VerbalizationConfig:
     max_new_tokens: PositiveInt = 64
     """Length cap of a text, prefill not counted."""
     temperature: PositiveFloat = 0.7
-    """Of the sampled candidates."""
+    """Temperature of the sampled candidates."""
     seed: int = 0
-    """Of the sampling; candidate i uses seed + i. A sampled text also depends on the prompts that share its batch; the
+    """Seed for the sampling; candidate i uses seed + i. A sampled text also depends on the prompts that share its batch; the
     served model samples each row alone."""
 
 
@@ -109,64 +116,101 @@ class Proposer(Protocol):
 
 def verbalize(
     soft_prompts: Sequence[SoftPrompt],
-    proposer: Proposer,
-    config: VerbalizationConfig,
+    proposers: Sequence[Proposer],
+    config: VerbalizationConfig | None = None,
     *,
+    verifier: Verifier | None = None,
+    evidence: Sequence[TriedOn] = (),
+    rule: AbstentionRule | None = None,
     translator_id: str | None = None,
 ) -> list[Verbalization]:
-    """One verbalization per soft prompt, in order.
+    """One verbalization per soft prompt, in order: of all proposers' candidates the verifier's choice, if the rule gives it.
 
-    The candidate with the highest own score becomes the text; candidates without scores stay in the proposer's order.
+    Where there is nothing to try candidates on, or too little, they are ranked by their own scores and `reason` says so;
+    candidates without scores stay in the proposers' order. A soft prompt whose record has no template is tried in the one of
+    `TEMPLATES` that fits it (`fitting_template`).
+
+    Args:
+        verifier: needed where there is evidence.
+        evidence: what texts are tried on, for each soft prompt; empty tries nothing.
+        rule: None requires a faithfulness of `DEFAULT_MIN_FAITHFULNESS`.
+        translator_id: id of the translator that some of the proposers use, for the record.
+
+    Raises:
+        ConfigError, DataError, BaseModelError: see `Verifier.verify`.
+        BaseModelMismatch: a soft prompt of another base model.
     """
+    config = config or VerbalizationConfig()
+    rule = rule or AbstentionRule(DEFAULT_MIN_FAITHFULNESS)
+    written = [proposer.propose(soft_prompts, config) for proposer in proposers]
     results = []
-    for soft_prompt, candidates in zip(soft_prompts, proposer.propose(soft_prompts, config), strict=True):
-        ranked = rank(candidates)
-        results.append(
-            Verbalization(
-                text=ranked[0].text if ranked else "",
-                task=soft_prompt.record.task,
-                candidates=tuple(ranked),
-                soft_prompt_id=soft_prompt.id,
-                base_fingerprint=soft_prompt.record.base_model.fingerprint,
-                prefill=ranked[0].prefill if ranked else "",
-                seed=config.seed,
-                temperature=config.temperature,
-                max_new_tokens=config.max_new_tokens,
-                translator_id=translator_id,
+    for number, (soft_prompt, data) in enumerate(
+        zip(soft_prompts, evidence or [TriedOn()] * len(soft_prompts), strict=True)
+    ):
+        candidates = rank([candidate for found in written for candidate in found[number]])
+        verification, reason = None, NOT_VERIFIED
+        if data.too_few:
+            reason = f"not verified: {data.too_few}; {RANKED_BY_OWN_SCORE}"
+        elif data:
+            assert verifier is not None, "evidence without a verifier"
+            verification = verifier.verify(
+                soft_prompt,
+                [candidate.text for candidate in candidates],
+                pairs=data.pairs,
+                inputs=data.inputs,
+                template=soft_prompt.record.template or fitting_template(verifier, soft_prompt, data),
+                test_order=True,
             )
-        )
+        made = choose(soft_prompt, candidates, config, verification, rule, translator_id=translator_id)
+        results.append(made if verification else replace(made, reason=reason))
     return results
 
 
-def verified(
-    verbalization: Verbalization, verification: Verification, rule: AbstentionRule, *, keep_text: bool = False
+def choose(
+    soft_prompt: SoftPrompt,
+    candidates: Sequence[Candidate],
+    config: VerbalizationConfig,
+    verification: Verification | None,
+    rule: AbstentionRule,
+    *,
+    keep_order: bool = False,
+    translator_id: str | None = None,
 ) -> Verbalization:
-    """A verbalization with its candidates in the verifier's order, the best as its text unless the rule abstains.
+    """The verbalization of a soft prompt: its text is the first of the candidates in the verifier's order.
 
     Args:
-        verification: of this soft prompt, with every candidate among its texts.
-        keep_text: leave the text as it is and only judge it.
+        candidates: without doubles.
+        verification: of this soft prompt, with every candidate among its texts; None leaves the text unverified.
+        rule: whether a verified text abstains.
+        keep_order: leave the candidates in their order, and only judge the first one.
     """
-    by_text = {item.text: item for item in verification.candidates}
-    order = {item.text: place for place, item in enumerate(verification.candidates)}
-    candidates = [
-        replace(candidate, verified_score=by_text[candidate.text].score) for candidate in verbalization.candidates
-    ]
-    if not keep_text:
-        candidates.sort(key=lambda candidate: order[candidate.text])
-    text = verbalization.text if keep_text or not candidates else candidates[0].text
-    prefill = next((candidate.prefill for candidate in candidates if candidate.text == text), verbalization.prefill)
-    chosen = by_text.get(text)
-    decision = decide(replace(verification, candidates=() if chosen is None else (chosen,)), rule)
-    interval = None
-    if chosen is not None and chosen.low is not None and chosen.high is not None:
-        interval = (chosen.low, chosen.high)
-    return replace(
-        verbalization,
-        text=text,
-        prefill=prefill,
+    if verification is not None:
+        place = {item.text: number for number, item in enumerate(verification.candidates)}
+        verified = verification.candidates
+        candidates = [replace(one, verified_score=verified[place[one.text]].score) for one in candidates]
+        if not keep_order:
+            candidates.sort(key=lambda candidate: place[candidate.text])
+    made = Verbalization(
+        text=candidates[0].text if candidates else "",
+        task=soft_prompt.record.task,
         candidates=tuple(candidates),
-        faithfulness=None if chosen is None else chosen.faithfulness,
+        soft_prompt_id=soft_prompt.id,
+        base_fingerprint=soft_prompt.record.base_model.fingerprint,
+        prefill=candidates[0].prefill if candidates else "",
+        seed=config.seed,
+        temperature=config.temperature,
+        max_new_tokens=config.max_new_tokens,
+        translator_id=translator_id,
+        verification=verification,
+    )
+    if verification is None:
+        return made
+    best = next((item for item in verification.candidates if item.text == made.text), None)
+    decision = decide(replace(verification, candidates=() if best is None else (best,)), rule)
+    interval = None if best is None or best.low is None or best.high is None else (best.low, best.high)
+    return replace(
+        made,
+        faithfulness=None if best is None else best.faithfulness,
         faithfulness_interval=interval,
         evidence=verification.evidence,
         abstained=decision.abstained,

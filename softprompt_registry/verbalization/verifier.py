@@ -21,7 +21,7 @@ from pydantic import PositiveInt
 from softprompt_registry.base_models.frozen import BaseModel
 from softprompt_registry.base_models.reference import require_same_base
 from softprompt_registry.config import InnerShare, settings
-from softprompt_registry.dod.task import Pair
+from softprompt_registry.dod.task import TEMPLATES, Pair
 from softprompt_registry.errors import BaseModelError, ConfigError, DataError
 from softprompt_registry.soft_prompts.encoding import RowEncoder, encode_inside
 from softprompt_registry.soft_prompts.performance import soft_rows
@@ -35,6 +35,7 @@ from softprompt_registry.verbalization.conditions import (
     negative_divergences,
     target_log_likelihoods,
 )
+from softprompt_registry.verbalization.evidence import TriedOn
 from softprompt_registry.verbalization.held_out import in_turn
 from softprompt_registry.verbalization.verification import (
     Bootstrap,
@@ -376,3 +377,37 @@ def _other_orders(length: int, count: int, seed: int) -> list[tuple[int, ...]]:
         if order != own:
             orders[order] = None
     return list(orders)
+
+
+_INPUTS_FOR_TEMPLATE = 8
+
+
+def fitting_template(verifier: Verifier, soft_prompt: SoftPrompt, data: TriedOn) -> str:
+    """The one of `TEMPLATES` that a soft prompt was most likely tuned in, where its record does not say.
+
+    That in which it makes the outputs of the pairs likelier; without pairs, that in which the base model under the soft
+    prompt is surer of what it answers to the inputs, which tells less.
+    """
+
+    def fit(template: str) -> float:
+        if data.pairs:
+            return verifier.verify(soft_prompt, [], pairs=data.pairs, template=template).soft_prompt
+        return _sureness(verifier, soft_prompt, data.inputs[:_INPUTS_FOR_TEMPLATE], template)
+
+    return max(TEMPLATES.values(), key=fit)
+
+
+def _sureness(verifier: Verifier, soft_prompt: SoftPrompt, inputs: Sequence[str], template: str) -> float:
+    """Mean log-likelihood per token of the greedy answers, with EOS where they end, in nats."""
+    import torch
+
+    base, config = verifier.base_model, verifier.config
+    room = base.max_positions - soft_prompt.num_virtual_tokens - config.max_answer_tokens - 1
+    limit = min(config.max_pair_tokens, room)
+    encoder = RowEncoder.of(base, soft_prompt.record)
+    prompts = [encoder.prompt(template, text, limit)[0] for text in inputs]
+    soft = soft_prompt.embeddings.to(base.device).expand(len(prompts), -1, -1)  # (B, K, D)
+    with torch.no_grad():
+        answers = base.generate(soft, prompts, max_new_tokens=config.max_answer_tokens, keep_end=True)
+        scores = base.score_targets(soft, prompts, answers)
+    return float((scores.log_likelihood / scores.num_tokens).mean())
