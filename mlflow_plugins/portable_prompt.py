@@ -404,7 +404,7 @@ class _ServedTranslator:
             result["usage"] = asdict(usage_of(own, self._target.config.prices if self._target.config else None))
 
 
-def _load_translator(folder: Path, base_model: BaseModel, config: ServingConfig) -> Translator:
+def _load_translator(folder: Path, base_model: BaseModel, config: ServingConfig) -> Translator | TranslatorOnVllm:
     if config.engine == "transformers":
         return Translator.load(folder, base_model)
     # A character is at most four tokens, its bytes.

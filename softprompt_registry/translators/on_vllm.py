@@ -9,29 +9,20 @@ a CPU's engine dies when a text is scored.
 from __future__ import annotations
 
 import contextlib
-import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Any
 
 from pydantic import PositiveInt
 
-from softprompt_registry.base_models.frozen import BaseModel, JoinedBatch, TargetScores
-from softprompt_registry.base_models.prefixes import PrefixRows
-from softprompt_registry.base_models.reference import require_same_base
+from softprompt_registry.base_models.frozen import BaseModel, TargetScores
+from softprompt_registry.base_models.reference import BaseModelRef, require_same_base
 from softprompt_registry.config import PositiveShare, settings
 from softprompt_registry.errors import ArtifactError, BaseModelError, ConfigError
 from softprompt_registry.fingerprints import SHORT, digest_of_file, digest_of_json
-from softprompt_registry.storage import folder_written_whole
-from softprompt_registry.translators.translator import (
-    ADAPTER_CONFIG_FILE,
-    ADAPTER_FILE,
-    RECORD_FILE,
-    Translator,
-    TranslatorRecord,
-    read_record,
-)
+from softprompt_registry.soft_prompts.soft_prompt import SoftPrompt
+from softprompt_registry.translators.translator import ADAPTER_FILE, TranslatorRecord, read_record, stacked
 
 if TYPE_CHECKING:
     import torch
@@ -74,18 +65,18 @@ def require_vllm() -> None:
         )
 
 
-class TranslatorOnVllm(Translator):
-    """A translator whose base model runs in vLLM with the adapter laid over it.
+class TranslatorOnVllm:
+    """A translator whose base model runs in vLLM with the adapter laid over it; a `SoftPromptReader`.
 
     Greedy texts are those of `Translator`, but that rounding may decide between two tokens that are nearly equally likely;
     sampled ones are others, since vLLM draws in its own way. A bfloat16 base model takes the adapter in bfloat16 here, in
     float32 there. Not to be used from several threads at a time.
     """
 
-    def __init__(self, base_model: BaseModelOnVllm, record: TranslatorRecord, adapter_name: str, folder: Path) -> None:
-        super().__init__(base_model, record, adapter_name)
-        self._folder = folder
-        self._on_vllm = base_model
+    def __init__(self, base_model: VllmTextModel, record: TranslatorRecord, adapter_name: str) -> None:
+        self.base_model = base_model
+        self.record = record
+        self.id = adapter_name
 
     @classmethod
     def load(cls, folder: Path, base_model: BaseModel, config: VllmTranslatorConfig | None = None) -> TranslatorOnVllm:
@@ -107,21 +98,16 @@ class TranslatorOnVllm(Translator):
             "loading a translator", "the translator", record.base_model, "the loaded model", base_model.ref
         )
         adapter = _read_adapter(folder)
-        return cls(BaseModelOnVllm(base_model, adapter, config or VllmTranslatorConfig()), record, adapter.name, folder)
+        return cls(VllmTextModel(base_model, adapter, config or VllmTranslatorConfig()), record, adapter.name)
 
     @contextlib.contextmanager
-    def reading(self) -> Iterator[None]:
-        """The adapter is always on."""
-        yield
-
-    def save(self, folder: Path) -> None:
-        with folder_written_whole(folder) as partial:
-            for name in (ADAPTER_FILE, ADAPTER_CONFIG_FILE, RECORD_FILE):
-                shutil.copyfile(self._folder / name, partial / name)
+    def soft_tokens(self, soft_prompts: Sequence[SoftPrompt]) -> Iterator[torch.Tensor]:
+        """As `Translator.soft_tokens`; the adapter is always on."""
+        yield stacked(soft_prompts, self.record.base_model)
 
     def close(self) -> None:
         """End vLLM's worker process and free its memory."""
-        self._on_vllm.close()
+        self.base_model.close()
 
 
 @dataclass(frozen=True)
@@ -154,14 +140,14 @@ def _read_adapter(folder: Path) -> _Adapter:
     return _Adapter(folder, name, tuple(sorted(ranks)), max(ranks.values()))
 
 
-class BaseModelOnVllm(BaseModel):
-    """A base model with an adapter on it, as far as vLLM can compute it: texts and their scores.
+class VllmTextModel:
+    """A base model in vLLM with an adapter on it: a `TextModel`.
 
     Tokenizer, ids and fingerprint are those of the base model in transformers, whose weights are not used here.
     """
 
     def __init__(self, base_model: BaseModel, adapter: _Adapter, config: VllmTranslatorConfig) -> None:
-        super().__init__(base_model.model, base_model.tokenizer, base_model.ref)
+        self._base_model = base_model
         self._max_model_len = min(config.max_model_len, base_model.max_positions)
         self._llm: Any = self._start(config, adapter)
         try:
@@ -170,14 +156,32 @@ class BaseModelOnVllm(BaseModel):
             self.close()
             raise
 
+    @property
+    def ref(self) -> BaseModelRef:
+        return self._base_model.ref
+
+    @property
+    def bos(self) -> list[int]:
+        return self._base_model.bos
+
+    @property
+    def eos_id(self) -> int:
+        return self._base_model.eos_id
+
+    def tokenize(self, text: str) -> list[int]:
+        return self._base_model.tokenize(text)
+
+    def decode(self, ids: Sequence[int], after: Sequence[int] = ()) -> str:
+        return self._base_model.decode(ids, after)
+
     def _start(self, config: VllmTranslatorConfig, adapter: _Adapter) -> Any:
         import vllm
 
         try:
             return vllm.LLM(
-                model=str(self.model.config.name_or_path),
+                model=str(self._base_model.model.config.name_or_path),
                 revision=self.ref.revision,
-                dtype=str(self.dtype).removeprefix("torch."),
+                dtype=str(self._base_model.dtype).removeprefix("torch."),
                 # Token ids go in and come out.
                 skip_tokenizer_init=True,
                 enable_prompt_embeds=True,
@@ -226,13 +230,12 @@ class BaseModelOnVllm(BaseModel):
 
     def generate(
         self,
-        soft_prompts: torch.Tensor | PrefixRows | None,
+        soft_prompts: torch.Tensor,
         prompt_ids: Sequence[Sequence[int]],
         *,
         max_new_tokens: int,
         temperature: float = 0.0,
         seed: int = 0,
-        keep_end: bool = False,
     ) -> list[list[int]]:
         """As `BaseModel.generate`, but that a sampled row depends on its place in the batch and not on the other rows.
 
@@ -251,19 +254,16 @@ class BaseModelOnVllm(BaseModel):
                 seed=int(digest_of_json([seed, row])[:8], 16),
                 # By these ids alone: without a tokenizer vLLM does not know all of them.
                 ignore_eos=True,
-                stop_token_ids=list(self.end_ids),
+                stop_token_ids=list(self._base_model.end_ids),
                 detokenize=False,
             )
             for row in range(len(prompts))
         ]
         rows = [list(output.outputs[0].token_ids) for output in self._ask(prompts, sampling)]
-        return [self.until_end(row, keep_end=keep_end) for row in rows]
+        return [self._base_model.until_end(row) for row in rows]
 
     def score_targets(
-        self,
-        soft_prompts: torch.Tensor | PrefixRows | None,
-        prompt_ids: Sequence[Sequence[int]],
-        target_ids: Sequence[Sequence[int]],
+        self, soft_prompts: torch.Tensor, prompt_ids: Sequence[Sequence[int]], target_ids: Sequence[Sequence[int]]
     ) -> TargetScores:
         """As `BaseModel.score_targets`, without gradients.
 
@@ -281,12 +281,12 @@ class BaseModelOnVllm(BaseModel):
             behind = output.prompt_logprobs[-len(target) :]  # of the last tokens, which are the target's
             sums.append(sum(found[token].logprob for found, token in zip(behind, target, strict=True)))
         return TargetScores(
-            torch.tensor(sums, dtype=torch.float32, device=self.device),
-            torch.tensor([len(target) for target in target_ids], device=self.device),
+            torch.tensor(sums, dtype=torch.float32),
+            torch.tensor([len(target) for target in target_ids]),
         )
 
     def _prompts(
-        self, soft_prompts: torch.Tensor | PrefixRows | None, token_ids: Sequence[Sequence[int]], more: int
+        self, soft_prompts: torch.Tensor, token_ids: Sequence[Sequence[int]], more: int
     ) -> list[dict[str, Any]]:
         """Prompts of vLLM: [soft tokens][ids], each of which must have room for `more` tokens.
 
@@ -294,8 +294,6 @@ class BaseModelOnVllm(BaseModel):
         """
         import torch
 
-        if not isinstance(soft_prompts, torch.Tensor):
-            self._refuse("rows without soft tokens of their own")
         num_soft = soft_prompts.shape[1]
         longest = num_soft + max(len(ids) for ids in token_ids)
         if longest + more > self.max_positions:
@@ -305,7 +303,7 @@ class BaseModelOnVllm(BaseModel):
                 f"but {more} were asked for. Lower max_new_tokens, or raise max_model_len."
             )
         prompts = []
-        for soft, ids in zip(soft_prompts.detach().to("cpu", self.dtype), token_ids, strict=True):
+        for soft, ids in zip(soft_prompts.detach().to("cpu", self._base_model.dtype), token_ids, strict=True):
             prompts.append(
                 {
                     # (K + T, D); only the first K rows are looked at
@@ -320,28 +318,6 @@ class BaseModelOnVllm(BaseModel):
         if self._llm is None:
             raise RuntimeError("this translator is closed")
         return list(self._llm.generate(prompts, sampling, lora_request=self._lora, use_tqdm=False))
-
-    def prefixes(self, soft_prompts: torch.Tensor, lead: Sequence[int] = ()) -> NoReturn:
-        self._refuse("keys and values of soft prompts")
-
-    def join(
-        self,
-        soft_prompts: torch.Tensor | PrefixRows | None,
-        token_ids: Sequence[Sequence[int]],
-        *,
-        pad_side: Literal["left", "right"],
-    ) -> NoReturn:
-        self._refuse("a forward pass or a beam search")
-
-    def logits_at(self, joined: JoinedBatch, rows: torch.Tensor, columns: torch.Tensor) -> NoReturn:
-        self._refuse("logits")
-
-    def _refuse(self, what: str) -> NoReturn:
-        """The weights that `self.model` holds lack the adapter: what needs them would be silently wrong."""
-        raise ConfigError(
-            f"reading soft prompts in vLLM: found {what} asked for, expected soft prompts to be written out, greedily or "
-            "sampled, and scored. Load the translator in transformers for that."
-        )
 
 
 def _one_line(error: Exception) -> str:

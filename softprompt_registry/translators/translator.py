@@ -11,9 +11,9 @@ import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
-from softprompt_registry.base_models.frozen import SEQUENCE_LAYOUT, BaseModel
+from softprompt_registry.base_models.frozen import SEQUENCE_LAYOUT, BaseModel, TargetScores
 from softprompt_registry.base_models.reference import BaseModelRef, require_same_base
 from softprompt_registry.errors import ArtifactError
 from softprompt_registry.fingerprints import SHORT, digest_of_file
@@ -63,6 +63,45 @@ class TranslatorRecord:
         values["base_model"] = BaseModelRef.from_json(record["base_model"])
         values["train_tasks"] = tuple(record.get("train_tasks", ()))
         return cls(**values)
+
+
+class TextModel(Protocol):
+    """What writing texts takes of a base model; see `BaseModel` for each."""
+
+    @property
+    def ref(self) -> BaseModelRef: ...
+    @property
+    def bos(self) -> list[int]: ...
+    @property
+    def eos_id(self) -> int: ...
+    @property
+    def max_positions(self) -> int: ...
+    def tokenize(self, text: str) -> list[int]: ...
+    def decode(self, ids: Sequence[int], after: Sequence[int] = ()) -> str: ...
+    def generate(
+        self,
+        soft_prompts: torch.Tensor,
+        prompt_ids: Sequence[Sequence[int]],
+        *,
+        max_new_tokens: int,
+        temperature: float = 0.0,
+        seed: int = 0,
+    ) -> list[list[int]]: ...
+    def score_targets(
+        self, soft_prompts: torch.Tensor, prompt_ids: Sequence[Sequence[int]], target_ids: Sequence[Sequence[int]]
+    ) -> TargetScores: ...
+
+
+class SoftPromptReader(Protocol):
+    """A translator as far as texts are written with it, wherever its base model runs."""
+
+    @property
+    def base_model(self) -> TextModel: ...
+    @property
+    def record(self) -> TranslatorRecord: ...
+    @property
+    def id(self) -> str: ...
+    def soft_tokens(self, soft_prompts: Sequence[SoftPrompt]) -> contextlib.AbstractContextManager[torch.Tensor]: ...
 
 
 class Translator:
@@ -154,17 +193,23 @@ class Translator:
         """
         import torch
 
-        for soft_prompt in soft_prompts:
-            require_same_base(
-                "translating",
-                f"soft prompt {soft_prompt.record.task!r}",
-                soft_prompt.record.base_model,
-                "this translator",
-                self.record.base_model,
-            )
-        soft = torch.stack([soft_prompt.embeddings for soft_prompt in soft_prompts]).to(self.base_model.device)
+        soft = stacked(soft_prompts, self.record.base_model).to(self.base_model.device)
         with self.reading(), torch.no_grad():
             yield soft
+
+
+def stacked(soft_prompts: Sequence[SoftPrompt], base_model: BaseModelRef) -> torch.Tensor:
+    """The embeddings of B soft prompts of one K and of this base model: (B, K, D).
+
+    Raises:
+        BaseModelMismatch: a soft prompt belongs to another base model.
+    """
+    import torch
+
+    for soft_prompt in soft_prompts:
+        of, task = soft_prompt.record.base_model, soft_prompt.record.task
+        require_same_base("translating", f"soft prompt {task!r}", of, "this translator", base_model)
+    return torch.stack([soft_prompt.embeddings for soft_prompt in soft_prompts])
 
 
 def read_record(folder: Path) -> TranslatorRecord:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from softprompt_registry.base_models.frozen import BaseModel
 from softprompt_registry.errors import ConfigError
 from softprompt_registry.soft_prompts.soft_prompt import SoftPrompt
-from softprompt_registry.translators.translator import Translator
+from softprompt_registry.translators.translator import SoftPromptReader, TextModel
 from softprompt_registry.verbalization.repeated_labels import dedupe_list
 from softprompt_registry.verbalization.verbalizer import Candidate, VerbalizationConfig, distinct
 
@@ -54,7 +54,7 @@ class TranslatorProposer:
 
     def __init__(
         self,
-        translator: Translator,
+        translator: SoftPromptReader,
         rows_per_batch: int = 16,
         *,
         prefills: Sequence[str] = (),
@@ -143,6 +143,11 @@ class TranslatorProposer:
     ) -> list[list[Candidate]]:
         """At most `num_beams` different candidates, best first, for each of B soft prompts, read as soft: (B, K, D)."""
         base = self.translator.base_model
+        if not isinstance(base, BaseModel):
+            raise ConfigError(
+                f"writing candidates by {self.name!r}: found {num_beams} beams for a translator that does not run in "
+                "transformers, expected none. Leave num_beams out, or load the translator in transformers."
+            )
         head = base.bos + (base.tokenize(config.prefill) if config.prefill else [])
         cap = config.max_new_tokens
         found = beam_search(base, soft, head, num_beams=num_beams, max_new_tokens=cap)
@@ -169,7 +174,7 @@ class TranslatorProposer:
 
 
 def mean_log_likelihoods(
-    base_model: BaseModel, soft: torch.Tensor, head: Sequence[int], texts: Sequence[Sequence[int]]
+    base_model: TextModel, soft: torch.Tensor, head: Sequence[int], texts: Sequence[Sequence[int]]
 ) -> list[float]:
     """Of each text and EOS after [soft tokens][head], in nats per token.
 
