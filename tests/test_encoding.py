@@ -311,5 +311,5 @@ def test_answers_come_in_the_prompts_own_layout() -> None:
     assert SoftPrompted(base, prompt).identity != SoftPrompted(base, with_bos).identity  # answers are kept by it
     assert _prompt_ids(base, prompt, "a", 0, 8) == base.tokenize(text)
     assert _prompt_ids(base, with_bos, "a", 0, 8) == [0, *base.tokenize(text)]
-    trial = BehaviourProposer(base, ["a"])._trial(prompt)
+    trial = BehaviourProposer(base, {prompt.record.task: ["a"]})._trial(prompt)
     assert trial.prompts == [base.tokenize(text)]

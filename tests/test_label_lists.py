@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 
 import pytest
@@ -9,17 +10,12 @@ import torch
 from peft import LoraConfig
 from tiny_llm import HIDDEN_SIZE, tiny_base_model
 
-from softprompt_registry.errors import DataError
+from softprompt_registry.dod.task import Pair, Task
 from softprompt_registry.soft_prompts.soft_prompt import SoftPrompt, SoftPromptRecord
 from softprompt_registry.translators.translator import Translator, TranslatorRecord, adapter_parameters, add_adapter
-from softprompt_registry.verbalization.label_lists import (
-    LIST_PREFILL,
-    label_candidates,
-    label_list_text,
-    likely_order,
-    with_labels,
-)
+from softprompt_registry.verbalization.proposers.label_list import LabelListProposer
 from softprompt_registry.verbalization.repeated_labels import dedupe_list
+from softprompt_registry.verbalization.verbalizer import Candidate, VerbalizationConfig
 
 LABELS = ("joy", "fear", "anger", "calm")
 
@@ -51,84 +47,45 @@ def mean_by_hand(soft_prompt: SoftPrompt, text: str, *, end: bool = True) -> flo
 # Known labels ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_label_list_is_written_as_a_translator_learns_it() -> None:
-    assert label_list_text(LABELS) == "joy, fear, anger, calm"
-    assert label_list_text(LABELS, (3, 0, 2, 1)) == "calm, joy, anger, fear"
-    assert label_list_text(["only"]) == "only"
-
-
-@pytest.mark.parametrize(
-    ("labels", "order", "message"),
-    [
-        ((), None, r"the labels are \[\]; expected at least one"),
-        (("a", " "), None, "none that is blank"),
-        (("a", "b"), (0,), r"the order \[0\] does not name each of the places 0 to 1 once"),
-        (("a", "b"), (0, 0), r"the order \[0, 0\]"),
-        (("a", "b"), (1, 2), r"the order \[1, 2\]"),
-    ],
-)
-def test_what_is_no_list_and_no_order_is_refused(
-    labels: tuple[str, ...], order: tuple[int, ...] | None, message: str
-) -> None:
-    with pytest.raises(DataError, match=message):
-        label_list_text(labels, order)
-
-
-def test_the_list_stands_behind_each_beginning() -> None:
-    assert with_labels(("a", "b"), ["", LIST_PREFILL, "Say ", "Answer with:\n"], (1, 0)) == [
-        "b, a",
-        "Classify the given input into one of the following: b, a",
-        "Say b, a",
-        "Answer with:\nb, a",
-    ]
-    assert with_labels(("a", "b"), []) == []
+def lists(prompt: SoftPrompt, labels: tuple[str, ...], prefixes: Sequence[str]) -> list[Candidate]:
+    task = Task("t", "classification", (Pair("a", labels[0]),), labels)
+    (found,) = LabelListProposer(translator(), {"t": task}, prefixes).propose([prompt], VerbalizationConfig())
+    return found
 
 
 @pytest.mark.parametrize("prefix", ["", "One of: "])
 def test_the_next_label_is_the_one_that_makes_the_likeliest_beginning(prefix: str) -> None:
-    orders = set()
+    texts = set()
     for seed in range(6):
         prompt = random_prompt(seed)
-        chosen: list[int] = []
-        while len(chosen) < 4:
-            beginnings = {
-                place: mean_by_hand(prompt, prefix + ", ".join(LABELS[p] for p in (*chosen, place)), end=False)
-                for place in range(4)
-                if place not in chosen
-            }
-            chosen.append(max(beginnings, key=lambda place: beginnings[place]))
-        found = likely_order(translator(), prompt, LABELS, prefix=prefix)
-        assert found == tuple(chosen)
-        orders.add(found)
-    assert len(orders) > 1, "different soft prompts, different orders"
+        expected = ""
+        while len(named := [label for label in expected.split(", ") if label]) < 4:
+            beginnings = [", ".join([*named, label]) for label in LABELS if label not in named]
+            expected = max(beginnings, key=lambda text: mean_by_hand(prompt, prefix + text, end=False))
+        (found,) = lists(prompt, LABELS, [prefix])
+        assert found.text == prefix + expected
+        texts.add(found.text)
+    assert len(texts) > 1, "different soft prompts, different orders"
 
 
-def test_one_label_has_one_order_and_none_has_none() -> None:
-    assert likely_order(translator(), random_prompt(0), ["only"]) == (0,)
-    with pytest.raises(DataError, match="expected at least one"):
-        likely_order(translator(), random_prompt(0), [])
-
-
-def test_candidates_are_scored_whole_and_the_likeliest_comes_first() -> None:
+def test_lists_are_scored_whole_and_the_likeliest_comes_first() -> None:
     prompt = random_prompt(1)
-    prefixes = ["", "One of:", "zq#"]
-    found = label_candidates(translator(), prompt, LABELS, prefixes)
-    expected = {
-        with_labels(LABELS, [prefix], likely_order(translator(), prompt, LABELS, prefix=prefix))[0]
-        for prefix in prefixes
+    found = lists(prompt, LABELS, ["", "One of:", "zq#\n"])
+    assert {(one.text[: -len("joy, fear, anger, calm")], one.prefill) for one in found} == {
+        ("", ""),
+        ("One of: ", "One of:"),
+        ("zq#\n", "zq#\n"),
     }
-    assert {candidate.text for candidate in found} == expected and len(expected) == 3
-    assert all(candidate.proposer == "label_list" for candidate in found)
     scores = [candidate.score for candidate in found]
     assert scores == [pytest.approx(mean_by_hand(prompt, candidate.text), rel=1e-4) for candidate in found]
     assert scores == sorted(scores, reverse=True)  # type: ignore[type-var]
+    assert [one.text for one in lists(prompt, ("only",), [""])] == ["only"]
 
 
 def test_many_texts_are_scored_in_several_passes() -> None:
     """40 rows of some 150 tokens are more than one pass takes."""
     prompt = random_prompt(0)
-    prefixes = [f"{'y' * 130} {number:02d}" for number in range(40)]
-    found = label_candidates(translator(), prompt, ("joy", "fear"), prefixes)
+    found = lists(prompt, ("joy", "fear"), [f"{'y' * 130} {number:02d}" for number in range(40)])
     assert len(found) == 40
     by_hand = [mean_by_hand(prompt, each.text) for each in found]
     assert [each.score for each in found] == pytest.approx(by_hand, rel=1e-4)

@@ -76,11 +76,10 @@ def read(
 def test_every_pair_reads_what_the_proposer_reads_with_it(tmp_path: Path) -> None:
     grid = read(tmp_path / "grid.json")
     assert grid.pairs == PAIRS and [item.task for item in grid.tasks] == ["moods", "sides", "free"]
-    candidates = InspectProposer(base(), PAIRS).propose(
-        [soft_prompt for soft_prompt, _ in members()], VerbalizationConfig(max_new_tokens=8)
-    )
-    for item, found, (soft_prompt, task) in zip(grid.tasks, candidates, members(), strict=True):
-        assert list(item.texts) == [candidate.text for candidate in found]
+    prompts, config = [soft_prompt for soft_prompt, _ in members()], VerbalizationConfig(max_new_tokens=8)
+    by_pair = [InspectProposer(base(), pair).propose(prompts, config) for pair in PAIRS]
+    for number, (item, (soft_prompt, task)) in enumerate(zip(grid.tasks, members(), strict=True)):
+        assert list(item.texts) == [found[number][0].text for found in by_pair]
         assert list(item.scores) == score_texts(item.texts, task, LetterEncoder())
         assert (item.kind, item.split, item.truth) == (task.kind, task.split, task.ground_truth)
         assert item.soft_prompt_id == soft_prompt.id

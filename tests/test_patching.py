@@ -31,7 +31,7 @@ from softprompt_registry.verbalization.patching import (
     target_prompt,
 )
 from softprompt_registry.verbalization.proposers.inspect import InspectProposer
-from softprompt_registry.verbalization.verbalizer import Candidate, VerbalizationConfig, verbalize
+from softprompt_registry.verbalization.verbalizer import Candidate, VerbalizationConfig
 
 NEW = 12
 
@@ -384,40 +384,30 @@ def alone(soft: torch.Tensor, kind: str, pair: LayerPair, max_new_tokens: int) -
     return cut_description(base.decode(ids))
 
 
-def test_each_prompt_gets_a_candidate_of_each_pair_in_order() -> None:
-    pairs = [LayerPair(0, 0), LayerPair(-1, -1)]
+def test_each_prompt_gets_a_candidate_of_its_kinds_pair_in_order() -> None:
+    pairs = {"classification": LayerPair(0, 0), "generation": LayerPair(-1, -1)}
     prompts = [make("a", 1), make("b", 2, kind="generation"), make("c", 3)]
     short = make("d", initial=False)
-    short = type(short)(numbers(4, 2), None, short.record)
-    prompts.insert(1, short)
+    prompts.insert(1, type(short)(numbers(4, 2), None, short.record))
     config = VerbalizationConfig(max_new_tokens=10, num_candidates=3)
-    found = InspectProposer(plain_base(), pairs, rows_per_batch=3).propose(prompts, config)
-    expected = [
-        [
-            Candidate(alone(prompt.embeddings, prompt.record.kind, pair, 10), name)
-            for pair, name in zip(pairs, ("inspect:0,0", "inspect:-1,-1"), strict=True)
-        ]
-        for prompt in prompts
+    names = {"classification": "inspect:0,0", "generation": "inspect:-1,-1"}
+    found = InspectProposer(plain_base(), pairs).propose(prompts, config)
+    kinds = [prompt.record.kind for prompt in prompts]
+    assert found == [
+        [Candidate(alone(prompt.embeddings, kind, pairs[kind], 10), names[kind])]
+        for prompt, kind in zip(prompts, kinds, strict=True)
     ]
-    assert found == expected
-    assert len({candidate.text for candidates in found for candidate in candidates}) > 4
+    assert len({candidates[0].text for candidates in found}) > 2
     assert InspectProposer(plain_base(), pairs).propose([], config) == []
-
-
-def test_one_pair_is_enough_to_verbalize() -> None:
-    prompt = make("a", 1)
-    (result,) = verbalize(
-        [prompt], InspectProposer(plain_base(), LayerPair(0, -1)), VerbalizationConfig(max_new_tokens=8)
-    )
-    assert result.text == alone(prompt.embeddings, "classification", LayerPair(0, -1), 8)
-    assert [candidate.proposer for candidate in result.candidates] == ["inspect:0,-1"]
+    (one,) = InspectProposer(plain_base(), LayerPair(0, -1)).propose(prompts[:1], config)
+    assert [candidate.proposer for candidate in one] == ["inspect:0,-1"]
 
 
 def test_a_proposer_refuses_pairs_and_prompts_of_other_models() -> None:
-    with pytest.raises(ConfigError, match="there is no layer pair; expected at least one"):
-        InspectProposer(plain_base(), [])
+    with pytest.raises(ConfigError, match="none for a task of kind 'classification'"):
+        InspectProposer(plain_base(), {}).propose([make()], VerbalizationConfig())
     with pytest.raises(ConfigError, match="a model with 2 layers takes layers -1"):
-        InspectProposer(plain_base(), [LayerPair(0, 0), LayerPair(1, 0)])
+        InspectProposer(plain_base(), {"generation": LayerPair(0, 0), "classification": LayerPair(1, 0)})
     other = InspectProposer(tiny_base_model(seed=5), LayerPair(0, 0))
     with pytest.raises(BaseModelMismatch, match="soft prompt 'moods' belongs to base model"):
         other.propose([make()], VerbalizationConfig())

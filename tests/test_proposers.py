@@ -19,6 +19,8 @@ from softprompt_registry.errors import BaseModelMismatch, ConfigError, DataError
 from softprompt_registry.soft_prompts.soft_prompt import SoftPrompt, SoftPromptRecord
 from softprompt_registry.translators.translator import Translator, TranslatorRecord, adapter_parameters, add_adapter
 from softprompt_registry.verbalization.proposers.behaviour import (
+    MAX_ANSWER_TOKENS,
+    MAX_INPUT_TOKENS,
     MAX_OUTPUTS,
     BehaviourProposer,
     instruction_to_answer,
@@ -30,7 +32,7 @@ from softprompt_registry.verbalization.proposers.instruction_induction import (
     first_line,
 )
 from softprompt_registry.verbalization.proposers.translator import TranslatorProposer, beam_search
-from softprompt_registry.verbalization.verbalizer import Candidate, VerbalizationConfig, rank, verbalize
+from softprompt_registry.verbalization.verbalizer import Candidate, VerbalizationConfig, rank
 
 
 @cache
@@ -296,33 +298,30 @@ def always_x() -> SoftPrompt:
     return prompt_that_always_answers(tiny(), "x")
 
 
-def test_behaviour_says_what_a_prompt_that_always_answers_x_does(always_x: SoftPrompt) -> None:
-    (found,) = BehaviourProposer(tiny(), INPUTS).propose([always_x], VerbalizationConfig())
-    assert found == [Candidate("Always answer: x", "behaviour")]
-    (result,) = verbalize([always_x], BehaviourProposer(tiny(), {"tuned": INPUTS}), VerbalizationConfig())
-    assert result.text == "Always answer: x"
+def behaviour(*prompts: SoftPrompt, inputs: Sequence[str] = INPUTS) -> list[list[Candidate]]:
+    by_task = {prompt.record.task: inputs for prompt in prompts}
+    return BehaviourProposer(tiny(), by_task).propose(prompts, VerbalizationConfig())
 
 
-def test_behaviour_is_made_of_the_greedy_answers_in_the_template() -> None:
+def test_behaviour_is_made_of_the_greedy_answers_in_the_template(always_x: SoftPrompt) -> None:
+    assert behaviour(always_x) == [[Candidate("Always answer: x", "behaviour")]]
     base, prompt = tiny(), random_prompt("a", 0)
     answers = []
     for text in INPUTS:
         head = [0, *base.tokenize(f"Sentence: {text} Label:")]
-        (row,) = base.generate(prompt.embeddings[None], [head], max_new_tokens=5)
+        (row,) = base.generate(prompt.embeddings[None], [head], max_new_tokens=MAX_ANSWER_TOKENS)
         answers.append(base.decode(row).strip())
-    (found,) = BehaviourProposer(base, INPUTS, max_answer_tokens=5).propose([prompt], VerbalizationConfig())
-    assert found == [Candidate(instruction_to_answer(answers), "behaviour")] and len(set(answers)) > 1
+    assert behaviour(prompt) == [[Candidate(instruction_to_answer(answers), "behaviour")]] and len(set(answers)) > 1
 
 
-def test_behaviour_of_many_prompts_is_that_of_each_alone(always_x: SoftPrompt) -> None:
-    prompts = [random_prompt("a", 0, 3), always_x, *(random_prompt(str(seed), seed, 8) for seed in range(1, 40))]
-    proposer = BehaviourProposer(tiny(), INPUTS, max_answer_tokens=3, tokens_per_forward=300)
-    found = proposer.propose(prompts, VerbalizationConfig())
-    assert found[1] == [Candidate("Always answer: x", "behaviour")] and len(found) == 41
-    for row in (0, 2, 20, 40):
-        assert proposer.propose([prompts[row]], VerbalizationConfig()) == [found[row]]
-    assert len({str(each) for each in found}) > 10
-    assert proposer.propose([], VerbalizationConfig()) == []
+def test_behaviour_of_many_prompts_is_that_of_each_alone(always_x: SoftPrompt, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("softprompt_registry.verbalization.proposers.behaviour._PROMPTS_PER_PASS", 4)
+    prompts = [random_prompt("a", 0, 3), always_x, *(random_prompt(str(seed), seed, 8) for seed in range(1, 10))]
+    found = behaviour(*prompts)
+    assert found[1] == [Candidate("Always answer: x", "behaviour")] and len(found) == 11
+    for row in (0, 2, 6, 10):
+        assert behaviour(prompts[row]) == [found[row]]
+    assert len({str(each) for each in found}) > 5 and behaviour() == []
 
 
 def test_no_label_is_looked_up() -> None:
@@ -377,23 +376,18 @@ def test_at_most_eight_answers_are_named() -> None:
 
 def test_behaviour_needs_inputs_a_template_and_its_base_model(always_x: SoftPrompt) -> None:
     with pytest.raises(DataError, match="soft prompt 'tuned' answers: there are no inputs for it"):
-        BehaviourProposer(tiny(), {"other": INPUTS}).propose([always_x], VerbalizationConfig())
+        behaviour(always_x, inputs=[])
     bare = replace(always_x, record=replace(always_x.record, template=""))
     with pytest.raises(DataError, match="the template of its record is ''; expected a text with {x}"):
-        BehaviourProposer(tiny(), INPUTS).propose([bare], VerbalizationConfig())
+        behaviour(bare)
     with pytest.raises(BaseModelMismatch, match="watching what a soft prompt answers: soft prompt 'tuned' belongs"):
-        BehaviourProposer(tiny_base_model(seed=1), INPUTS).propose([always_x], VerbalizationConfig())
-    with pytest.raises(ConfigError, match="max_answer_tokens=0, .*expected all above zero"):
-        BehaviourProposer(tiny(), INPUTS, max_answer_tokens=0)
+        BehaviourProposer(tiny_base_model(seed=1), {}).propose([always_x], VerbalizationConfig())
 
 
-def test_long_inputs_are_cut_to_the_context(always_x: SoftPrompt) -> None:
-    (found,) = BehaviourProposer(tiny(), ["z" * 5000], max_input_tokens=9999).propose([always_x], VerbalizationConfig())
-    assert len(found) == 1
-    cut = BehaviourProposer(tiny(), ["z" * 5000], max_input_tokens=40)
-    # "Sentence:" and " Label:" are 16 of the 40 tokens with BOS, 2 are kept for a target.
-    same = BehaviourProposer(tiny(), ["z" * 20])
-    assert cut.propose([always_x], VerbalizationConfig()) == same.propose([always_x], VerbalizationConfig())
+def test_long_inputs_are_cut_to_the_limit(always_x: SoftPrompt) -> None:
+    # "Sentence:" and " Label:" are 16 of the tokens with BOS, 2 are kept for a target.
+    fits = MAX_INPUT_TOKENS - 20
+    assert behaviour(always_x, inputs=["z" * 5000]) == behaviour(always_x, inputs=["z" * fits])
 
 
 # Instruction induction ------------------------------------------------------------------------------------------------

@@ -59,7 +59,7 @@ def grid_file(folder: Path, base: BaseModel, *train: str) -> EvaluationConfig:
 def test_inspect_takes_pair_and_descriptions_of_the_grid(tmp_path: Path, base: BaseModel, store: DodStore) -> None:
     made = proposer(base, store, grid_file(tmp_path, base, "moods"))
     assert isinstance(made, InspectProposer)
-    assert made.pairs == [LayerPair(0, -1)] and made.examples == EXAMPLES
+    assert made.pair == {"classification": LayerPair(0, -1)} and made.examples == EXAMPLES
 
 
 def test_a_grid_of_another_base_model_or_of_a_test_task_is_refused(

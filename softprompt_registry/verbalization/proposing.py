@@ -108,7 +108,7 @@ def _inspect(sources: Sources) -> Proposer:
         )
     kinds: list[str] = sorted({task.kind for task in tasks.values()})
     pairs = {kind: grid.best_pair(kind if kind in grid.kinds else None).pair for kind in kinds}
-    return InspectProposer(base_model, pairs, examples=grid.settings["examples"])
+    return InspectProposer(base_model, pairs, grid.settings["examples"])
 
 
 def _most_frequent_target(sources: Sources) -> Proposer:

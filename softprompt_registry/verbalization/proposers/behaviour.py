@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from softprompt_registry.base_models.frozen import BaseModel
 from softprompt_registry.base_models.reference import require_same_base
 from softprompt_registry.dod.task import Pair, Task, text_key
-from softprompt_registry.errors import ConfigError, DataError
+from softprompt_registry.errors import DataError
 from softprompt_registry.soft_prompts.encoding import RowEncoder
 from softprompt_registry.soft_prompts.performance import Trial, generate_answers
 from softprompt_registry.soft_prompts.soft_prompt import SoftPrompt
@@ -18,6 +18,9 @@ from softprompt_registry.verbalization.verbalizer import Candidate, Verbalizatio
 
 MAX_OUTPUTS = 8
 """Different answers that a text names."""
+MAX_ANSWER_TOKENS = 16
+MAX_INPUT_TOKENS = 256
+"""Of the template with an input; longer inputs are cut."""
 _WORDS_OF_A_SHORT_ANSWER = 4
 _PROMPTS_PER_PASS = 32
 
@@ -29,52 +32,32 @@ class BehaviourProposer:
     answers nothing at all gets no candidate. The settings' prefill and length cap play no part.
 
     Raises:
-        ConfigError: a number below 1.
         DataError: there are no inputs for a soft prompt, or its record has no template.
         BaseModelMismatch: a soft prompt of another base model.
     """
 
     name = "behaviour"
 
-    def __init__(
-        self,
-        base_model: BaseModel,
-        inputs: Mapping[str, Sequence[str]] | Sequence[str],
-        *,
-        max_answer_tokens: int = 16,
-        max_input_tokens: int = 256,
-        tokens_per_forward: int | None = None,
-    ) -> None:
+    def __init__(self, base_model: BaseModel, inputs: Mapping[str, Sequence[str]]) -> None:
         """
         Args:
-            inputs: for each task (`training_inputs` takes them from a task), or the same for all soft prompts.
-            max_answer_tokens: length cap of an answer.
-            max_input_tokens: of the template with an input; longer inputs are cut.
-            tokens_per_forward: padded tokens of a forward pass; None takes what fits.
+            inputs: by name of the task (`training_inputs` takes them from one).
         """
-        if min(max_answer_tokens, max_input_tokens, tokens_per_forward or 1) < 1:
-            raise ConfigError(
-                f"setting up the proposer {self.name!r}: max_answer_tokens={max_answer_tokens}, max_input_tokens="
-                f"{max_input_tokens}, tokens_per_forward={tokens_per_forward}; expected all above zero."
-            )
         self.base_model = base_model
         self.inputs = inputs
-        self.max_answer_tokens = max_answer_tokens
-        self.max_input_tokens = max_input_tokens
-        self.tokens_per_forward = tokens_per_forward
 
     def propose(self, soft_prompts: Sequence[SoftPrompt], config: VerbalizationConfig) -> list[list[Candidate]]:
         trials = [self._trial(soft_prompt) for soft_prompt in soft_prompts]
         proposals: list[list[Candidate]] = [[] for _ in soft_prompts]
         for size in sorted({soft_prompt.num_virtual_tokens for soft_prompt in soft_prompts}):
             rows = [row for row, prompt in enumerate(soft_prompts) if prompt.num_virtual_tokens == size]
-            tokens = self.tokens_per_forward or tokens_that_fit(self.base_model, size)
+            tokens = tokens_that_fit(self.base_model, size)
             for start in range(0, len(rows), _PROMPTS_PER_PASS):
                 piece = rows[start : start + _PROMPTS_PER_PASS]
                 answers = generate_answers(
                     self.base_model,
                     [trials[row] for row in piece],
-                    max_new_tokens=self.max_answer_tokens,
+                    max_new_tokens=MAX_ANSWER_TOKENS,
                     tokens_per_forward=tokens,
                 )
                 for row, texts in zip(piece, answers, strict=True):
@@ -91,7 +74,7 @@ class BehaviourProposer:
             "the loaded model",
             self.base_model.ref,
         )
-        inputs = self.inputs.get(record.task, ()) if isinstance(self.inputs, Mapping) else self.inputs
+        inputs = self.inputs.get(record.task)
         if not inputs:
             raise DataError(
                 f"watching what soft prompt {record.task!r} answers: there are no inputs for it; expected at least one. "
@@ -102,9 +85,9 @@ class BehaviourProposer:
                 f"watching what soft prompt {record.task!r} answers: the template of its record is {record.template!r}; "
                 "expected a text with {x}, the place of the input. Use the saved soft prompt, whose record has it."
             )
-        room = self.base_model.max_positions - soft_prompt.num_virtual_tokens - self.max_answer_tokens
+        room = self.base_model.max_positions - soft_prompt.num_virtual_tokens - MAX_ANSWER_TOKENS
         encoder = RowEncoder.of(self.base_model, record)
-        prompts = [encoder.prompt(record.template, text, min(self.max_input_tokens, room))[0] for text in inputs]
+        prompts = [encoder.prompt(record.template, text, min(MAX_INPUT_TOKENS, room))[0] for text in inputs]
         # Of kind `generation`, since answers to a classification task would be cut by the length of its labels.
         task = Task("probe inputs", "generation", tuple(Pair(text, "") for text in inputs))
         return Trial(task, soft_prompt.embeddings.to(self.base_model.device), prompts, ())

@@ -7,7 +7,6 @@ The training-free baseline of the paper (section 4.4). The layer pair decides ho
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 from softprompt_registry.base_models.frozen import BaseModel
 from softprompt_registry.base_models.reference import require_same_base
@@ -27,18 +26,16 @@ from softprompt_registry.verbalization.verbalizer import Candidate, Verbalizatio
 
 
 class InspectProposer:
-    """One greedy candidate for each layer pair, in the order of the pairs; soft prompts of the same K share batches.
+    """One greedy candidate for each soft prompt; soft prompts of the same K and kind share batches.
 
     Of the settings it takes `max_new_tokens`: there is no sampling, and a prefill would stand where the descriptions stand.
 
     Args:
-        pair: one, or several; or one for each kind of task: label lists and instructions may be read best at different ones.
-        examples_folder: of example descriptions to use in place of our own (see `read_examples`).
-        examples: the descriptions themselves, by kind of task, such as a layer grid's; missing kinds are read.
-        rows_per_batch: see `read_patched`.
+        pair: the layer pair, or one for each kind of task: label lists and instructions may be read best at different ones.
+        examples: example descriptions by kind of task, such as a layer grid's; our own for kinds that are missing.
 
     Raises:
-        ConfigError: there is no pair, none for the kind of a soft prompt, or one has a layer that the base model lacks.
+        ConfigError: there is no pair for the kind of a soft prompt, or one has a layer that the base model lacks.
     """
 
     name = "inspect"
@@ -46,26 +43,13 @@ class InspectProposer:
     def __init__(
         self,
         base_model: BaseModel,
-        pair: LayerPair | Sequence[LayerPair] | Mapping[str, LayerPair],
-        *,
-        examples_folder: str | Path | None = None,
+        pair: LayerPair | Mapping[str, LayerPair],
         examples: Mapping[str, Sequence[str]] | None = None,
-        rows_per_batch: int | None = None,
     ) -> None:
         self.base_model = base_model
-        self._by_kind = dict(pair) if isinstance(pair, Mapping) else None
-        self.pairs: list[LayerPair] = (
-            [pair] if isinstance(pair, LayerPair) else list(pair.values() if isinstance(pair, Mapping) else pair)
-        )
-        self.examples_folder = examples_folder
+        self.pair = pair
         self.examples = examples or {}
-        self.rows_per_batch = rows_per_batch
-        if not self.pairs:
-            raise ConfigError(
-                "setting up the proposer 'inspect': there is no layer pair; expected at least one. Choose it on training "
-                "tasks with the layer grid."
-            )
-        check_pairs(self.pairs, base_model.ref.num_layers)
+        check_pairs([pair] if isinstance(pair, LayerPair) else list(pair.values()), base_model.ref.num_layers)
 
     def propose(self, soft_prompts: Sequence[SoftPrompt], config: VerbalizationConfig) -> list[list[Candidate]]:
         import torch
@@ -84,30 +68,27 @@ class InspectProposer:
         proposals: list[list[Candidate]] = [[] for _ in soft_prompts]
         for members in groups.values():
             kind = soft_prompts[members[0]].record.kind
-            pairs = self._pairs_for(kind)
-            examples = self.examples.get(kind) or read_examples(kind, self.examples_folder)
+            pair = self._pair_for(kind)
+            examples = self.examples.get(kind) or read_examples(kind)
             stacked = torch.stack([soft_prompts[number].embeddings for number in members])  # (G, K, D)
             found = read_patched(
                 self.base_model,
                 source_states(self.base_model, stacked),
-                [PatchedRow(place, pair) for place in range(len(members)) for pair in pairs],
+                [PatchedRow(place, pair) for place in range(len(members))],
                 target_prompt(self.base_model, examples),
                 max_new_tokens=config.max_new_tokens,
-                rows_per_batch=self.rows_per_batch,
             )
-            texts = iter(found)
-            for number in members:
-                for pair in pairs:
-                    text = cut_description(self.base_model.decode(next(texts)))
-                    proposals[number].append(Candidate(text, f"{self.name}:{pair.source},{pair.target}"))
+            for number, ids in zip(members, found, strict=True):
+                text = cut_description(self.base_model.decode(ids))
+                proposals[number] = [Candidate(text, f"{self.name}:{pair.source},{pair.target}")]
         return proposals
 
-    def _pairs_for(self, kind: str) -> list[LayerPair]:
-        if self._by_kind is None:
-            return self.pairs
-        if kind not in self._by_kind:
+    def _pair_for(self, kind: str) -> LayerPair:
+        if isinstance(self.pair, LayerPair):
+            return self.pair
+        if kind not in self.pair:
             raise ConfigError(
-                f"reading a soft prompt through patched layers: there is a layer pair for {list(self._by_kind)}, and none "
+                f"reading a soft prompt through patched layers: there is a layer pair for {list(self.pair)}, and none "
                 f"for a task of kind {kind!r}. Choose one on training tasks of that kind."
             )
-        return [self._by_kind[kind]]
+        return self.pair[kind]
