@@ -7,7 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import mlflow
+import pandas as pd
 import torch
+from mlflow.pyfunc import PyFuncModel
 from peft import LoraConfig
 from small_prompts import translated
 from tiny_llm import HIDDEN_SIZE, save_tiny_model
@@ -40,8 +43,11 @@ class PortableModel:
         record = SoftPromptRecord("tones", "classification", self.base_model.ref, "{x}")
         return SoftPrompt(embeddings, None, record)
 
+    def served(self, **model_config: Any) -> PyFuncModel:
+        return mlflow.pyfunc.load_model(str(self.model_folder), model_config=model_config)
+
     def text(self, soft_prompt_seed: int = 0, **settings: Any) -> str:
-        """The native answer: what the translator writes, greedily unless told otherwise."""
+        """The native answer: what the translator writes, greedily."""
         return translated(self.translator, [self.soft_prompt(soft_prompt_seed)], **settings)[0].text
 
 
@@ -56,6 +62,13 @@ def make_portable_model(folder: Path, **model_config: Any) -> PortableModel:
     portable_prompt.save_model(folder / "translator", folder / "model", model_config=model_config)
     translator = Translator.load(folder / "translator", load_base_model(str(base_folder)))
     return PortableModel(base_folder, folder / "translator", folder / "model", translator)
+
+
+def predict(model: PyFuncModel, *rows: dict[str, Any], **params: Any) -> list[dict[str, Any]]:
+    """The results of these rows, with short texts."""
+    answer = model.predict(pd.DataFrame(list(rows)), params={"max_new_tokens": 8, **params})
+    results: list[dict[str, Any]] = answer.to_dict(orient="records")
+    return results
 
 
 def encoded(payload: bytes) -> str:

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-import threading
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +12,10 @@ import mlflow
 import pandas as pd
 import pytest
 import torch
+from llm_server import KEY, LlmServer, Reply, error_body
 from mlflow.exceptions import MlflowException
 from mlflow.pyfunc import PyFuncModel
-from portable_models import PortableModel, encoded, make_portable_model
+from portable_models import PortableModel, encoded, make_portable_model, predict
 from safetensors.torch import save as save_tensors
 from tiny_llm import save_tiny_model, tiny_base_model
 
@@ -28,9 +26,9 @@ from softprompt_registry.base_models.loading import BASE_MODEL_VARIABLE
 from softprompt_registry.errors import BaseModelMismatch, ConfigError
 from softprompt_registry.soft_prompts.bank import SoftPromptBank
 from softprompt_registry.soft_prompts.soft_prompt import SoftPrompt, SoftPromptRecord
-from softprompt_registry.verbalization.verbalizer import NOT_VERIFIED
+from softprompt_registry.verbalization.proposers.translator import TranslatorProposer
+from softprompt_registry.verbalization.verbalizer import NOT_VERIFIED, VerbalizationConfig
 
-KEY = "sk-test-0123456789abcdef"
 SHORT_TEXT = {"max_new_tokens": 8}
 
 
@@ -47,17 +45,7 @@ def base_in_environment(portable: PortableModel, monkeypatch: pytest.MonkeyPatch
 
 @pytest.fixture
 def model(portable: PortableModel, base_in_environment: None) -> PyFuncModel:
-    return load(portable)
-
-
-def load(portable: PortableModel, **model_config: Any) -> PyFuncModel:
-    return mlflow.pyfunc.load_model(str(portable.model_folder), model_config=model_config)
-
-
-def predict(model: PyFuncModel, *rows: dict[str, Any], **params: Any) -> list[dict[str, Any]]:
-    answer = model.predict(pd.DataFrame(list(rows)), params={**SHORT_TEXT, **params})
-    results: list[dict[str, Any]] = answer.to_dict(orient="records")
-    return results
+    return portable.served()
 
 
 def refusal(model: PyFuncModel, *rows: dict[str, Any], **params: Any) -> str:
@@ -110,11 +98,6 @@ def test_the_payload_may_be_a_data_uri_or_have_line_breaks(
     assert predict(model, row)[0]["hard_prompt"] == portable.text(**SHORT_TEXT)
 
 
-def test_half_precision_is_taken(portable: PortableModel, model: PyFuncModel) -> None:
-    row = {"soft_prompt": payload_of(portable, portable.soft_prompt().embeddings.half())}
-    assert predict(model, row)[0]["error"] is None
-
-
 def test_candidates_are_ranked_and_depend_on_the_seed_alone(portable: PortableModel, model: PyFuncModel) -> None:
     rows = [good_row(portable, 0), good_row(portable, 1)]
     together = predict(model, *rows, num_candidates=4, seed=3)
@@ -126,22 +109,15 @@ def test_candidates_are_ranked_and_depend_on_the_seed_alone(portable: PortableMo
     assert len(scores) == 4 and scores == sorted(scores, reverse=True)
     assert alone["hard_prompt"] == alone["candidates"][0]["text"]
     assert other["candidates"] != alone["candidates"]
-    third = portable.text(1, **SHORT_TEXT, temperature=0.7, seed=5)
-    assert "," not in third, "the proposer leaves it as it is"
-    assert third in [candidate["text"] for candidate in alone["candidates"]]
+    config = VerbalizationConfig(num_candidates=4, max_new_tokens=8, seed=3)
+    (native,) = TranslatorProposer(portable.translator).propose([portable.soft_prompt(1)], config)
+    assert {candidate["text"] for candidate in alone["candidates"]} == {candidate.text for candidate in native}
 
 
 def test_the_prefill_begins_every_text(portable: PortableModel, model: PyFuncModel) -> None:
     result = predict(model, good_row(portable), prefill="Classify:", num_candidates=2)[0]
     assert all(candidate["text"].startswith("Classify:") for candidate in result["candidates"])
     assert portable.text(**SHORT_TEXT, prefill="Classify:") in [one["text"] for one in result["candidates"]]
-
-
-def test_threads_do_not_disturb_each_other(portable: PortableModel, model: PyFuncModel) -> None:
-    seeds = list(range(4))
-    with ThreadPoolExecutor(4) as pool:
-        answers = list(pool.map(lambda seed: predict(model, good_row(portable, seed))[0]["hard_prompt"], seeds))
-    assert answers == [portable.text(seed, **SHORT_TEXT) for seed in seeds]
 
 
 # --- Bad rows ---
@@ -203,36 +179,26 @@ def pairs(count: int, output: str = "b") -> str:
     return json.dumps([{"input": f"a {number}", "output": output} for number in range(count)])
 
 
-BAD_ROWS = (
-    "wrong width, wrong rank, too many tokens, NaN, float64, other tensor, no fingerprint, other base, not base64, "
-    "not ASCII, not safetensors, cut off, giant, empty, null, a list, other data URI, registry, inputs, input types, "
-    "no inputs, long input, pairs, pair form, no pairs, many pairs, long pair, pair too long, surrogate, surrogate input"
-).split(", ")
-
-
-def test_every_bad_row_is_tried(portable: PortableModel) -> None:
-    assert list(bad_rows(portable)) == BAD_ROWS
-
-
-@pytest.mark.parametrize("name", BAD_ROWS)
-def test_a_bad_row_gets_its_own_error_and_spoils_no_other(
-    portable: PortableModel, model: PyFuncModel, name: str
-) -> None:
-    row, words = bad_rows(portable)[name]
-    before, bad, after = predict(model, good_row(portable), row, good_row(portable))
+def test_a_bad_row_gets_its_own_error_and_spoils_no_other(portable: PortableModel, base_in_environment: None) -> None:
+    bad = bad_rows(portable)
+    model = portable.served(max_rows=len(bad) + 2)
+    before, *found, after = predict(model, good_row(portable), *(row for row, _ in bad.values()), good_row(portable))
 
     assert before == after and before["hard_prompt"] == portable.text(**SHORT_TEXT)
-    assert bad["hard_prompt"] is None and bad["candidates"] == []
-    for word in words:
-        assert word in bad["error"]
-    assert len(bad["error"]) <= 700 and str(portable.base_folder.parent) not in bad["error"]
-    assert refusal(model, row) == bad["error"]
+    for (name, (_, words)), result in zip(bad.items(), found, strict=True):
+        assert result["hard_prompt"] is None and result["candidates"] == [], name
+        assert all(word in result["error"] for word in words), (name, result["error"])
+        assert len(result["error"]) <= 700 and str(portable.base_folder.parent) not in result["error"]
 
 
 def test_when_all_rows_are_bad_the_request_is_refused(model: PyFuncModel) -> None:
+    first = (
+        "reading soft_prompt: its 1 characters are not base64; expected base64-encoded safetensors, as "
+        "`base64 soft_prompt.safetensors` prints it. Encode the file again."
+    )
+    assert refusal(model, {"soft_prompt": "?"}) == first
     assert refusal(model, {"soft_prompt": "?"}, {"soft_prompt": ""}) == (
-        "none of the 2 rows can be used; the first: reading soft_prompt: its 1 characters are not base64; expected "
-        "base64-encoded safetensors, as `base64 soft_prompt.safetensors` prints it. Encode the file again."
+        f"none of the 2 rows can be used; the first: {first}"
     )
 
 
@@ -400,7 +366,7 @@ def test_registry_references(portable: PortableModel, base_in_environment: None,
             mlflow.log_artifacts(str(tmp_path / name), f"all/{name}")
         bank_uri = soft_prompt_bank.log_model(bank, name="bank", registered_model_name="tiny-bank").model_uri
     runs = f"runs:/{run.info.run_id}/all"
-    model = load(portable, allow_registry_references=True)
+    model = portable.served(allow_registry_references=True)
     references = [
         f"{runs}/prompt",
         f"{bank_uri}#moods",
@@ -432,62 +398,18 @@ def test_registry_references(portable: PortableModel, base_in_environment: None,
 # --- Answers of a target LLM ---
 
 
-class TargetServer(ThreadingHTTPServer):
-    """Answers a chat request with its prompt in upper case; refuses prompts with the word FAIL."""
-
-    daemon_threads = False
-
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), _Handler)
-        self.received: list[dict[str, Any]] = []
-        self.keys: list[str | None] = []
-
-
-class _Handler(BaseHTTPRequestHandler):
-    server: TargetServer
-
-    def log_message(self, *arguments: Any) -> None:
-        pass
-
-    def do_POST(self) -> None:
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        self.server.received.append(body)
-        self.server.keys.append(self.headers["Authorization"])
-        prompt = body["messages"][-1]["content"]
-        reply: dict[str, Any] = {
-            "choices": [{"message": {"content": prompt.upper()}, "finish_reason": "stop"}],
-            "usage": {"prompt_tokens": 10, "completion_tokens": 2},
-        }
-        if "FAIL" in prompt:
-            reply = {"error": {"message": f"the key {KEY} may not do that"}}
-        content = json.dumps(reply).encode()
-        self.send_response(403 if "FAIL" in prompt else 200)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(content)))
-        self.end_headers()
-        self.wfile.write(content)
-
-
-@pytest.fixture
-def target(monkeypatch: pytest.MonkeyPatch) -> Iterator[TargetServer]:
-    monkeypatch.setenv("OPENAI_API_KEY", KEY)
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    server = TargetServer()
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    monkeypatch.setenv("OPENAI_BASE_URL", f"http://127.0.0.1:{server.server_port}/v1")
-    yield server
-    server.shutdown()
-    thread.join()
-    server.server_close()
+def answered(prompt: str) -> Reply:
+    return Reply(403, error_body(f"the key {KEY} may not do that")) if "FAIL" in prompt else Reply()
 
 
 def test_answers_of_the_target_llm(
-    portable: PortableModel, base_in_environment: None, target: TargetServer, monkeypatch: pytest.MonkeyPatch
+    portable: PortableModel, base_in_environment: None, llm_server: LlmServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SOFTPROMPT_TARGET_MODEL", "big-llm")
+    monkeypatch.setenv("OPENAI_BASE_URL", llm_server.url)
+    llm_server.reply_to = answered
     prices = {"target_price_per_million_prompt_tokens": 1.0, "target_price_per_million_completion_tokens": 10.0}
-    model = load(portable, **prices, prompt_template="<{hard_prompt}> {input}")
+    model = portable.served(**prices, prompt_template="<{hard_prompt}> {input}")
     rows = [
         {**good_row(portable, 0), "inputs": ["one {input}", "FAIL"]},
         good_row(portable, 0),
@@ -498,11 +420,12 @@ def test_answers_of_the_target_llm(
     text = portable.text(0, **SHORT_TEXT)
     assert first["answers"][0] == {"input": "one {input}", "answer": f"<{text}> one {{input}}".upper(), "error": None}
     assert first["answers"][1]["answer"] is None and "HTTP 403" in first["answers"][1]["error"]
-    assert first["usage"] == {"requests": 2, "prompt_tokens": 10, "completion_tokens": 2, "cost": 30 / 1_000_000}
+    assert first["usage"] == {"requests": 2, "prompt_tokens": 7, "completion_tokens": 3, "cost": 37 / 1_000_000}
     assert "answer is true, but this row has none" in second["error"] and second["answers"] is None
     assert third["answers"][0]["error"] is None and third["usage"]["requests"] == 1
-    assert target.keys[0] == f"Bearer {KEY}" and {body["model"] for body in target.received} == {"big-llm"}
-    assert target.received[0]["messages"][0] == {
+    received = llm_server.received
+    assert received[0].authorization == f"Bearer {KEY}" and {one.body["model"] for one in received} == {"big-llm"}
+    assert received[0].body["messages"][0] == {
         "role": "system",
         "content": "You are a helpful assistant. Follow the task exactly.",
     }
@@ -513,7 +436,7 @@ def test_without_a_key_the_hard_prompts_still_come(
     portable: PortableModel, base_in_environment: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-    model = load(portable, target_model="big-llm")
+    model = portable.served(target_model="big-llm")
     result = predict(model, {**good_row(portable), "inputs": ["one"]}, answer=True)[0]
     assert result["hard_prompt"] == portable.text(**SHORT_TEXT) and result["error"] is None
     assert "OPENAI_API_KEY is not set" in result["answers"][0]["error"]
@@ -555,7 +478,7 @@ def test_log_model_makes_a_logged_model(portable: PortableModel, base_in_environ
 
 
 def test_a_trace_holds_digests_but_no_payload(portable: PortableModel, base_in_environment: None, store: None) -> None:
-    predict(load(portable, trace=True), good_row(portable))
+    predict(portable.served(trace=True), good_row(portable))
     mlflow.flush_trace_async_logging()
     traces = mlflow.search_traces(return_type="list")
     assert len(traces) == 1
@@ -569,7 +492,7 @@ def test_another_base_model_fails_the_start_with_both_names(
     other = save_tiny_model(tmp_path / "other-llama", seed=7)
     monkeypatch.setenv(BASE_MODEL_VARIABLE, str(other))
     with pytest.raises(BaseModelMismatch, match=r"local:tiny@.* local:other-llama@"):
-        load(portable)
+        portable.served()
 
 
 def test_without_vllm_its_engine_fails_the_start_before_anything_is_loaded(
@@ -580,7 +503,7 @@ def test_without_vllm_its_engine_fails_the_start_before_anything_is_loaded(
     with pytest.raises(
         ConfigError, match="engine 'vllm': the package vllm cannot be imported .* set engine to 'transformers'"
     ):
-        load(portable, engine="vllm")
+        portable.served(engine="vllm")
 
 
 @pytest.mark.parametrize(

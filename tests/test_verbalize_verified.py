@@ -10,14 +10,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import mlflow
-import pandas as pd
 import pytest
 import torch
 from click.testing import CliRunner, Result
 from llm_server import LlmServer
 from mlflow.pyfunc import PyFuncModel
-from portable_models import PortableModel, encoded, make_portable_model
+from portable_models import PortableModel, encoded, make_portable_model, predict
 from safetensors.torch import save as save_tensors
 from tiny_llm import HIDDEN_SIZE
 
@@ -38,7 +36,6 @@ from softprompt_registry.verbalization.verbalizer import NOT_VERIFIED, Candidate
 from softprompt_registry.verbalization.verification import Verification
 from softprompt_registry.verbalization.verifier import Verifier, VerifierConfig, fitting_template
 
-SHORT_TEXT = {"max_new_tokens": 8}
 ANYTHING = AbstentionRule(-1e9)
 """A rule that gives every text that says something."""
 FEELINGS = {"joy": ["a gift", "the sun", "a song", "cake"], "fear": ["a noise", "the dark", "a storm", "teeth"]}
@@ -254,17 +251,7 @@ def base_in_environment(portable: PortableModel, monkeypatch: pytest.MonkeyPatch
 
 @pytest.fixture
 def model(portable: PortableModel, base_in_environment: None) -> PyFuncModel:
-    return load(portable, min_faithfulness=-1e9)
-
-
-def load(portable: PortableModel, **model_config: Any) -> PyFuncModel:
-    return mlflow.pyfunc.load_model(str(portable.model_folder), model_config=model_config)
-
-
-def predict(model: PyFuncModel, *rows: dict[str, Any], **params: Any) -> list[dict[str, Any]]:
-    answer = model.predict(pd.DataFrame(list(rows)), params={**SHORT_TEXT, **params})
-    results: list[dict[str, Any]] = answer.to_dict(orient="records")
-    return results
+    return portable.served(min_faithfulness=-1e9)
 
 
 def row_of(prompt: SoftPrompt, pairs: Sequence[Pair] = (), **columns: Any) -> dict[str, Any]:
@@ -326,9 +313,9 @@ def test_the_own_ranking_can_differ_and_stays_where_nothing_is_tried(
 def test_a_row_below_the_threshold_has_no_hard_prompt_but_its_candidates(
     portable: PortableModel, base_in_environment: None, moods: SoftPrompt
 ) -> None:
-    given = predict(load(portable, min_faithfulness=-1e9), row_of(moods, TEST_PAIRS))[0]
-    strict = load(portable, min_faithfulness=given["faithfulness"] + 0.01)
-    lenient = load(portable, min_faithfulness=given["faithfulness"] - 0.01)
+    given = predict(portable.served(min_faithfulness=-1e9), row_of(moods, TEST_PAIRS))[0]
+    strict = portable.served(min_faithfulness=given["faithfulness"] + 0.01)
+    lenient = portable.served(min_faithfulness=given["faithfulness"] - 0.01)
     held_back = predict(strict, row_of(moods, TEST_PAIRS))[0]
     assert held_back["hard_prompt"] is None and held_back["abstained"] is True and held_back["error"] is None
     assert (
@@ -350,7 +337,7 @@ def test_the_threshold_is_half_of_the_gain_unless_it_is_set() -> None:
 def test_the_target_llm_is_not_asked_with_an_abstained_text(
     portable: PortableModel, base_in_environment: None, moods: SoftPrompt, llm_server: LlmServer
 ) -> None:
-    model = load(portable, min_faithfulness=1e9, target_model="big", target_base_url=llm_server.url)
+    model = portable.served(min_faithfulness=1e9, target_model="big", target_base_url=llm_server.url)
     rows = [row_of(moods, TEST_PAIRS, inputs=["held", "back"]), row_of(moods, inputs=["asked"])]
     held_back, asked = predict(model, *rows, answer=True)
     assert held_back["hard_prompt"] is None
