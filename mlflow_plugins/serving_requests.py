@@ -75,7 +75,7 @@ class ServingConfig:
     base_model: str | None = None
     """Where to load the base model from. None: `SOFTPROMPT_BASE_MODEL`, else the name that the translator records."""
     dtype: Literal["float32", "bfloat16"] | None = None
-    """Of the base model in memory. None: as the translator records it."""
+    """Number format of the base model in memory. None: as the translator records it."""
     engine: Literal["transformers", "vllm"] = "transformers"
     """What writes the texts. `vllm` needs the package on the server, and memory for the weights twice: the verifier and the
     check of the base model's fingerprint use them in transformers."""
@@ -86,7 +86,7 @@ class ServingConfig:
     max_rows: PositiveInt = 16
     """Rows of one request."""
     max_payload_bytes: PositiveInt = 4 * 1024 * 1024
-    """Of one soft prompt after base64 decoding."""
+    """Largest soft prompt, after base64 decoding."""
     max_virtual_tokens: PositiveInt = 256
     """K of one soft prompt."""
     max_new_tokens_limit: PositiveInt = 512
@@ -96,9 +96,9 @@ class ServingConfig:
     max_inputs: PositiveInt = 64
     """Inputs of one row."""
     max_input_characters: PositiveInt = 20_000
-    """Of one input, and of one input or output in task_pairs."""
+    """Longest input, and longest input or output in task_pairs."""
     max_task_pairs: PositiveInt = 64
-    """Of one row; all of them are used."""
+    """Pairs of one row; all of them are used."""
     min_faithfulness: float = DEFAULT_MIN_FAITHFULNESS
     """A row abstains below it. A text that keeps half of the soft prompt's gain is nearer to it than to no prompt; that is no
     measured number. Set the one that `softprompt evaluate` chose on training tasks (rule.json of its run)."""
@@ -134,9 +134,9 @@ class ServingConfig:
     target_send_temperature: bool = True
     """Whether to ask for temperature 0; OpenAI's reasoning models refuse it."""
     target_price_per_million_prompt_tokens: float | None = None
-    """In any currency. None: unknown, and so is the cost."""
+    """Price in any currency. None: unknown, and so is the cost."""
     target_price_per_million_completion_tokens: float | None = None
-    """In the same currency."""
+    """Price in the same currency."""
 
     def __post_init__(self) -> None:
         for part in ("{hard_prompt}", "{input}"):

@@ -24,7 +24,7 @@ _ROUNDING = 1e-9
 
 @dataclass(frozen=True)
 class AbstentionRule:
-    """From which faithfulness on a text is given, and how that was found out.
+    """The faithfulness that a text needs to be given, and how that threshold was chosen.
 
     Raises:
         ConfigError: the threshold is not finite.

@@ -48,7 +48,7 @@ class PassStatistics:
 
     tokens: int = 0
     padded_tokens: int = 0
-    """The same with padding."""
+    """Tokens of all rows, padding included."""
     target_tokens: int = 0
     """Positions whose logits were worked out."""
 

@@ -19,7 +19,7 @@ class TriedOn:
     """What the texts of one soft prompt are tried on."""
 
     pairs: tuple[Pair, ...] = ()
-    """Of its task, and not those that it was tuned on."""
+    """Pairs of its task that it was not tuned on."""
     inputs: tuple[str, ...] = ()
     """Typical ones; beside pairs they are not used."""
 
@@ -42,7 +42,7 @@ class Evidence:
     labelled_tasks: dict[str, Task]
     """Tasks whose labels are known from data, by name."""
     what: str | None = None
-    """Of what kind it is, for people; None where there is nothing."""
+    """What it is, in words; None where there is nothing."""
 
 
 def collect_evidence(

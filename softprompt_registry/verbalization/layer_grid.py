@@ -1,7 +1,7 @@
 """The layer grid: what every layer pair of InSPEcT says of each soft prompt, and which pair to use.
 
-Paper: its Table 2 gives InSPEcT the best pair for each test task, found with that task's own labels, a choice that nobody can
-make who does not know them already. Here the pair is chosen on training tasks, as for the paper's Table 4 (appendix A.3), and
+Paper: its Table 2 gives InSPEcT the best pair for each test task, found with that task's own labels, which a user
+does not have. Here the pair is chosen on training tasks, as for the paper's Table 4 (appendix A.3), and
 the best of each test task stands beside it under the name oracle.
 """
 
@@ -27,7 +27,7 @@ class TaskReadings:
     task: str
     kind: str
     split: str
-    """Of the task: "train" chooses the pair, "test" measures it."""
+    """Split of the task: "train" chooses the pair, "test" measures it."""
     truth: str
     soft_prompt_id: str
     texts: tuple[str, ...]
@@ -124,7 +124,7 @@ class LayerGrid:
 
     @property
     def kinds(self) -> list[str]:
-        """Of the training tasks: a pair is chosen for each."""
+        """Kinds of the training tasks; a pair is chosen for each."""
         return sorted({item.kind for item in self.tasks if item.split == "train"})
 
     def table(self) -> dict[str, list[Any]]:

@@ -1,6 +1,6 @@
 """Several proposers on the same soft prompts, each as it is and with the verifier: the methods that an evaluation compares.
 
-The verifier chooses on one half of each task's held-out pairs; how good every chosen text is, is said on the other half.
+The verifier chooses on one half of each task's held-out pairs; each chosen text is scored on the other half.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ ALL = "all"
 
 @dataclass(frozen=True)
 class MethodTexts:
-    """What each method says of each soft prompt."""
+    """The text of each method for each soft prompt."""
 
     texts: dict[str, list[Verbalization]]
     """By method; one for each soft prompt, in order."""

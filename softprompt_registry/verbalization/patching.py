@@ -2,7 +2,7 @@
 
 Two passes. The source pass reads the soft prompt alone and keeps the hidden states of all layers at its K places. The target
 pass reads a few example descriptions and K placeholder tokens, " x" each; at the output of layer t the states of the
-placeholders are overwritten with those of source layer s, and the text that the model goes on with is taken as one more
+placeholders are overwritten with those of source layer s, and the continuation that the model writes is taken as one more
 description. Which pair (s, t) reads best is a hyper-parameter: `evaluation/layer_grid.py` looks for it.
 
 Hundreds of rows, each with a pair of its own, share a batch. All begin with the same descriptions, which are computed once.
@@ -166,7 +166,7 @@ def read_patched(
         states: (G, L, K, D), from `source_states`.
         rows: R of them.
         rows_per_batch: None takes as many as fit in the memory set aside for keys and values.
-        on_rows: told after each batch how many rows it had.
+        on_rows: called after each batch with its number of rows.
     Returns:
         R lists of new token ids, up to the end token (left out) or the cap.
 

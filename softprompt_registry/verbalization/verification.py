@@ -61,7 +61,7 @@ class Verified:
 class OrderTest(NamedTuple):
     """A permutation test: does the soft prompt do better than its own tokens in random other orders?
 
-    Vectors that nobody tuned are as good in any order, whatever they gain over no prompt: of n other orders each place in the
+    Untuned vectors are as good in any order, whatever they gain over no prompt: of n other orders each place in the
     ranking is then equally likely. A tuned soft prompt was tuned in its order.
     """
 
@@ -102,7 +102,7 @@ class Verification:
     truncated_inputs: int
     """Items whose input was cut to fit."""
     draws: int
-    """Of the bootstrap, as `level` and `seed`."""
+    """Draws of the bootstrap; `level` and `seed` are its settings too."""
     level: float
     seed: int
     order: OrderTest | None = None

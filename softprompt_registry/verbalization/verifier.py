@@ -64,26 +64,26 @@ class VerifierConfig:
     max_pairs: PositiveInt = 32
     """Use at most so many of the given pairs: the first ones, for a classification in turn from each output."""
     max_probe_inputs: PositiveInt = 32
-    """The same for probe inputs, the first ones. Each takes max_answer_tokens × V × 4 bytes of memory."""
+    """Use at most so many of the given probe inputs: the first ones. Each takes max_answer_tokens × V × 4 bytes of memory."""
     max_answer_tokens: PositiveInt = 8
-    """Of the soft-prompted model's answer to a probe input, its end included; so many positions are compared."""
+    """Length cap of the soft-prompted model's answer to a probe input, its end included; so many positions are compared."""
     max_pair_tokens: int = 256
     """Longest filled template and answer together. Longer inputs are cut from the right; answers never are."""
     max_candidate_tokens: PositiveInt = 256
-    """Of a longer text only the beginning is read, at most half of the base model's context. `Verified.truncated` says so."""
+    """Longest candidate, at most half of the base model's context; of a longer one the beginning is read (`Verified.truncated`)."""
     draws: PositiveInt = 2000
-    """Of the bootstrap over pairs or probe inputs."""
+    """Draws of the bootstrap over pairs or probe inputs."""
     level: InnerShare = 0.95
     """Share of the draws that lie between the ends of an interval; 1 - level is that of the permutation test."""
     orders: int | None = None
-    """So many random orders of a soft prompt's tokens are tried, on up to 10 pairs; a prompt that does not beat them all gets
+    """Number of random orders of a soft prompt's tokens that are tried, on up to 10 pairs; a prompt that does not beat them all gets
     no text (`OrderTest`). Null: as few as the level allows, 19. 0: no test. Prompts whose tokens have fewer orders, and
     probe inputs, are not tested."""
     tokens_per_forward: PositiveInt | None = None
     """Tokens of one forward pass, padding included. Null takes what suits the free memory. Halved when the memory does not
     suffice; results stay the same to rounding."""
     seed: int = 0
-    """Of the bootstrap."""
+    """Seed for the bootstrap and the random orders."""
 
     def __post_init__(self) -> None:
         if self.max_pair_tokens < self.max_answer_tokens + 8:
@@ -116,7 +116,7 @@ class _Items(NamedTuple):
 
     items: list[Item]
     places: list[int]
-    """Of each in what was given."""
+    """Place of each item in what was given."""
     truncated: int
 
 

@@ -34,7 +34,7 @@ class InductionConfig:
     max_input_tokens: PositiveInt = 100
     """Longer inputs are cut there; outputs are not."""
     max_prompt_tokens: PositiveInt = 1024
-    """Of the whole prompt, pairs included; the base model's context may be shorter still."""
+    """Length cap of the whole prompt, pairs included; the base model's context may be shorter still."""
     answer_begins: str = "The instruction was:"
     """How the model's answer begins; what follows is the text."""
     prompts_folder: str | None = None
@@ -42,14 +42,14 @@ class InductionConfig:
     tokens_per_forward: PositiveInt | None = None
     """Padded tokens of a forward pass; None takes what fits."""
     seed: int = 0
-    """Of the choice of pairs."""
+    """Seed for the choice of pairs."""
 
 
 class InstructionInductionProposer:
     """The greedy text, then sampled ones, from the pairs of each soft prompt's task.
 
     The prompt is put into the tokenizer's chat template where it has one. Without one the model is taken for one that only
-    goes on writing: then the text ends with its first line. A score is the mean log-likelihood per token of the text, in
+    continues a text: then the text ends with its first line. A score is the mean log-likelihood per token of the text, in
     nats, under the base model that has read the pairs; it cannot be compared with that of a translator.
 
     Raises:
@@ -99,7 +99,7 @@ class InstructionInductionProposer:
         return proposals
 
     def prompt_of(self, task_name: str, config: VerbalizationConfig) -> list[int]:
-        """Token ids of what the base model reads for a task, up to where its text begins (or goes on after the prefill)."""
+        """Token ids of what the base model reads for a task, up to where its text begins, or continues the prefill."""
         task = self.tasks.get(task_name)
         pairs = [] if task is None else choose_pairs(task, "train", self.settings.num_pairs, self.settings.seed)
         if not pairs:

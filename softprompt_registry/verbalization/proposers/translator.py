@@ -176,7 +176,7 @@ class TranslatorProposer:
 def mean_log_likelihoods(
     base_model: TextModel, soft: torch.Tensor, head: Sequence[int], texts: Sequence[Sequence[int]]
 ) -> list[float]:
-    """Of each text and EOS after [soft tokens][head], in nats per token.
+    """Mean log-likelihood of each text and EOS after [soft tokens][head], in nats per token.
 
     EOS is the tokenizer's, which translators learn to write, whatever token ended the text: so all texts compare.
 
