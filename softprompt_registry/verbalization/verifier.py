@@ -70,13 +70,13 @@ class VerifierConfig:
     max_pair_tokens: int = 256
     """Longest filled template and answer together. Longer inputs are cut from the right; answers never are."""
     max_candidate_tokens: PositiveInt = 256
-    """Longest candidate, at most half of the base model's context; of a longer one the beginning is read (`Verified.truncated`)."""
+    """Longest candidate, at most half of the base model's context. Longer ones are cut (`Verified.truncated`)."""
     draws: PositiveInt = 2000
     """Draws of the bootstrap over pairs or probe inputs."""
     level: InnerShare = 0.95
     """Share of the draws that lie between the ends of an interval; 1 - level is that of the permutation test."""
     orders: int | None = None
-    """Number of random orders of a soft prompt's tokens that are tried, on up to 10 pairs; a prompt that does not beat them all gets
+    """Random orders of a soft prompt's tokens that are tried, on up to 10 pairs; a prompt that does not beat them all gets
     no text (`OrderTest`). Null: as few as the level allows, 19. 0: no test. Prompts whose tokens have fewer orders, and
     probe inputs, are not tested."""
     tokens_per_forward: PositiveInt | None = None
