@@ -11,15 +11,14 @@ import mlflow
 import pandas as pd
 import torch
 from mlflow.pyfunc import PyFuncModel
-from peft import LoraConfig
-from small_prompts import translated
+from small_prompts import tiny_translator, translated
 from tiny_llm import HIDDEN_SIZE, save_tiny_model
 
 from mlflow_plugins import portable_prompt
 from softprompt_registry.base_models.frozen import BaseModel
 from softprompt_registry.base_models.loading import load_base_model
 from softprompt_registry.soft_prompts.soft_prompt import SoftPrompt, SoftPromptRecord
-from softprompt_registry.translators.translator import Translator, TranslatorRecord, adapter_parameters, add_adapter
+from softprompt_registry.translators.translator import Translator
 
 NUM_VIRTUAL_TOKENS = 4
 
@@ -53,12 +52,7 @@ class PortableModel:
 
 def make_portable_model(folder: Path, **model_config: Any) -> PortableModel:
     base_folder = save_tiny_model(folder / "tiny")
-    base_model = load_base_model(str(base_folder))
-    add_adapter(base_model, LoraConfig(r=4, target_modules=["q_proj", "v_proj"]), "made")
-    generator = torch.Generator().manual_seed(1)
-    for _, parameter in sorted(adapter_parameters(base_model, "made").items()):
-        parameter.data.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
-    Translator(base_model, TranslatorRecord(base_model.ref, NUM_VIRTUAL_TOKENS), "made").save(folder / "translator")
+    tiny_translator(load_base_model(str(base_folder)), seed=1).save(folder / "translator")
     portable_prompt.save_model(folder / "translator", folder / "model", model_config=model_config)
     translator = Translator.load(folder / "translator", load_base_model(str(base_folder)))
     return PortableModel(base_folder, folder / "translator", folder / "model", translator)

@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import LoraConfig
 from tiny_llm import HIDDEN_SIZE, tiny_base_model
 
+from softprompt_registry.base_models.frozen import BaseModel
 from softprompt_registry.base_models.reference import BaseModelRef
 from softprompt_registry.soft_prompts.soft_prompt import SoftPrompt, SoftPromptRecord
-from softprompt_registry.translators.translator import Translator
+from softprompt_registry.translators.translator import Translator, TranslatorRecord, adapter_parameters, add_adapter
 from softprompt_registry.verbalization.proposers.translator import TranslatorProposer
 from softprompt_registry.verbalization.verbalizer import Candidate, VerbalizationConfig
 
@@ -60,6 +62,16 @@ def assert_same(found: SoftPrompt, expected: SoftPrompt) -> None:
 def edit_json(path: Path, **changes: Any) -> None:
     record = json.loads(path.read_text()) | changes
     path.write_text(json.dumps({key: value for key, value in record.items() if value is not ...}))
+
+
+def tiny_translator(base_model: BaseModel | None = None, seed: int = 0) -> Translator:
+    """An untrained translator whose adapter changes what the base model says."""
+    base = base_model or tiny_base_model()
+    add_adapter(base, LoraConfig(r=4, target_modules=["q_proj", "v_proj"]), "made")
+    generator = torch.Generator().manual_seed(seed)
+    for _, parameter in sorted(adapter_parameters(base, "made").items()):
+        parameter.data.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+    return Translator(base, TranslatorRecord(base.ref, K), "made")
 
 
 def translated(translator: Translator, soft_prompts: Sequence[SoftPrompt], **settings: Any) -> list[Candidate]:

@@ -7,12 +7,12 @@ from functools import cache
 
 import pytest
 import torch
-from peft import LoraConfig
-from tiny_llm import HIDDEN_SIZE, tiny_base_model
+from small_prompts import tiny_translator
+from tiny_llm import HIDDEN_SIZE
 
 from softprompt_registry.dod.task import Pair, Task
 from softprompt_registry.soft_prompts.soft_prompt import SoftPrompt, SoftPromptRecord
-from softprompt_registry.translators.translator import Translator, TranslatorRecord, adapter_parameters, add_adapter
+from softprompt_registry.translators.translator import Translator
 from softprompt_registry.verbalization.proposers.label_list import LabelListProposer
 from softprompt_registry.verbalization.repeated_labels import dedupe_list
 from softprompt_registry.verbalization.verbalizer import Candidate, VerbalizationConfig
@@ -22,12 +22,7 @@ LABELS = ("joy", "fear", "anger", "calm")
 
 @cache
 def translator() -> Translator:
-    base = tiny_base_model()
-    add_adapter(base, LoraConfig(r=4, target_modules=["q_proj", "v_proj"]), "made")
-    generator = torch.Generator().manual_seed(0)
-    for parameter in adapter_parameters(base, "made").values():
-        parameter.data.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
-    return Translator(base, TranslatorRecord(base.ref, 4), "made")
+    return tiny_translator()
 
 
 def random_prompt(seed: int) -> SoftPrompt:

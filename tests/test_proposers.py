@@ -10,14 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig
-from small_prompts import translated
+from small_prompts import tiny_translator, translated
 from tiny_llm import HIDDEN_SIZE, tiny_base_model
 
 from softprompt_registry.base_models.frozen import BaseModel
 from softprompt_registry.dod.task import Pair, Task
 from softprompt_registry.errors import BaseModelMismatch, ConfigError, DataError
 from softprompt_registry.soft_prompts.soft_prompt import SoftPrompt, SoftPromptRecord
-from softprompt_registry.translators.translator import Translator, TranslatorRecord, adapter_parameters, add_adapter
+from softprompt_registry.translators.translator import Translator, TranslatorRecord, add_adapter
 from softprompt_registry.verbalization.proposers.behaviour import (
     MAX_ANSWER_TOKENS,
     MAX_INPUT_TOKENS,
@@ -55,12 +55,7 @@ def random_prompt(task: str, seed: int, num_virtual_tokens: int = 4) -> SoftProm
 
 @pytest.fixture(scope="module")
 def translator() -> Translator:
-    base = tiny_base_model()
-    add_adapter(base, LoraConfig(r=4, target_modules=["q_proj", "v_proj"]), "made")
-    generator = torch.Generator().manual_seed(0)
-    for parameter in adapter_parameters(base, "made").values():
-        parameter.data.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
-    return Translator(base, TranslatorRecord(base.ref, 4), "made")
+    return tiny_translator()
 
 
 def mean_by_hand(translator: Translator, prompt: SoftPrompt, head: Sequence[int], row: Sequence[int]) -> float:

@@ -8,14 +8,13 @@ from functools import cache
 
 import pytest
 import torch
-from peft import LoraConfig
-from small_prompts import translated
+from small_prompts import tiny_translator, translated
 from tiny_llm import HIDDEN_SIZE, tiny_base_model
 
 from softprompt_registry.base_models.frozen import BaseModel
 from softprompt_registry.errors import ConfigError, DataError
 from softprompt_registry.soft_prompts.soft_prompt import SoftPrompt, SoftPromptRecord
-from softprompt_registry.translators.translator import Translator, TranslatorRecord, adapter_parameters, add_adapter
+from softprompt_registry.translators.translator import Translator
 from softprompt_registry.verbalization.proposers.most_frequent import MostFrequentTargetProposer
 from softprompt_registry.verbalization.proposers.nearest_tokens import NearestTokensProposer
 from softprompt_registry.verbalization.proposers.translator import TranslatorProposer
@@ -155,12 +154,7 @@ def test_the_most_frequent_target_is_said_of_everything() -> None:
 
 @pytest.fixture(scope="module")
 def translator() -> Translator:
-    base = tiny()
-    add_adapter(base, LoraConfig(r=4, target_modules=["q_proj", "v_proj"]), "made")
-    generator = torch.Generator().manual_seed(0)
-    for parameter in adapter_parameters(base, "made").values():
-        parameter.data.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
-    return Translator(base, TranslatorRecord(base.ref, 4), "made")
+    return tiny_translator(tiny())
 
 
 def test_the_first_candidate_is_greedy_and_the_others_are_sampled_by_seed(translator: Translator) -> None:
