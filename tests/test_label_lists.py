@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -74,7 +75,9 @@ def test_lists_are_scored_whole_and_the_likeliest_comes_first() -> None:
     scores = [candidate.score for candidate in found]
     assert scores == [pytest.approx(mean_by_hand(prompt, candidate.text), rel=1e-4) for candidate in found]
     assert scores == sorted(scores, reverse=True)  # type: ignore[type-var]
-    assert [one.text for one in lists(prompt, ("only",), [""])] == ["only"]
+    of_record = replace(prompt, record=replace(prompt.record, labels=("only",)))
+    (only,) = LabelListProposer(translator(), {}, [""]).propose([of_record], VerbalizationConfig())
+    assert [one.text for one in only] == ["only"]
 
 
 def test_many_texts_are_scored_in_several_passes() -> None:

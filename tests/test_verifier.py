@@ -275,17 +275,6 @@ def test_equal_texts_are_scored_once_and_listed_once(base: BaseModel) -> None:
     assert texts.index("joy") + 1 == texts.index(" joy\n"), "of equal scores the first one given comes first"
 
 
-def test_candidates_are_ranked_by_score(base: BaseModel) -> None:
-    soft_prompt = random_prompt(base)
-    found = Verifier(base, CONFIG).verify(soft_prompt, TEXTS, pairs=pairs_of(base, soft_prompt))
-    scores = [candidate.score for candidate in found.candidates]
-    assert scores == sorted(scores, reverse=True) and len(set(scores)) == len(TEXTS)
-    shares = [candidate.faithfulness for candidate in found.candidates]
-    assert None not in shares and shares == sorted(shares, reverse=True)  # type: ignore[type-var]
-    assert found.best == found.candidates[0]
-    assert Verifier(base, CONFIG).verify(soft_prompt, [], inputs=INPUTS).best is None
-
-
 # Faithfulness ---------------------------------------------------------------------------------------------------------
 
 
