@@ -43,12 +43,12 @@ MODEL_CONFIG: dict[str, Any] = {"base_model": None, "max_new_tokens": 64}
 ROWS_PER_BATCH = 16
 
 
-def default_pip_requirements() -> list[str]:
+def default_pip_requirements(libraries: Sequence[str] = LIBRARIES) -> list[str]:
     """What our artifacts need where they are loaded, pinned; our own distribution first, if an index has it.
 
     Local labels (`+cpu`) are left out: no index serves them, and the machine that serves may have a GPU.
     """
-    versions = {name: importlib.metadata.version(name).partition("+")[0] for name in LIBRARIES}
+    versions = {name: importlib.metadata.version(name).partition("+")[0] for name in libraries}
     own = [] if own_source() else [f"{DISTRIBUTION}=={__version__}"]
     return [*own, *(f"{name}=={version}" for name, version in versions.items())]
 
@@ -67,16 +67,6 @@ def own_source() -> list[str] | None:
     return [str(root / "softprompt_registry"), str(root / "mlflow_plugins")]
 
 
-def default_conda_env() -> dict[str, Any]:
-    """MLflow's own environment with our requirements in it."""
-    env: dict[str, Any] = mlflow.pyfunc.get_default_conda_env()
-    dependencies = [item for item in env["dependencies"] if isinstance(item, str)]
-    return {
-        **env,
-        "dependencies": [*dependencies, {"pip": [f"mlflow=={mlflow.__version__}", *default_pip_requirements()]}],
-    }
-
-
 def signature_of(inputs: Sequence[str], outputs: Sequence[str]) -> ModelSignature:
     """Text columns in, text columns out, and the parameter `max_new_tokens`; null leaves the model's setting."""
     return ModelSignature(
@@ -86,8 +76,8 @@ def signature_of(inputs: Sequence[str], outputs: Sequence[str]) -> ModelSignatur
     )
 
 
-def facts_of(base_model: BaseModelRef, *, num_virtual_tokens: int, digest: str, format_version: int) -> dict[str, Any]:
-    """What a flavor says in MLmodel about its artifact."""
+def facts_of(base_model: BaseModelRef, num_virtual_tokens: int, digest: str, format_version: int) -> dict[str, Any]:
+    """Facts about an artifact for MLmodel."""
     return {
         "base_fingerprint": base_model.fingerprint,
         "base_model": base_model.name,
@@ -126,25 +116,25 @@ def save(
     folder_name: str,
     facts: Mapping[str, Any],
     default_signature: ModelSignature,
-    mlflow_model: Model | None,
-    signature: ModelSignature | None,
-    input_example: Any,
-    pip_requirements: Sequence[str] | str | None,
-    extra_pip_requirements: Sequence[str] | str | None,
-    metadata: dict[str, Any] | None,
-    default_requirements: Sequence[str],
+    default_libraries: Sequence[str] = LIBRARIES,
     default_model_config: Mapping[str, Any] = MODEL_CONFIG,
-    **kwargs: Any,
+    mlflow_model: Model | None = None,
+    signature: ModelSignature | None = None,
+    pip_requirements: Sequence[str] | str | None = None,
+    extra_pip_requirements: Sequence[str] | str | None = None,
+    model_config: Mapping[str, Any] | None = None,
+    **options: Any,
 ) -> None:
     """Write an MLflow model whose data is what `write_artifact` puts into the folder it is handed.
 
     Args:
         loader_module: the flavor's module, whose `_load_pyfunc` reads the folder.
-        kwargs: of `mlflow.pyfunc.save_model`; `model_config` is laid over the flavor's own.
+        model_config: overrides settings of the flavor's own.
+        options: arguments of `mlflow.pyfunc.save_model`.
     """
-    # `Model.log` hands this on to the flavor although it is meant for itself.
-    kwargs.pop("validate_serving_input", None)
-    model_config = {**default_model_config, **(kwargs.pop("model_config", None) or {})}
+    # `Model.log` passes this on to the flavor although it is its own argument.
+    options.pop("validate_serving_input", None)
+    model_config = {**default_model_config, **(model_config or {})}
     unknown = sorted(set(model_config) - set(default_model_config))
     if unknown:
         raise ConfigError(
@@ -154,11 +144,12 @@ def save(
     # Set here: handed to pyfunc without an input example it brings a warning that asks for one.
     mlflow_model.signature = signature or default_signature
     mlflow_model.add_flavor(flavor_name, data=f"data/{folder_name}", **facts)
-    if pip_requirements is None and kwargs.get("conda_env") is None:
+    if pip_requirements is None and options.get("conda_env") is None:
         # Without requirements of ours MLflow would load the model, base model included, to find out what it imports.
         extra = extra_pip_requirements or []
         extra_lines = [f"-r {Path(extra).resolve()}"] if isinstance(extra, str) else list(extra)
-        pip_requirements, extra_pip_requirements = [*default_requirements, *extra_lines], None
+        pip_requirements = [*default_pip_requirements(default_libraries), *extra_lines]
+        extra_pip_requirements = None
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / folder_name
         write_artifact(folder)
@@ -167,12 +158,10 @@ def save(
             loader_module=loader_module,
             data_path=str(folder),
             mlflow_model=mlflow_model,
-            input_example=input_example,
             pip_requirements=pip_requirements,
             extra_pip_requirements=extra_pip_requirements,
-            metadata=metadata,
             model_config=model_config,
-            **{"code_paths": own_source(), **kwargs},
+            **{"code_paths": own_source(), **options},
         )
 
 
@@ -181,16 +170,18 @@ def log(
     artifact: Any,
     *,
     name: str,
-    model_id: str | None,
-    params: Mapping[str, Any] | None,
-    tags: Mapping[str, Any] | None,
-    registered_model_name: str | None,
-    **kwargs: Any,
+    model_id: str | None = None,
+    params: Mapping[str, Any] | None = None,
+    tags: Mapping[str, Any] | None = None,
+    **options: Any,
 ) -> ModelInfo:
     """Log an artifact through the flavor in `module_name`, as a new LoggedModel or into the one that `model_id` names.
 
     MLflow takes `params` and `tags` for a new model only; here an existing one gets them as well. An input example is
     kept but, unless `validate_serving_input=True`, not predicted on: that would load the base model.
+
+    Args:
+        options: arguments of `mlflow.models.Model.log`, such as `registered_model_name`, and of the flavor's `save_model`.
     """
     if model_id is not None:
         add_model_params(model_id, params or {})
@@ -204,10 +195,9 @@ def log(
         model_id=model_id,
         params=dict(params or {}),
         tags=dict(tags or {}),
-        registered_model_name=registered_model_name,
         # MLflow copies the run's metrics of this step onto the LoggedModel, where ours already are: name a step without any.
         step=-1,
-        **{"model_type": flavor.FLAVOR_NAME, "validate_serving_input": False, **kwargs},
+        **{"model_type": flavor.FLAVOR_NAME, "validate_serving_input": False, **options},
     )
     return info
 

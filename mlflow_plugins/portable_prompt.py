@@ -6,17 +6,15 @@ The model holds a translator; its base model is loaded when the server starts, s
 from __future__ import annotations
 
 import contextlib
-import importlib.metadata
 import math
 import threading
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import mlflow
-from mlflow.models import Model
 from mlflow.models.model import ModelInfo
 from mlflow.models.signature import ModelSignature
 from mlflow.types.schema import AnyType, Array, ColSpec, DataType, Object, ParamSchema, ParamSpec, Property, Schema
@@ -37,27 +35,16 @@ from mlflow_plugins.serving_requests import (
 )
 from mlflow_plugins.serving_soft_prompts import soft_prompt_from_payload, soft_prompt_from_registry
 from mlflow_plugins.serving_target import TargetModel
+from mlflow_plugins.translator import StoredTranslator, save_translator
 from softprompt_registry.base_models.frozen import BaseModel
 from softprompt_registry.base_models.loading import load_base_model_for
 from softprompt_registry.base_models.reference import require_same_base
 from softprompt_registry.errors import ArtifactError, SoftPromptError
-from softprompt_registry.fingerprints import SHORT, digest_of_file, digest_of_json
-from softprompt_registry.language_models.protocol import (
-    Completion,
-    Usage,
-    usage_of,
-)
+from softprompt_registry.fingerprints import SHORT, digest_of_json
+from softprompt_registry.language_models.protocol import Completion, Usage, usage_of
 from softprompt_registry.soft_prompts.soft_prompt import SoftPrompt
 from softprompt_registry.translators.on_vllm import TranslatorOnVllm, VllmTranslatorConfig, require_vllm
-from softprompt_registry.translators.translator import (
-    ADAPTER_CONFIG_FILE,
-    ADAPTER_FILE,
-    FORMAT_VERSION,
-    RECORD_FILE,
-    Translator,
-    TranslatorRecord,
-    read_record,
-)
+from softprompt_registry.translators.translator import Translator, read_record
 from softprompt_registry.verbalization.abstention import AbstentionRule
 from softprompt_registry.verbalization.evidence import TriedOn
 from softprompt_registry.verbalization.proposers.translator import TranslatorProposer
@@ -74,18 +61,6 @@ NOT_ASKED = "not asked: this row abstained, so there is no hard prompt to ask wi
 
 
 # --- The flavor ---
-
-
-def get_default_pip_requirements() -> list[str]:
-    """What serving the model needs, pinned."""
-    return [*flavor_parts.default_pip_requirements(), f"openai=={importlib.metadata.version('openai')}"]
-
-
-def get_default_conda_env() -> dict[str, Any]:
-    """The same as a conda environment."""
-    env = flavor_parts.default_conda_env()
-    env["dependencies"][-1]["pip"] = [*env["dependencies"][-1]["pip"], get_default_pip_requirements()[-1]]
-    return env
 
 
 def default_signature() -> ModelSignature:
@@ -139,85 +114,37 @@ def default_signature() -> ModelSignature:
 
 
 def save_model(
-    artifact: str | Path,
-    path: str | Path,
-    mlflow_model: Model | None = None,
-    signature: ModelSignature | None = None,
-    input_example: Any = None,
-    pip_requirements: Sequence[str] | str | None = None,
-    extra_pip_requirements: Sequence[str] | str | None = None,
-    metadata: dict[str, Any] | None = None,
-    model_config: Mapping[str, Any] | None = None,
-    **kwargs: Any,
+    artifact: str | Path, path: str | Path, model_config: Mapping[str, Any] | None = None, **options: Any
 ) -> None:
     """Write the translator folder `artifact` as a servable MLflow model; no base model is loaded or stored.
 
     Args:
-        model_config: laid over `DEFAULT_MODEL_CONFIG`.
+        model_config: overrides settings of `DEFAULT_MODEL_CONFIG`.
+        options: see `flavor_parts.save`.
     """
-    folder = Path(artifact)
-    record = read_record(folder)
     # A wrong setting fails here, not where the model is served.
     config = ServingConfig.from_model_config(model_config)
-    flavor_parts.save(
+    save_translator(
         FLAVOR_NAME,
         __name__,
-        lambda destination: flavor_parts.copy_files(
-            folder, destination, [ADAPTER_FILE, ADAPTER_CONFIG_FILE, RECORD_FILE]
-        ),
+        Path(artifact),
         path,
-        folder_name="translator",
-        facts=flavor_parts.facts_of(
-            record.base_model,
-            num_virtual_tokens=record.num_virtual_tokens,
-            digest=digest_of_file(folder / ADAPTER_FILE),
-            format_version=FORMAT_VERSION,
-        ),
         default_signature=default_signature(),
-        mlflow_model=mlflow_model,
-        signature=signature,
-        input_example=input_example,
-        pip_requirements=pip_requirements,
-        extra_pip_requirements=extra_pip_requirements,
-        metadata=metadata,
-        default_requirements=get_default_pip_requirements(),
+        default_libraries=(*flavor_parts.LIBRARIES, "openai"),
         default_model_config=DEFAULT_MODEL_CONFIG,
         model_config=config.to_model_config(),
-        **kwargs,
+        **options,
     )
 
 
-def log_model(
-    translator_folder: str | Path,
-    *,
-    name: str,
-    model_id: str | None = None,
-    params: Mapping[str, Any] | None = None,
-    tags: Mapping[str, Any] | None = None,
-    model_config: Mapping[str, Any] | None = None,
-    registered_model_name: str | None = None,
-    **kwargs: Any,
-) -> ModelInfo:
-    """Log a translator folder as a servable LoggedModel: a new one, or the one that `model_id` names."""
-    labels: dict[str, Any] = {"name": name, "model_id": model_id, "params": params, "tags": tags}
-    kwargs = {"model_config": model_config, "registered_model_name": registered_model_name, **kwargs}
-    return flavor_parts.log(__name__, translator_folder, **labels, **kwargs)
+def log_model(translator_folder: str | Path, *, name: str, **options: Any) -> ModelInfo:
+    """Log a translator folder as a servable LoggedModel; see `flavor_parts.log` for the options."""
+    return flavor_parts.log(__name__, translator_folder, name=name, **options)
 
 
-@dataclass(frozen=True)
-class PortablePrompt:
-    """What a logged model holds, read without loading the base model."""
-
-    translator_folder: Path
-
-    @property
-    def record(self) -> TranslatorRecord:
-        return read_record(self.translator_folder)
-
-
-def load_model(model_uri: str, dst_path: str | None = None) -> PortablePrompt:
-    """The translator in a logged or saved model. To run it: `Translator.load(handle.translator_folder, base_model)`."""
-    return PortablePrompt(flavor_parts.artifact_folder(model_uri, FLAVOR_NAME, dst_path))
+def load_model(model_uri: str, dst_path: str | None = None) -> StoredTranslator:
+    """The translator in a logged or saved model, its base model not loaded yet."""
+    return StoredTranslator(flavor_parts.artifact_folder(model_uri, FLAVOR_NAME, dst_path))
 
 
 def _load_pyfunc(path: str, model_config: Mapping[str, Any] | None = None) -> _ServedTranslator:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlflow.models import Model
 from mlflow.models.model import ModelInfo
-from mlflow.models.signature import ModelSignature
 
 from mlflow_plugins import flavor_parts
 from softprompt_registry.soft_prompts.bank import SoftPromptBank
@@ -19,34 +17,14 @@ if TYPE_CHECKING:
 FLAVOR_NAME = "softprompt_bank"
 
 
-def get_default_pip_requirements() -> list[str]:
-    """What loading the model needs, pinned."""
-    return flavor_parts.default_pip_requirements()
+def save_model(artifact: SoftPromptBank, path: str | Path, **options: Any) -> None:
+    """Write a bank as an MLflow model: its files are copied, its tensors never read.
 
-
-def get_default_conda_env() -> dict[str, Any]:
-    """The same as a conda environment."""
-    return flavor_parts.default_conda_env()
-
-
-def save_model(
-    artifact: SoftPromptBank,
-    path: str | Path,
-    mlflow_model: Model | None = None,
-    signature: ModelSignature | None = None,
-    input_example: Any = None,
-    pip_requirements: Sequence[str] | str | None = None,
-    extra_pip_requirements: Sequence[str] | str | None = None,
-    metadata: dict[str, Any] | None = None,
-    **kwargs: Any,
-) -> None:
-    """Write a bank as an MLflow model: its files are copied, its tensors never read."""
-    facts = flavor_parts.facts_of(
-        artifact.base_model,
-        num_virtual_tokens=int(artifact.header["K"]),
-        digest=artifact.digest,
-        format_version=int(artifact.header["format_version"]),
-    )
+    Args:
+        options: see `flavor_parts.save`.
+    """
+    header = artifact.header
+    facts = flavor_parts.facts_of(artifact.base_model, int(header["K"]), artifact.digest, int(header["format_version"]))
     flavor_parts.save(
         FLAVOR_NAME,
         __name__,
@@ -55,30 +33,13 @@ def save_model(
         folder_name="bank",
         facts={"num_soft_prompts": len(artifact), **facts},
         default_signature=flavor_parts.signature_of(["task", "input"], ["output"]),
-        default_requirements=get_default_pip_requirements(),
-        mlflow_model=mlflow_model,
-        signature=signature,
-        input_example=input_example,
-        pip_requirements=pip_requirements,
-        extra_pip_requirements=extra_pip_requirements,
-        metadata=metadata,
-        **kwargs,
+        **options,
     )
 
 
-def log_model(
-    artifact: SoftPromptBank,
-    *,
-    name: str,
-    model_id: str | None = None,
-    params: Mapping[str, Any] | None = None,
-    tags: Mapping[str, Any] | None = None,
-    registered_model_name: str | None = None,
-    **kwargs: Any,
-) -> ModelInfo:
-    """Log a bank as a LoggedModel: a new one, or the one that `model_id` names."""
-    labels: dict[str, Any] = {"name": name, "model_id": model_id, "params": params, "tags": tags}
-    return flavor_parts.log(__name__, artifact, **labels, registered_model_name=registered_model_name, **kwargs)
+def log_model(artifact: SoftPromptBank, *, name: str, **options: Any) -> ModelInfo:
+    """Log a bank as a LoggedModel; see `flavor_parts.log` for the options."""
+    return flavor_parts.log(__name__, artifact, name=name, **options)
 
 
 def load_model(model_uri: str, dst_path: str | None = None) -> SoftPromptBank:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlflow.models import Model
 from mlflow.models.model import ModelInfo
-from mlflow.models.signature import ModelSignature
 
 from mlflow_plugins import flavor_parts
 from softprompt_registry.base_models.frozen import BaseModel
@@ -31,79 +30,41 @@ if TYPE_CHECKING:
 FLAVOR_NAME = "softprompt_translator"
 
 
-def get_default_pip_requirements() -> list[str]:
-    """What loading the model needs, pinned."""
-    return flavor_parts.default_pip_requirements()
-
-
-def get_default_conda_env() -> dict[str, Any]:
-    """The same as a conda environment."""
-    return flavor_parts.default_conda_env()
-
-
-def save_model(
-    artifact: Path,
-    path: str | Path,
-    mlflow_model: Model | None = None,
-    signature: ModelSignature | None = None,
-    input_example: Any = None,
-    pip_requirements: Sequence[str] | str | None = None,
-    extra_pip_requirements: Sequence[str] | str | None = None,
-    metadata: dict[str, Any] | None = None,
-    **kwargs: Any,
-) -> None:
-    """Write the translator in the folder `artifact` as an MLflow model; no model is loaded for it."""
-    record = read_record(artifact)
+def save_translator(flavor_name: str, loader_module: str, folder: Path, path: str | Path, **options: Any) -> None:
+    """Write the translator in `folder` as an MLflow model of a flavor; no model is loaded for it."""
+    record = read_record(folder)
     files = [ADAPTER_FILE, ADAPTER_CONFIG_FILE, RECORD_FILE]
-    flavor_parts.require_files(artifact, files)
-    facts = flavor_parts.facts_of(
-        record.base_model,
-        num_virtual_tokens=record.num_virtual_tokens,
-        digest=digest_of_file(artifact / ADAPTER_FILE),
-        format_version=FORMAT_VERSION,
-    )
+    flavor_parts.require_files(folder, files)
+    digest = digest_of_file(folder / ADAPTER_FILE)
     flavor_parts.save(
-        FLAVOR_NAME,
-        __name__,
-        lambda folder: flavor_parts.copy_files(artifact, folder, files),
+        flavor_name,
+        loader_module,
+        lambda destination: flavor_parts.copy_files(folder, destination, files),
         path,
         folder_name="translator",
-        facts=facts,
-        default_signature=flavor_parts.signature_of(["soft_prompt"], ["hard_prompt"]),
-        default_requirements=get_default_pip_requirements(),
-        mlflow_model=mlflow_model,
-        signature=signature,
-        input_example=input_example,
-        pip_requirements=pip_requirements,
-        extra_pip_requirements=extra_pip_requirements,
-        metadata=metadata,
-        **kwargs,
+        facts=flavor_parts.facts_of(record.base_model, record.num_virtual_tokens, digest, FORMAT_VERSION),
+        **options,
     )
 
 
-def log_model(
-    artifact: Path,
-    *,
-    name: str,
-    model_id: str | None = None,
-    params: Mapping[str, Any] | None = None,
-    tags: Mapping[str, Any] | None = None,
-    registered_model_name: str | None = None,
-    **kwargs: Any,
-) -> ModelInfo:
-    """Log a translator as a LoggedModel: a new one, or the one that `model_id` names."""
-    labels: dict[str, Any] = {"name": name, "model_id": model_id, "params": params, "tags": tags}
-    return flavor_parts.log(__name__, artifact, **labels, registered_model_name=registered_model_name, **kwargs)
+def save_model(artifact: Path, path: str | Path, **options: Any) -> None:
+    """Write the translator in the folder `artifact` as an MLflow model; see `flavor_parts.save` for the options."""
+    signature = flavor_parts.signature_of(["soft_prompt"], ["hard_prompt"])
+    save_translator(FLAVOR_NAME, __name__, artifact, path, default_signature=signature, **options)
+
+
+def log_model(artifact: Path, *, name: str, **options: Any) -> ModelInfo:
+    """Log the translator in the folder `artifact` as a LoggedModel; see `flavor_parts.log` for the options."""
+    return flavor_parts.log(__name__, artifact, name=name, **options)
 
 
 def load_model(model_uri: str, dst_path: str | None = None) -> StoredTranslator:
     """The translator in a logged or saved model, its base model not loaded yet."""
-    folder = flavor_parts.artifact_folder(model_uri, FLAVOR_NAME, dst_path)
-    return StoredTranslator(folder, read_record(folder))
+    return StoredTranslator(flavor_parts.artifact_folder(model_uri, FLAVOR_NAME, dst_path))
 
 
 def _load_pyfunc(path: str, model_config: Mapping[str, Any] | None = None) -> _WritingTranslator:
-    return _WritingTranslator(StoredTranslator(Path(path), read_record(Path(path))), model_config)
+    return _WritingTranslator(StoredTranslator(Path(path)), model_config)
 
 
 @dataclass(frozen=True)
@@ -111,7 +72,10 @@ class StoredTranslator:
     """A translator on the disk."""
 
     folder: Path
-    record: TranslatorRecord
+
+    @cached_property
+    def record(self) -> TranslatorRecord:
+        return read_record(self.folder)
 
     def load(self, base_model: BaseModel | str | None = None) -> Translator:
         """Put it on a loaded base model, on the one that a reference names, or on the one that its record names.

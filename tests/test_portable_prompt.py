@@ -448,7 +448,7 @@ def test_without_a_key_the_hard_prompts_still_come(
 def test_the_saved_model_names_its_base_and_holds_none_of_it(portable: PortableModel) -> None:
     handle = portable_prompt.load_model(str(portable.model_folder))
     assert handle.record == portable.translator.record
-    files = {path.name for path in handle.translator_folder.iterdir()}
+    files = {path.name for path in handle.folder.iterdir()}
     assert files == {"adapter_model.safetensors", "adapter_config.json", "translator.json"}
     written = [path for path in portable.model_folder.rglob("*") if path.is_file() and path.suffix != ".py"]
     assert not any(str(portable.base_folder).encode() in path.read_bytes() for path in written)
