@@ -30,7 +30,7 @@ from typing import Any
 
 from mlflow.genai.scorers import Scorer, scorer
 
-from mlflow_plugins.evaluator import HARD_PROMPT, is_missing, open_encoder, texts_in
+from mlflow_plugins.evaluator_data import HARD_PROMPT, is_missing, open_encoder, texts_in
 from softprompt_registry.errors import DataError
 from softprompt_registry.evaluation.metrics import TextEncoder
 from softprompt_registry.evaluation.text_scores import Truth, cosines_of, label_score_of, rouge_l_of

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -87,10 +85,6 @@ def prefixed(metrics: dict[str, float]) -> dict[str, float]:
 # Numbers --------------------------------------------------------------------------------------------------------------
 
 
-def test_mlflow_finds_the_evaluator_through_its_entry_point() -> None:
-    assert "softprompt" in list_evaluators()
-
-
 def test_metrics_by_hand(mlflow_store: str) -> None:
     metrics = evaluate().metrics
     assert metrics["evaluation.label_recall"] == (1 / 2 + 1) / 2  # in the two classification rows only
@@ -107,9 +101,7 @@ def test_metrics_by_hand(mlflow_store: str) -> None:
     assert (metrics["evaluation.num_tasks"], metrics["evaluation.empty_share"]) == (3, 0)
 
 
-@pytest.mark.parametrize(
-    "texts", [["joy", "down up", "tell them now"], ["joy, fear", "up, down", "Say it."], ["", "up", ""], ["", "", ""]]
-)
+@pytest.mark.parametrize("texts", [["joy", "down up", "tell them now"], ["", "up", ""]])
 def test_names_and_numbers_are_those_of_our_own_evaluation(mlflow_store: str, texts: list[str]) -> None:
     result = evaluate(FRAME.assign(text=texts))
     expected = ours(texts)
@@ -226,14 +218,6 @@ def test_a_gate_passes_at_the_value_and_fails_above_it(mlflow_store: str) -> Non
         mlflow.validate_evaluation_results(silence, evaluate(FRAME.assign(text=["joy", "", "Say it."])))
 
 
-def test_a_gate_against_a_baseline(mlflow_store: str) -> None:
-    baseline, better = evaluate(), evaluate(FRAME.assign(text=FRAME["truth"]))
-    gain = {"evaluation.rouge_l": MetricThreshold(min_absolute_change=0.2, greater_is_better=True)}
-    mlflow.validate_evaluation_results(gain, better, baseline)
-    with pytest.raises(ModelValidationFailedException, match="minimum absolute change check failed"):
-        mlflow.validate_evaluation_results(gain, baseline, baseline)
-
-
 # Models ---------------------------------------------------------------------------------------------------------------
 
 
@@ -276,27 +260,18 @@ def test_a_model_sees_neither_truth_nor_labels_and_gets_some_rows_at_a_time(mlfl
     assert seen == [(["said"], 2), (["said"], 1)]
 
 
-@pytest.mark.parametrize(
-    "answer",
-    [
-        lambda rows: list(rows["said"]),
-        lambda rows: rows["said"].to_numpy(),
-        lambda rows: pd.DataFrame({"hard_prompt": rows["said"], "reason": "none"}),
-        lambda rows: pd.DataFrame({"anything": rows["said"]}),
-        lambda rows: [{"hard_prompt": text, "error": None} for text in rows["said"]],
-    ],
-    ids=["list", "array", "table", "column", "records"],
-)
-def test_a_model_may_answer_in_several_forms(mlflow_store: str, answer: Callable[[pd.DataFrame], Any]) -> None:
-    assert evaluate(FRAME.rename(columns={"text": "said"}), model=answer).metrics["evaluation.label_recall"] == 3 / 4
-
-
-def test_the_column_of_the_texts_can_be_named(mlflow_store: str) -> None:
-    def say(rows: pd.DataFrame) -> pd.DataFrame:
-        return pd.DataFrame({"hard_prompt": "wrong", "second": rows["said"]})
-
+def test_a_model_may_answer_in_several_forms(mlflow_store: str) -> None:
     data = FRAME.rename(columns={"text": "said"})
-    assert evaluate(data, model=say, predictions="second").metrics["evaluation.label_recall"] == 3 / 4
+    forms: list[tuple[Callable[[pd.DataFrame], Any], str | None]] = [
+        (lambda rows: list(rows["said"]), None),
+        (lambda rows: rows["said"].to_numpy(), None),
+        (lambda rows: pd.DataFrame({"hard_prompt": rows["said"], "reason": "none"}), None),
+        (lambda rows: pd.DataFrame({"anything": rows["said"]}), None),
+        (lambda rows: [{"hard_prompt": text, "error": None} for text in rows["said"]], None),
+        (lambda rows: pd.DataFrame({"hard_prompt": "wrong", "second": rows["said"]}), "second"),
+    ]
+    for answer, column in forms:
+        assert evaluate(data, model=answer, predictions=column).metrics["evaluation.label_recall"] == 3 / 4
 
 
 @pytest.mark.parametrize(
@@ -365,10 +340,6 @@ def test_what_is_for_mlflows_own_evaluator_is_not_dropped_in_silence(mlflow_stor
     )
     with pytest.raises(ConfigError, match="once more with evaluators='default', and without model_type"):
         evaluate(extra_metrics=[length])
-    advised = mlflow.models.evaluate(
-        data=FRAME[["truth", "text"]], targets="truth", predictions="text", evaluators="default", extra_metrics=[length]
-    )
-    assert advised.metrics == {"length": pytest.approx(sum(map(len, FRAME["text"])) / 3)}
 
 
 # Data that cannot be evaluated ----------------------------------------------------------------------------------------
@@ -381,18 +352,12 @@ def test_what_is_for_mlflows_own_evaluator_is_not_dropped_in_silence(mlflow_stor
         (FRAME.iloc[:0].astype(object), "the data has no row, expected at least one"),
         (FRAME.assign(truth=["joy, fear", " ", "Say it."]), "the truth at position 1 is ' ', expected a text"),
         (FRAME.assign(truth=["joy, fear", "up, down", None]), "the truth at position 2 is (None|nan), expected a text"),
-        (FRAME.assign(truth=[1, 2, 3]), "the truth at position 0 is 1, expected a text"),
         (FRAME.assign(text=["joy", 2, "x"]), "the prediction at position 1 is 2, expected a text"),
         (
             FRAME.assign(labels=[["joy"], "up, down", None]),
             "reading labels at position 1: found 'up, down', expected a",
         ),
-        (
-            FRAME.assign(labels=[["joy"], '{"up": 1}', None]),
-            "reading labels at position 1: .* expected a list of texts",
-        ),
         (FRAME.assign(labels=[[1, 2], ["up"], None]), r"reading labels at position 0: found \[1, 2\], expected a list"),
-        (FRAME.assign(labels=[["joy", " "], ["up"], None]), "reading labels at position 0"),
         (FRAME.assign(references=[None, None, "Say it."]), "reading references at position 2: found 'Say it.'"),
         (FRAME.assign(labels=[["joy"], None, None]), "position 1 is a classification without labels"),
         (FRAME.drop(columns="labels"), "position 0 is a classification without labels"),
@@ -421,21 +386,7 @@ def test_a_missing_column_is_named(mlflow_store: str) -> None:
         evaluate(predictions="texts")
 
 
-# Other evaluations ----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("model_type", [None, "text", "classifier", "regressor", "question-answering"])
-def test_evaluations_of_other_kinds_are_left_alone(model_type: str | None) -> None:
-    assert not SoftPromptEvaluator.can_evaluate(model_type=model_type, evaluator_config={})
-
-
-def test_a_process_that_evaluates_something_else_loads_only_our_settings() -> None:
-    code = """
-import sys
-from mlflow.models.evaluation import list_evaluators
-assert "softprompt" in list_evaluators()
-print(*sorted(name for name in sys.modules if name.startswith("softprompt_registry.")), "torch" in sys.modules)
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == "softprompt_registry.config softprompt_registry.errors False"
+def test_mlflow_finds_the_evaluator_and_it_leaves_evaluations_of_other_kinds_alone() -> None:
+    assert "softprompt" in list_evaluators()
+    for model_type in (None, "text", "classifier", "regressor", "question-answering"):
+        assert not SoftPromptEvaluator.can_evaluate(model_type=model_type, evaluator_config={})
