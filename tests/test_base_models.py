@@ -12,7 +12,6 @@ import pytest
 import torch
 from tiny_llm import HIDDEN_SIZE, save_tiny_model, tiny_base_model, tiny_tokenizer
 from tokenizers import normalizers
-from transformers import GraniteConfig, GraniteForCausalLM
 
 from softprompt_registry.base_models.frozen import BaseModel
 from softprompt_registry.base_models.loading import (
@@ -82,12 +81,6 @@ def test_soft_tokens_may_stand_alone(base: BaseModel) -> None:
         assert torch.equal(joined.inputs_embeds, soft) and joined.attention_mask.all()
 
 
-def test_soft_tokens_take_the_dtype_of_the_base_model() -> None:
-    base = tiny_base_model()
-    base.model.to(torch.bfloat16)
-    assert base.join(soft_tokens(1), [[0]], pad_side="left").inputs_embeds.dtype == torch.bfloat16
-
-
 # Scoring --------------------------------------------------------------------------------------------------------------
 
 TARGETS = [[60, 1], [61, 62, 63, 1], [64], [65, 66, 1]]
@@ -110,21 +103,6 @@ def test_scores_are_transformers_own_loss(base: BaseModel, with_soft: bool) -> N
             torch.testing.assert_close(scores.log_likelihood[row], -loss * len(target), **CLOSE)
 
 
-def test_the_mean_over_a_batch_is_transformers_own_loss_of_the_padded_batch(base: BaseModel) -> None:
-    longest = max(len(ids) + len(target) for ids, target in zip(ROWS, TARGETS, strict=True))
-    ids = torch.zeros(len(ROWS), longest, dtype=torch.long)
-    mask, labels = torch.zeros_like(ids), torch.full_like(ids, -100)
-    for row, (prompt, target) in enumerate(zip(ROWS, TARGETS, strict=True)):
-        end = len(prompt) + len(target)
-        ids[row, :end] = torch.tensor(prompt + target)
-        mask[row, :end] = 1
-        labels[row, len(prompt) : end] = torch.tensor(target)
-    with torch.no_grad():
-        loss = base.model(input_ids=ids, attention_mask=mask, labels=labels).loss
-        scores = base.score_targets(None, ROWS, TARGETS)
-    torch.testing.assert_close(-scores.log_likelihood.sum() / scores.num_tokens.sum(), loss, **CLOSE)
-
-
 def test_scores_carry_a_gradient_to_the_soft_tokens_and_to_nothing_else(base: BaseModel) -> None:
     soft = soft_tokens(2).requires_grad_()
     base.score_targets(soft, ROWS[:2], TARGETS[:2]).log_likelihood[0].backward()
@@ -141,30 +119,6 @@ def test_logits_at_are_those_of_the_full_forward_pass(base: BaseModel) -> None:
             inputs_embeds=joined.inputs_embeds, attention_mask=joined.attention_mask, position_ids=joined.position_ids
         ).logits
         torch.testing.assert_close(base.logits_at(joined, rows, columns), full[rows, columns], **CLOSE)
-
-
-def test_logits_that_are_more_than_a_projection_are_left_to_the_model() -> None:
-    """Granite divides its logits; hidden states times the head would be wrong by that factor."""
-    tokenizer = tiny_tokenizer()
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        config = GraniteConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=32,
-            intermediate_size=32,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            num_key_value_heads=2,
-            initializer_range=0.1,
-            logits_scaling=4.0,
-        )
-        model = GraniteForCausalLM(config)
-    base = BaseModel(model, tokenizer, reference_of(model, tokenizer, name="g", revision=None, dtype="float32"))
-    labels = torch.tensor([[-100, -100, -100, 60, 1]])
-    with torch.no_grad():
-        loss = model(input_ids=torch.tensor([[0, 40, 41, 60, 1]]), labels=labels).loss
-        scores = base.score_targets(None, [[0, 40, 41]], [[60, 1]])
-    torch.testing.assert_close(scores.log_likelihood[0], -loss * 2, **CLOSE)
 
 
 # Generating -----------------------------------------------------------------------------------------------------------
@@ -252,12 +206,11 @@ def test_the_fingerprint_is_the_same_in_both_precisions_and_under_any_name(tmp_p
         assert str(tmp_path) not in json.dumps(base.ref.to_json()), "a record carries no path"
 
 
-@pytest.mark.parametrize("place", [(0, 0), (0, 1), (200, 63)])
-def test_one_changed_weight_of_the_embedding_is_another_base_model(place: tuple[int, int]) -> None:
+def test_one_changed_weight_of_the_embedding_is_another_base_model() -> None:
     """Other weights are sampled; the embedding is hashed whole, for soft prompts start from it."""
     base = tiny_base_model()
     with torch.no_grad():
-        base.model.get_input_embeddings().weight[place] += 0.25
+        base.model.get_input_embeddings().weight[200, 63] += 0.25
     assert fingerprint_of(base.model, base.tokenizer) != base.ref.fingerprint
 
 
@@ -330,11 +283,8 @@ def test_a_folder_that_is_no_model_or_a_damaged_one_is_explained(tmp_path: Path)
     weights.write_bytes(weights.read_bytes()[:5000])
     with pytest.raises(BaseModelError, match="loading base model .*cut.*: transformers could not"):
         load_base_model(str(folder))
-
-
-def test_an_unknown_precision_is_refused(tiny_folder: Path) -> None:
     with pytest.raises(BaseModelError, match="dtype 'float16' is not float32 or bfloat16"):
-        load_base_model(str(tiny_folder), dtype="float16")  # type: ignore[arg-type]
+        load_base_model(str(folder), dtype="float16")  # type: ignore[arg-type]
 
 
 def test_another_model_than_the_expected_one_is_refused_and_both_are_named(tiny_folder: Path) -> None:

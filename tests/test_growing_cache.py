@@ -39,8 +39,6 @@ def test_a_growing_cache_holds_what_a_plain_one_holds() -> None:
     for change in (
         lambda cache: cache.batch_select_indices(torch.tensor([0, 2])),
         lambda cache: cache.batch_select_indices(torch.tensor([1, 0, 0, 1, 1])),
-        lambda cache: cache.reorder_cache(torch.tensor([4, 3, 2, 1, 0])),
-        lambda cache: cache.batch_repeat_interleave(2),
         lambda cache: cache.crop(-2),
     ):
         change(plain)

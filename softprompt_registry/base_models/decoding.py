@@ -33,7 +33,7 @@ class RowDecoder:
         self._run(inputs_embeds=joined.inputs_embeds, position_ids=joined.position_ids, past_key_values=joined.cache)
 
     def keep(self, rows: Sequence[int]) -> None:
-        """Go on with these rows alone, by their place among those that are left."""
+        """Continue these rows alone, by their place among those that are left."""
         import torch
 
         chosen = torch.tensor(rows, device=self._mask.device)
@@ -85,12 +85,10 @@ class RowDecoder:
                 f"continuing texts token by token: the model type {self._model.config.model_type!r} keeps no keys and "
                 "values; expected a transformer. Use another model here."
             )
-        logits = output.logits[:, -1]  # (B, V)
-        self.logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        self.logits = at_least_float32(output.logits[:, -1])  # (B, V)
 
 
-def greedy(
-    base_model: BaseModel, joined: JoinedBatch, max_new_tokens: int, *, keep_end: bool = False
-) -> list[list[int]]:
-    """The most likely continuation of each row, up to an end token (left out unless `keep_end`) or the length cap."""
-    return RowDecoder(base_model, joined).greedy(max_new_tokens, keep_end=keep_end)
+def at_least_float32(tensor: torch.Tensor) -> torch.Tensor:
+    import torch
+
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

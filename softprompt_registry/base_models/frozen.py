@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
-from softprompt_registry.base_models.decoding import greedy
+from softprompt_registry.base_models.decoding import RowDecoder, at_least_float32
 from softprompt_registry.base_models.prefixes import Prefixes, PrefixRows, prefixes_in
 from softprompt_registry.base_models.reference import BaseModelRef
 from softprompt_registry.errors import BaseModelError
@@ -55,6 +56,8 @@ class BaseModel:
     """
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ref: BaseModelRef) -> None:
+        import torch
+
         # transformers' own annotations do not cover what its models do; from here on they are taken on trust.
         self.model: Any = model
         self.tokenizer: Any = tokenizer
@@ -62,8 +65,11 @@ class BaseModel:
         model.requires_grad_(False)
         model.eval()
         _forget_generation_settings(self.model)
-        _require_embeddings_alone(self.model, ref)
-        self._plain_head = _has_plain_head(self.model)
+        ids = torch.zeros(1, 1, dtype=torch.long, device=self.device)
+        with torch.no_grad():
+            logits = self.model(input_ids=ids, use_cache=False).logits
+            self._require_embeddings_alone(ids, logits)
+            self._plain_head = self._has_plain_head(ids, logits)
 
     @property
     def device(self) -> torch.device:
@@ -132,7 +138,11 @@ class BaseModel:
 
     def names_special_tokens(self, text: str) -> bool:
         """Whether a text holds the name of a special token, as templates in a chat format do."""
-        return any(name in text for name in self.tokenizer.all_special_tokens)
+        return any(name in text for name in self._special_tokens)
+
+    @cached_property
+    def _special_tokens(self) -> list[str]:
+        return list(self.tokenizer.all_special_tokens)
 
     @property
     def bos(self) -> list[int]:
@@ -219,10 +229,8 @@ class BaseModel:
         for row, ids in enumerate(token_ids):
             padded[row, : len(ids)] = torch.tensor(ids, dtype=torch.long)
         embeds = self.embed(padded)  # (B, T, D)
-        if isinstance(soft_prompts, PrefixRows):
-            return self._join_prefixes(soft_prompts, embeds, lengths, pad_side)
         num_soft = 0
-        if soft_prompts is not None:
+        if isinstance(soft_prompts, torch.Tensor):
             num_soft = soft_prompts.shape[1]
             embeds = torch.cat([soft_prompts.to(embeds), embeds], dim=1)  # (B, K + T, D)
         total = num_soft + longest
@@ -235,26 +243,11 @@ class BaseModel:
             source = (columns - shift).clamp(min=0)  # (B, N)
             embeds = embeds.gather(1, source[:, :, None].expand(-1, -1, embeds.shape[2]))
         positions = (mask.long().cumsum(1) - 1).clamp(min=0)
-        return JoinedBatch(embeds, mask.long(), positions)
-
-    def _join_prefixes(
-        self, rows: PrefixRows, embeds: torch.Tensor, lengths: torch.Tensor, pad_side: Literal["left", "right"]
-    ) -> JoinedBatch:
-        """Text embeddings (B, T - L, D), padded on the right, behind the keys and values of `rows`."""
-        import torch
-
-        num_before, longest = rows.prefixes.num_tokens, embeds.shape[1]
-        columns = torch.arange(longest, device=self.device)
-        if pad_side == "right":
-            mask = columns < lengths[:, None]  # (B, T - L)
-        else:
-            shift = (longest - lengths)[:, None]
-            mask = columns >= shift
-            source = (columns - shift).clamp(min=0)
-            embeds = embeds.gather(1, source[:, :, None].expand(-1, -1, embeds.shape[2]))
-        positions = num_before + (mask.long().cumsum(1) - 1).clamp(min=0)
-        whole = torch.cat([mask.new_ones(len(lengths), num_before), mask], dim=1)  # (B, K + T)
-        return JoinedBatch(embeds, whole.long(), positions, rows.cache())
+        if not isinstance(soft_prompts, PrefixRows):
+            return JoinedBatch(embeds, mask.long(), positions)
+        num_before = soft_prompts.prefixes.num_tokens
+        mask = torch.cat([mask.new_ones(len(lengths), num_before), mask], dim=1)  # (B, K + T)
+        return JoinedBatch(embeds, mask.long(), num_before + positions, soft_prompts.cache())
 
     def logits_at(self, joined: JoinedBatch, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
         """Next-token logits at chosen positions only.
@@ -276,11 +269,9 @@ class BaseModel:
         if joined.cache is not None:
             call |= {"past_key_values": joined.cache, "use_cache": True}
         if not self._plain_head:
-            full: torch.Tensor = self.model(**call).logits[rows, columns]
-            return _not_narrower_than_float32(full)
+            return at_least_float32(self.model(**call).logits[rows, columns])
         hidden = self.decoder(**call).last_hidden_state[rows, columns]  # (M, D), contiguous
-        logits: torch.Tensor = self.model.get_output_embeddings()(hidden)
-        return _not_narrower_than_float32(logits)
+        return at_least_float32(self.model.get_output_embeddings()(hidden))
 
     def score_targets(
         self,
@@ -348,7 +339,7 @@ class BaseModel:
         if joined.cache is not None:
             if temperature > 0:
                 raise ValueError("rows that share a prefix are continued greedily only")
-            return greedy(self, joined, max_new_tokens, keep_end=keep_end)
+            return RowDecoder(self, joined).greedy(max_new_tokens, keep_end=keep_end)
         sampling: dict[str, Any] = {"do_sample": False}
         if temperature > 0:
             sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 0.95}
@@ -366,6 +357,32 @@ class BaseModel:
         rows: list[list[int]] = output.tolist()
         return [self.until_end(row, keep_end=keep_end) for row in rows]
 
+    def _require_embeddings_alone(self, ids: torch.Tensor, by_id: torch.Tensor) -> None:
+        """Refuse a model such as Falcon-H1 or Gemma 3n, measured on one token: it scales embeddings where it is given ids
+        alone, or looks up more under an id."""
+        by_embedding = self.model(inputs_embeds=self.model.get_input_embeddings()(ids), use_cache=False).logits
+        if not bool((by_id - by_embedding).abs().max() <= 0.01 * by_id.abs().max()):
+            raise BaseModelError(
+                f"loading base model {self.ref}: from a token's id it computes something else than from its embedding (its "
+                f"model type is {self.model.config.model_type!r}); expected the same, since soft tokens have no ids. Use "
+                "another base model."
+            )
+
+    def _has_plain_head(self, ids: torch.Tensor, logits: torch.Tensor) -> bool:
+        """Whether the logits are `lm_head(hidden)` and nothing else, measured on one token.
+
+        Some models scale or cap them, each under settings of its own; those take the full forward pass.
+        """
+        import torch
+
+        if self.decoder is self.model:  # without a body of its own under its head it is asked as a whole
+            return False
+        projected = self.model.get_output_embeddings()(self.decoder(input_ids=ids, use_cache=False).last_hidden_state)
+        if projected.shape != logits.shape:
+            return False
+        difference = (projected - logits).abs().max() / logits.abs().max()
+        return bool(difference <= torch.finfo(logits.dtype).eps)
+
 
 def _forget_generation_settings(model: Any) -> None:
     """Keep only the special tokens of a checkpoint's generation settings: the others (penalties, suppressed tokens, least
@@ -376,45 +393,3 @@ def _forget_generation_settings(model: Any) -> None:
     if own is not None:
         names = ("bos_token_id", "eos_token_id", "pad_token_id")
         model.generation_config = GenerationConfig(**{name: getattr(own, name) for name in names})
-
-
-def _require_embeddings_alone(model: Any, ref: BaseModelRef) -> None:
-    """Refuse a model such as Falcon-H1 or Gemma 3n, measured on one token: it scales embeddings where it is given ids alone,
-    or looks up more under an id."""
-    import torch
-
-    ids = torch.zeros(1, 1, dtype=torch.long, device=model.device)
-    with torch.no_grad():
-        by_id = model(input_ids=ids, use_cache=False).logits
-        by_embedding = model(inputs_embeds=model.get_input_embeddings()(ids), use_cache=False).logits
-    if not bool((by_id - by_embedding).abs().max() <= 0.01 * by_id.abs().max()):
-        raise BaseModelError(
-            f"loading base model {ref}: from a token's id it computes something else than from its embedding (its model type "
-            f"is {model.config.model_type!r}); expected the same, since soft tokens have no ids. Use another base model."
-        )
-
-
-def _has_plain_head(model: Any) -> bool:
-    """Whether the logits are `lm_head(hidden)` and nothing else, measured on one token.
-
-    Some models scale or cap them, each under settings of its own; those take the full forward pass.
-    """
-    import torch
-
-    decoder = model.get_decoder()
-    if decoder is model:  # without a body of its own under its head it is asked as a whole
-        return False
-    ids = torch.zeros(1, 1, dtype=torch.long, device=model.device)
-    with torch.no_grad():
-        logits = model(input_ids=ids, use_cache=False).logits
-        projected = model.get_output_embeddings()(decoder(input_ids=ids, use_cache=False).last_hidden_state)
-    if projected.shape != logits.shape:
-        return False
-    difference = (projected - logits).abs().max() / logits.abs().max()
-    return bool(difference <= torch.finfo(logits.dtype).eps)
-
-
-def _not_narrower_than_float32(tensor: torch.Tensor) -> torch.Tensor:
-    import torch
-
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

@@ -9,15 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    import torch
+import torch
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import sdpa_mask
 
-    from softprompt_registry.base_models.frozen import BaseModel
+from softprompt_registry.base_models.frozen import BaseModel
 
 NAME = "softprompt_grouped"
-"""Under which transformers knows this attention."""
+"""Name under which transformers knows this attention."""
 PLAIN_MODELS = frozenset({"llama", "mistral", "qwen2", "qwen3", "smollm3"})
 """Model types whose attention is softmax(q·k · scale + mask)·v and nothing else, such as a cap on scores or a sink."""
 
@@ -29,8 +30,6 @@ def grouped_attention(base_model: BaseModel) -> Iterator[None]:
     That is where the own one is the plain one ("eager"), the model type is known, and heads are grouped. Elsewhere nothing
     changes.
     """
-    from transformers import AttentionInterface, AttentionMaskInterface
-
     model, config = base_model.model, base_model.model.config
     grouped = config.model_type in PLAIN_MODELS and config.num_key_value_heads < config.num_attention_heads
     own = config._attn_implementation
@@ -52,8 +51,6 @@ def _mask(*, q_length: int, allow_is_causal_skip: bool = True, **arguments: Any)
     transformers leaves the mask out for several tokens too, where nothing but the future is hidden, and trusts the attention
     to hide that: `_attend` would not.
     """
-    from transformers.masking_utils import sdpa_mask
-
     skip = allow_is_causal_skip and q_length == 1
     mask: torch.Tensor | None = sdpa_mask(q_length=q_length, allow_is_causal_skip=skip, **arguments)
     return mask
@@ -77,8 +74,6 @@ def _attend(
     Returns:
         (B, T, H, D / H), and no attention weights.
     """
-    import torch
-
     rows, heads, tokens, size = query.shape
     groups, seen = key.shape[1:3]
     # Query heads j·H/G to (j + 1)·H/G - 1 belong to key-value head j.

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from softprompt_registry.base_models.frozen import BaseModel
 from softprompt_registry.errors import ConfigError
-
-if TYPE_CHECKING:
-    import torch
-    from torch import nn
-
-    from softprompt_registry.base_models.frozen import BaseModel
 
 
 def decoder_layers(base_model: BaseModel) -> list[nn.Module]:
@@ -24,8 +24,6 @@ def decoder_layers(base_model: BaseModel) -> list[nn.Module]:
         ConfigError: there is no such list, or more than one, or the model keeps other things for later tokens than all keys
             and values, so that its rows cannot go on from a shared beginning.
     """
-    import torch
-
     expected = int(base_model.model.config.get_text_config(decoder=True).num_hidden_layers)
     lists = _outermost_lists(base_model.decoder)
     fitting = [name for name, modules in lists.items() if len(modules) == expected]
@@ -48,8 +46,6 @@ def decoder_layers(base_model: BaseModel) -> list[nn.Module]:
 
 
 def _outermost_lists(module: nn.Module, path: str = "") -> dict[str, nn.ModuleList]:
-    from torch import nn
-
     lists: dict[str, nn.ModuleList] = {}
     for name, child in module.named_children():
         if isinstance(child, nn.ModuleList):
@@ -71,10 +67,6 @@ def linear_layers(base_model: BaseModel) -> dict[str, nn.Module]:
 
 
 def _linear_layers(module: nn.Module, head: Any, module_name: str = "") -> Iterator[tuple[str, nn.Module]]:
-    from peft.tuners.tuners_utils import BaseTunerLayer
-    from torch import nn
-    from transformers.pytorch_utils import Conv1D
-
     for name, child in module.named_children():
         layer: Any = child.get_base_layer() if isinstance(child, BaseTunerLayer) else child
         if isinstance(layer, (nn.Linear, Conv1D)) and layer is not head:

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from softprompt_registry.base_models.decoding import at_least_float32
+
 if TYPE_CHECKING:
     import torch
 
@@ -24,7 +26,7 @@ class Prefixes:
     keys: tuple[torch.Tensor, ...]
     values: tuple[torch.Tensor, ...]
     dtype: torch.dtype
-    """Of the base model, which takes the tensors in it."""
+    """The base model's dtype, in which it takes the tensors."""
     lead: tuple[int, ...] = ()
     """L token ids, with which each row's text begins."""
 
@@ -38,10 +40,9 @@ class Prefixes:
 
         At least float32: the gradients of all rows add up here.
         """
-        import torch
 
         def leaf(tensor: torch.Tensor) -> torch.Tensor:
-            return tensor.detach().to(torch.promote_types(tensor.dtype, torch.float32)).requires_grad_()
+            return at_least_float32(tensor.detach()).requires_grad_()
 
         return replace(self, keys=tuple(map(leaf, self.keys)), values=tuple(map(leaf, self.values)))
 

@@ -88,13 +88,12 @@ def reference_of(model: Any, tokenizer: Any, *, name: str, revision: str | None,
         tokenizer_sha256=tokenizer_digest(tokenizer),
         embedding_sha256=digest_of_tensor(model.get_input_embeddings().weight),
         weights_sha256=digest_of_json(
-            [[key, list(tensor.shape), digest_of_tensor(_sample(tensor))] for key, tensor in _weights(model)]
+            [
+                [key, list(tensor.shape), digest_of_tensor(_sample(tensor))]
+                for key, tensor in sorted(model.state_dict().items())
+            ]
         ),
     )
-
-
-def _weights(model: Any) -> list[tuple[str, torch.Tensor]]:
-    return sorted(model.state_dict().items())
 
 
 def _sample(tensor: torch.Tensor, count: int = 1024) -> torch.Tensor:
