@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import reprlib
 from collections.abc import Mapping, Sequence
-from dataclasses import field, replace
+from dataclasses import field, fields, replace
 from functools import cache
 from typing import Any
 
@@ -123,7 +123,8 @@ def config_json(config: EvaluatorConfig) -> str:
     encoder = default_encoder_reference() if config.encoder is None else config.encoder
     if not isinstance(encoder, str):
         encoder = str(getattr(encoder, "reference", type(encoder).__qualname__))
-    return json.dumps({**vars(config), "encoder": encoder})
+    values = {field.name: getattr(config, field.name) for field in fields(config)}
+    return json.dumps({**values, "encoder": encoder})
 
 
 def selected(metrics: Mapping[str, float], config: EvaluatorConfig) -> dict[str, float]:

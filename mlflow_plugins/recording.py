@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
@@ -66,7 +65,7 @@ class MlflowRecorder(ConsoleRecorder):
         self.flush()
 
     def flush(self) -> None:
-        """Write the points collected so far."""
+        """Write the points collected so far; those that cannot be written are kept."""
         _write(self._client, self.run_id, self._points)
 
     def params(self, prefix: str, values: Mapping[str, Any]) -> None:
@@ -83,28 +82,20 @@ class MlflowRecorder(ConsoleRecorder):
     def metric(self, name: str, value: float, step: int = 0) -> None:
         # Not `mlflow.log_metric(model_id=…)`: it would make the model, which this run produces, an input of the run.
         now = int(time.time() * 1000)
-        point = Metric(
-            name,
-            float(value),
-            now,
-            step,
-            model_id=self.model_id,
-            dataset_name=None if self.dataset is None else self.dataset.name,
-            dataset_digest=None if self.dataset is None else self.dataset.digest,
-            run_id=self.run_id,
+        dataset_name, dataset_digest = (
+            (None, None) if self.dataset is None else (self.dataset.name, self.dataset.digest)
         )
-        self._points.append(point)
+        self._points.append(
+            Metric(name, float(value), now, step, self.model_id, dataset_name, dataset_digest, self.run_id)
+        )
         oldest = int(self._points[0].timestamp)
         if len(self._points) >= MAX_BUFFERED_POINTS or now - oldest >= MAX_BUFFERED_SECONDS * 1000:
             self.flush()
 
     def figure(self, name: str, figure: Figure) -> None:
-        """A matplotlib figure, closed afterwards; one made as `matplotlib.figure.Figure` needs no display."""
+        """A `matplotlib.figure.Figure`, which needs no display."""
         self.flush()
         self._client.log_figure(self.run_id, figure, name)
-        pyplot = sys.modules.get("matplotlib.pyplot")
-        if pyplot is not None:
-            pyplot.close(figure)
 
     def table(self, name: str, columns: Mapping[str, Sequence[Any]]) -> None:
         """Rows for people. MLflow appends to a table that the run has under the same name."""
@@ -130,7 +121,6 @@ class MlflowRecorder(ConsoleRecorder):
 
 
 def _write(client: mlflow.MlflowClient, run_id: str, points: list[Metric]) -> None:
-    """Write and forget `points`; those that could not be written are kept."""
     written = list(points)
     if written:
         client.log_batch(run_id, metrics=written)

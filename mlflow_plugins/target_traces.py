@@ -25,15 +25,13 @@ if TYPE_CHECKING:
 
 SPAN_NAME = "target LLM"
 PREFIX = "softprompt."
-"""Of our attributes and tags, such as `softprompt.target`."""
+"""Prefix of our attributes and tags, such as `softprompt.target`."""
 _ASYNC = "MLFLOW_ENABLE_ASYNC_TRACE_LOGGING"
 _log = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
-def target_traces(
-    prices: Mapping[str, Prices | None] | None = None, *, run_id: str | None = None
-) -> Iterator[Callable[[Sequence[Answer]], None]]:
+def target_traces(prices: Mapping[str, Prices | None] | None = None) -> Iterator[Callable[[Sequence[Answer]], None]]:
     """What `ask_targets` takes as `on_answer`, for the length of the block: it records a trace of each request.
 
     Each trace is in the store before the next request is sent, unless the environment says otherwise
@@ -42,10 +40,9 @@ def target_traces(
 
     Args:
         prices: of the targets, by their names; without them a trace has no cost.
-        run_id: the run that the traces belong to; None: the active one, if there is one.
     """
-    if run_id is None and (run := mlflow.active_run()) is not None:
-        run_id = run.info.run_id
+    run = mlflow.active_run()
+    run_id = None if run is None else run.info.run_id
     is_set = _ASYNC in os.environ
     os.environ.setdefault(_ASYNC, "false")
 
@@ -107,59 +104,45 @@ def record_target_call(
         with_text: whether the answer's text is recorded, beside its digest and length.
     """
     try:
-        _record(result, model, hard_prompt, prompt, about or {}, tags or {}, prices, run_id, with_text)
+        ended_ns = time.time_ns()
+        latency_s = result.latency_s if isinstance(result, Completion) else 0.0
+        parent = mlflow.get_current_active_span()
+        own: dict[str, Any] = {}
+        if parent is None:
+            own["tags"] = {f"{PREFIX}{key}": value for key, value in (tags or {}).items()}
+            own["metadata"] = {TraceMetadataKey.SOURCE_RUN: run_id} if run_id else None
+        span = mlflow.start_span_no_context(
+            SPAN_NAME,
+            span_type=SpanType.CHAT_MODEL,
+            parent_span=parent,
+            inputs={
+                "hard_prompt_digest": _digest(hard_prompt),
+                "prompt_digest": _digest(prompt),
+                "prompt_characters": len(prompt),
+            },
+            start_time_ns=ended_ns - int(latency_s * 1e9),
+            **own,
+        )
+        attributes = {"prompt_id": _digest(hard_prompt), "target_model": model, "latency_s": latency_s, **(about or {})}
+        span.set_attributes({f"{PREFIX}{key}": value for key, value in attributes.items()})
+        if isinstance(result, Completion):
+            if result.adapted:
+                span.set_attribute(f"{PREFIX}adapted", result.adapted)
+            _set_usage(span, result, model, prices)
+            outputs = {
+                "digest": _digest(result.text),
+                "characters": len(result.text),
+                "finish_reason": result.finish_reason,
+            }
+            span.set_outputs({"text": result.text, **outputs} if with_text else outputs)
+            span.end(end_time_ns=ended_ns)
+        else:
+            span.set_outputs({"error": result})
+            span.end(status=SpanStatusCode.ERROR, end_time_ns=ended_ns)
     except Exception as error:
         _log.warning(
             "recording a trace of a request to %r: %s; the request itself went well", model, type(error).__name__
         )
-
-
-def _record(
-    result: Completion | str,
-    model: str,
-    hard_prompt: str | None,
-    prompt: str,
-    about: Mapping[str, Any],
-    tags: Mapping[str, str],
-    prices: Prices | None,
-    run_id: str | None,
-    with_text: bool,
-) -> None:
-    ended_ns = time.time_ns()
-    latency_s = result.latency_s if isinstance(result, Completion) else 0.0
-    parent = mlflow.get_current_active_span()
-    own: dict[str, Any] = {}
-    if parent is None:
-        own["tags"] = {f"{PREFIX}{key}": value for key, value in tags.items()}
-        own["metadata"] = {TraceMetadataKey.SOURCE_RUN: run_id} if run_id else None
-    span = mlflow.start_span_no_context(
-        SPAN_NAME,
-        span_type=SpanType.CHAT_MODEL,
-        parent_span=parent,
-        inputs={
-            "hard_prompt_digest": _digest(hard_prompt),
-            "prompt_digest": _digest(prompt),
-            "prompt_characters": len(prompt),
-        },
-        start_time_ns=ended_ns - int(latency_s * 1e9),
-        **own,
-    )
-    attributes = {"prompt_id": _digest(hard_prompt), "target_model": model, "latency_s": latency_s, **about}
-    span.set_attributes({f"{PREFIX}{key}": value for key, value in attributes.items()})
-    if isinstance(result, Completion):
-        if result.adapted:
-            span.set_attribute(f"{PREFIX}adapted", result.adapted)
-        _set_usage(span, result, model, prices)
-        outputs = {
-            "digest": _digest(result.text),
-            "characters": len(result.text),
-            "finish_reason": result.finish_reason,
-        }
-        span.set_outputs({"text": result.text, **outputs} if with_text else outputs)
-        span.end(end_time_ns=ended_ns)
-    else:
-        span.set_outputs({"error": result})
-        span.end(status=SpanStatusCode.ERROR, end_time_ns=ended_ns)
 
 
 def _set_usage(span: LiveSpan, answer: Completion, model: str, prices: Prices | None) -> None:

@@ -125,11 +125,6 @@ def test_the_baselines_take_the_steps_of_ours(
         assert result.final_train_loss == pytest.approx(tuning["train_losses"][-1], abs=1e-4)
 
 
-def test_soft_tokens_count_and_padding_does_not(baselines: Any, results: dict[str, list[Any]], settings: Any) -> None:
-    rows = baselines.Rows("two", [([0, 5], [6, 1]), ([0, 5, 5, 5], [1])], [], torch.zeros(4, 64))
-    assert baselines._train_tokens(rows, settings) == 4 * (4 + 4 + 4 + 5)
-
-
 def test_peft_scores_rows_as_we_do(baselines: Any, base_model: BaseModel, rows: list[Any]) -> None:
     assert baselines.check_same_loss(base_model, rows) < 1e-4
 
@@ -173,15 +168,6 @@ def test_the_base_model_is_left_as_it_was(baselines: Any, rows: list[Any], setti
     assert own.validation_losses == pytest.approx(lower.validation_losses, rel=0.1)
 
 
-def test_a_task_without_validation_rows(baselines: Any, base_model: BaseModel, rows: list[Any]) -> None:
-    bare = [baselines.Rows(rows[0].name, rows[0].train, [], rows[0].initial)]
-    short = baselines.Settings(1, CONFIG.batch_size, CONFIG.learning_rate)
-    one = baselines.with_trainer(base_model.model, base_model.tokenizer, bare, short)[0]
-    other = baselines.with_loop(base_model.model, base_model.tokenizer, bare, short, dtype=None)[0]
-    assert one.validation_losses == other.validation_losses == []
-    assert one.final_train_loss == pytest.approx(other.final_train_loss, abs=1e-4)
-
-
 @pytest.mark.parametrize("backward", [True, False])
 def test_flops_are_those_that_torch_counts(benchmarks: Any, base_model: BaseModel, backward: bool) -> None:
     products = benchmarks("matrix_products")
@@ -200,9 +186,3 @@ def test_flops_are_those_that_torch_counts(benchmarks: Any, base_model: BaseMode
     assert counter.get_total_flops() == pytest.approx(needed + done_in_vain, rel=1e-3)
     weights = [p.numel() for name, p in base_model.model.named_parameters() if "layers" in name and p.dim() == 2]
     assert products.layer_weights(config) == sum(weights)
-
-
-def test_the_rate_of_matrix_products(benchmarks: Any) -> None:
-    products = benchmarks("matrix_products")
-    rate = products.matrix_product_rate("cpu", torch.float32, budget_s=0.1)
-    assert 1e8 < rate < 1e14

@@ -73,7 +73,7 @@ def test_a_server_that_always_fails(llm_server: LlmServer, tmp_path: Path) -> No
         f"asking 'writer': 20 requests in a row failed; the 0 answers before them are safe in "
         f"{str(answers_path(tmp_path / 'a.dod'))!r}. The last one: asking model 'writer' at "
         f"'127.0.0.1:{llm_server.server_port}' (1 try): found HTTP 401 (Incorrect API key provided: ***.). Check the key "
-        "in the environment variable OPENAI_API_KEY. Then run the same command again; it goes on where it was."
+        "in the environment variable OPENAI_API_KEY. Then run the same command again; it resumes."
     )
     assert not caught.value.retryable
     assert 20 <= len(llm_server.received) <= 20 + 2 * 4

@@ -10,7 +10,7 @@ from itertools import count, islice
 from typing import Any
 
 import pytest
-from llm_server import KEY, LlmServer, Reply, error_body
+from llm_server import KEY, LlmServer, Reply
 from writing_llm import client_of
 
 from softprompt_registry.errors import ConfigError, LanguageModelError
@@ -96,18 +96,6 @@ def test_closing_a_stream_drops_what_is_not_sent(llm_server: LlmServer) -> None:
     )
 
 
-def test_one_bad_request_does_not_spoil_the_stream(llm_server: LlmServer) -> None:
-    llm_server.reply_to = lambda prompt: Reply(400, body=error_body("no")) if prompt == "bad" else Reply()
-    requests = [CompletionRequest(prompt) for prompt in ("a", "bad", "\ud800", "b")]
-    with client_of(llm_server) as model:
-        results = dict(pairs_of(model.stream(requests)))
-    assert {index: result.text for index, result in results.items() if isinstance(result, Completion)} == {
-        0: "A",
-        3: "B",
-    }
-    assert "HTTP 400 (no)" in str(results[1]) and "not valid Unicode" in str(results[2])
-
-
 def test_requests_that_break_off(llm_server: LlmServer) -> None:
     def requests() -> Iterator[CompletionRequest]:
         yield CompletionRequest("a")
@@ -131,14 +119,13 @@ def test_the_deadline_is_for_each_request(llm_server: LlmServer) -> None:
     assert "deadline of 0.6 s reached before model 'writer'" in str(results[1])
 
 
-@pytest.mark.parametrize("method", ["stream", "complete"])
-def test_close_ends_the_wait_for_a_silent_server(llm_server: LlmServer, method: str) -> None:
+def test_close_ends_the_wait_for_a_silent_server(llm_server: LlmServer) -> None:
     """Bug: a thread that reads from a socket does not notice that it was closed, so this took up to timeout_s."""
     llm_server.reply_to = lambda prompt: Reply(delay_s=30)
     model = client_of(llm_server, max_concurrency=2)
     requests = [CompletionRequest("a"), CompletionRequest("b")]
-    results: list[Any] = []
-    thread = threading.Thread(target=lambda: results.extend(getattr(model, method)(requests)))
+    results: list[Finished] = []
+    thread = threading.Thread(target=lambda: results.extend(model.stream(requests)))
     thread.start()
     while len(llm_server.received) < 2:
         time.sleep(0.01)
@@ -147,8 +134,7 @@ def test_close_ends_the_wait_for_a_silent_server(llm_server: LlmServer, method: 
     model.close()
     thread.join(timeout=10)
     assert time.monotonic() - started < 3
-    found = [result.result if isinstance(result, Finished) else result for result in results]
-    assert len(found) == 2 and all("the connection failed" in str(error) for error in found)
+    assert len(results) == 2 and all("the connection failed" in str(one.result) for one in results)
 
 
 # --- What each request says ---
@@ -176,8 +162,7 @@ def test_penalty_seed_and_schema_reach_the_server(
     )
     with client_of(llm_server, endpoint=endpoint, structured_output=structured_output) as model:
         [finished] = model.stream([FULL])
-        [result] = model.complete([FULL])
-    assert isinstance(finished.result, Completion) and isinstance(result, Completion)
+    assert isinstance(finished.result, Completion)
     body: dict[str, Any] = {"model": "writer", "max_tokens": 9, "temperature": 0.5, "presence_penalty": 0.25, "seed": 0}
     if endpoint == "chat":
         body["messages"] = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Write."}]
@@ -185,7 +170,7 @@ def test_penalty_seed_and_schema_reach_the_server(
         body["prompt"] = "Be brief.\n\nWrite."
     if response_format is not None:
         body["response_format"] = response_format
-    assert [received.body for received in llm_server.received] == [body, body]
+    assert [received.body for received in llm_server.received] == [body]
 
 
 # --- Opening by settings ---

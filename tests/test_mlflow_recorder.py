@@ -156,12 +156,3 @@ def test_figure_table_and_artifacts(mlflow_store: str, tmp_path: Path) -> None:
     table = read_table(run_id, "prompts.json")
     assert table["columns"] == ["task", "score"] and table["data"] == [["mood", 0.5], ["topic", None]]
     assert read_table(run_id, "empty.json")["data"] == []
-
-
-def test_pyplot_figures_are_closed(mlflow_store: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MPLBACKEND", "Agg")
-    import matplotlib.pyplot as plt
-
-    with mlflow.start_run():
-        MlflowRecorder().figure("curve.png", plt.figure())
-    assert plt.get_fignums() == []

@@ -133,11 +133,11 @@ def test_without_prices_no_price_is_looked_up(llm_server: LlmServer, mlflow_stor
 
 def test_a_trace_holds_no_prompt(llm_server: LlmServer, mlflow_store: str, tmp_path: Path) -> None:
     ask(tmp_path, plan_of(target_at(llm_server.url), 1))
-    llm_server.reply_to = lambda prompt: Reply(body=chat("a mixed answer"))
+    llm_server.reply_to = lambda prompt: Reply(body=chat("half \ud800 a sign"))
     ask(tmp_path, plan_of(target_at(llm_server.url, model="other"), 1))
     written = "".join(trace.to_json() for trace in traces())
     assert HARD_PROMPT not in written and INPUT not in written
-    assert "a mixed answer" in written
+    assert "half ? a sign" in written  # what UTF-8 cannot hold is replaced
 
 
 def test_answers_survive_a_store_that_cannot_be_written(
@@ -157,13 +157,6 @@ def test_answers_survive_a_store_that_cannot_be_written(
     assert answers.missing == [] and "no such table: trace_info" in caplog.text
 
 
-def test_an_answer_with_half_a_sign_is_recorded(llm_server: LlmServer, mlflow_store: str, tmp_path: Path) -> None:
-    llm_server.reply_to = lambda prompt: Reply(body=chat("half \ud800 a sign"))
-    [answers] = ask(tmp_path, plan_of(target_at(llm_server.url), 1))
-    [trace] = traces()
-    assert answers.answers[0].text == "half ? a sign" == trace.data.spans[0].outputs["text"]
-
-
 # --- Stopped processes ---
 
 PROGRAM = """
@@ -176,15 +169,10 @@ ask(Path({folder!r}), plan_of(target_at({url!r}), 200))
 """
 
 
-@pytest.mark.parametrize("asynchronous", [False, True])
-def test_a_stopped_process_has_lost_no_trace(
-    llm_server: LlmServer, mlflow_store: str, tmp_path: Path, asynchronous: bool
-) -> None:
+def test_a_stopped_process_has_lost_no_trace(llm_server: LlmServer, mlflow_store: str, tmp_path: Path) -> None:
     llm_server.reply_to = lambda prompt: Reply(delay_s=0.05)
     program = PROGRAM.format(tests=str(Path(__file__).parent), folder=str(tmp_path), url=llm_server.url)
     environment = {key: value for key, value in os.environ.items() if key != "MLFLOW_ENABLE_ASYNC_TRACE_LOGGING"}
-    if asynchronous:  # MLflow's own way, which shows that this test can fail
-        environment["MLFLOW_ENABLE_ASYNC_TRACE_LOGGING"] = "true"
     process = subprocess.Popen([sys.executable, "-c", program], env=environment, stderr=subprocess.PIPE)
     try:
         deadline = time.monotonic() + 120
@@ -201,10 +189,7 @@ def test_a_stopped_process_has_lost_no_trace(
         kept = len(cache)
     complete = [trace for trace in traces() if trace.data.spans and trace.info.token_usage]
     assert kept >= 6
-    if asynchronous:
-        assert len(complete) < kept - 1
-    else:
-        assert kept - 1 <= len(complete) <= kept  # the one that was being written
+    assert kept - 1 <= len(complete) <= kept  # the one that was being written
 
 
 # --- The served model ---

@@ -10,8 +10,8 @@ import dataclasses
 import sqlite3
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 
 from softprompt_registry.errors import DataError, LanguageModelError
@@ -35,42 +35,54 @@ class AnswerCache:
     def __init__(self, path: Path) -> None:
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
-        connection: sqlite3.Connection | None = None
+        with self._failures("opening the answers"):
+            self._connection = sqlite3.connect(path, isolation_level=None)
+            try:
+                self._prepare()
+            except sqlite3.DatabaseError:
+                self._connection.close()
+                raise
+
+    def _prepare(self) -> None:
+        execute = self._connection.execute
+        application_id = execute("PRAGMA application_id").fetchone()[0]
+        if application_id == 0 and not execute("SELECT 1 FROM sqlite_master").fetchone():
+            execute("PRAGMA journal_mode = WAL")
+            execute(f"PRAGMA application_id = {APPLICATION_ID}")
+        elif application_id != APPLICATION_ID:
+            raise sqlite3.DatabaseError(f"application id {application_id:#x} instead of {APPLICATION_ID:#x}")
+        # A killed process loses nothing in this mode; only a power cut can lose the last answers.
+        execute("PRAGMA synchronous = NORMAL")
+        execute(
+            "CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, text TEXT NOT NULL, finish_reason TEXT, "
+            "prompt_tokens INTEGER NOT NULL, completion_tokens INTEGER NOT NULL, latency_s REAL NOT NULL, "
+            "attempts INTEGER NOT NULL, raw TEXT, adapted TEXT) STRICT, WITHOUT ROWID"
+        )
+        columns = {row[1] for row in execute("PRAGMA table_info(answers)")}
+        for name in sorted({"raw", "adapted"} - columns):  # a file of an earlier version
+            execute(f"ALTER TABLE answers ADD COLUMN {name} TEXT")
+
+    @contextmanager
+    def _failures(self, doing: str) -> Iterator[None]:
+        """SQLite's errors as ours."""
         try:
-            self._connection = connection = sqlite3.connect(path, isolation_level=None)
-            application_id = self._connection.execute("PRAGMA application_id").fetchone()[0]
-            if application_id == 0 and not self._connection.execute("SELECT 1 FROM sqlite_master").fetchone():
-                self._connection.execute("PRAGMA journal_mode = WAL")
-                self._connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
-            elif application_id != APPLICATION_ID:
-                raise sqlite3.DatabaseError(f"application id {application_id:#x} instead of {APPLICATION_ID:#x}")
-            # A killed process loses nothing in this mode; only a power cut can lose the last answers.
-            self._connection.execute("PRAGMA synchronous = NORMAL")
-            self._connection.execute(
-                "CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, text TEXT NOT NULL, finish_reason TEXT, "
-                "prompt_tokens INTEGER NOT NULL, completion_tokens INTEGER NOT NULL, latency_s REAL NOT NULL, "
-                "attempts INTEGER NOT NULL, raw TEXT, adapted TEXT) STRICT, WITHOUT ROWID"
-            )
-            columns = {row[1] for row in self._connection.execute("PRAGMA table_info(answers)")}
-            for name in sorted({"raw", "adapted"} - columns):  # a file of an earlier version
-                self._connection.execute(f"ALTER TABLE answers ADD COLUMN {name} TEXT")
+            yield
         except sqlite3.DatabaseError as error:
-            if connection is not None:
-                connection.close()
-            advice = "Move it away to start anew."
-            if isinstance(error, sqlite3.OperationalError):
+            expected = "expected a whole file written by softprompt-registry"
+            advice = "Move it away to start anew, or put a backup in its place."
+            if isinstance(error, sqlite3.OperationalError) and doing.startswith("storing"):
+                expected = f"the {len(self)} answers before it are safe"
+                advice = "Make room on the disk and run the same command again."
+            elif isinstance(error, sqlite3.OperationalError) and doing.startswith("opening"):
                 advice = "Make room on the disk, and see that the file and its folder can be written."
             raise DataError(
-                f"opening the answers in {str(path)!r}: SQLite cannot use the file ({error}); expected one written by "
-                f"softprompt-registry. {advice}"
+                f"{doing} in {str(self.path)!r}: SQLite cannot use the file ({error}); {expected}. {advice}"
             ) from error
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._connection.close()
 
     def __len__(self) -> int:
@@ -78,47 +90,24 @@ class AnswerCache:
 
     def get(self, identity: str, request: CompletionRequest) -> Completion | None:
         """The stored answer to a request; None if there is none yet."""
-        try:
+        with self._failures("reading an answer"):
             row = self._connection.execute(
-                "SELECT text, prompt_tokens, completion_tokens, latency_s, finish_reason, attempts, raw, adapted "
-                "FROM answers WHERE key = ?",
-                (_key(identity, request),),
+                f"SELECT {', '.join(_COLUMNS)} FROM answers WHERE key = ?", (_key(identity, request),)
             ).fetchone()
-        except sqlite3.DatabaseError as error:
-            raise DataError(
-                f"reading an answer in {str(self.path)!r}: SQLite cannot read it ({error}); expected a whole file written "
-                "by softprompt-registry. Move it away to start anew, or put a backup in its place."
-            ) from error
         return None if row is None else _without_thoughts(Completion(*row), request)
 
     def put(self, identity: str, request: CompletionRequest, answer: Completion) -> None:
         """Store an answer; it is on the disk when this returns."""
-        try:
+        stored = dataclasses.replace(answer, text=_readable(answer.text), raw=answer.raw and _readable(answer.raw))
+        with self._failures("storing an answer"):
             self._connection.execute(
-                "INSERT OR REPLACE INTO answers (key, text, prompt_tokens, completion_tokens, latency_s, finish_reason, "
-                "attempts, raw, adapted) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
-                (
-                    _key(identity, request),
-                    _readable(answer.text),
-                    answer.prompt_tokens,
-                    answer.completion_tokens,
-                    answer.latency_s,
-                    answer.finish_reason,
-                    answer.attempts,
-                    answer.raw and _readable(answer.raw),
-                    answer.adapted,
-                ),
+                f"INSERT OR REPLACE INTO answers (key, {', '.join(_COLUMNS)}) VALUES (?{', ?' * len(_COLUMNS)})",
+                (_key(identity, request), *dataclasses.astuple(stored)),
             )
-        except sqlite3.OperationalError as error:
-            raise DataError(
-                f"storing an answer in {str(self.path)!r}: SQLite cannot write ({error}); the {len(self)} answers before it "
-                "are safe. Make room on the disk and run the same command again."
-            ) from error
-        except sqlite3.DatabaseError as error:
-            raise DataError(
-                f"storing an answer in {str(self.path)!r}: SQLite cannot use the file ({error}); expected a whole file "
-                "written by softprompt-registry. Move it away to start anew, or put a backup in its place."
-            ) from error
+
+
+_COLUMNS = tuple(field.name for field in dataclasses.fields(Completion))
+"""Columns of the table; the names and order are those of `Completion`."""
 
 
 def _readable(text: str) -> str:
@@ -217,7 +206,7 @@ def ask_missing(
                         f"asking {model.name!r}: {in_a_row} requests in a row failed; the {len(cache)} answers before them "
                         f"are safe in {str(cache.path)!r}. The last one: {item.result}",
                         retryable=item.result.retryable,
-                        hint="Then run the same command again; it goes on where it was.",
+                        hint="Then run the same command again; it resumes.",
                     ) from item.result
             else:
                 in_a_row = 0

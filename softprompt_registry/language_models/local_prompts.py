@@ -18,18 +18,43 @@ if TYPE_CHECKING:
 PromptFormat = Literal["chat", "plain"]
 
 
-def require_format(tokenizer: PreTrainedTokenizerBase, prompt_format: PromptFormat, name: str) -> None:
-    """Refuse to send chats to a model that has no template for them, before the first request."""
-    if prompt_format == "chat" and _template_of(tokenizer) == "":
-        raise ConfigError(
-            f"opening language model {name!r}: its tokenizer has no chat template; expected one, since prompt_format is "
-            "'chat'. Name a file with one in `options.chat_template`, or set `options.prompt_format` to 'plain' if it is a "
-            "base model."
-        )
-
-
 SYSTEM_JOINED = "send_system=False"
 """What a completion says of a system text that stands in the user's, as a server's does."""
+
+
+class LocalPrompts:
+    """How a model in this process reads requests.
+
+    Raises:
+        ConfigError: it is sent chats, and its tokenizer has no template for them.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt_format: PromptFormat, name: str) -> None:
+        if prompt_format == "chat" and _template_of(tokenizer) == "":
+            raise ConfigError(
+                f"opening language model {name!r}: its tokenizer has no chat template; expected one, since prompt_format is "
+                "'chat'. Name a file with one in `options.chat_template`, or set `options.prompt_format` to 'plain' if it is "
+                "a base model."
+            )
+        self._tokenizer = tokenizer
+        self._format = prompt_format
+        self._joins_system = prompt_format == "chat" and not takes_system(tokenizer)
+        self.identity = f"{prompt_format}{' no system' if self._joins_system else ''}"
+        """Part of the model's identity."""
+        self.writes_thoughts = prompt_format == "chat" and _writes_thoughts(tokenizer)
+        """Whether a stop string may end the model's thoughts, which ends nothing."""
+
+    def ids(self, request: CompletionRequest) -> list[int]:
+        """Token ids of a request up to where the answer begins."""
+        return prompt_ids(self._tokenizer, request, self._format)
+
+    def opened_thoughts(self, ids: list[int]) -> str:
+        """The tag that begins a model's thoughts, if the prompt ends with it and what is written begins in them; else ""."""
+        return "<think>" if str(self._tokenizer.decode(ids[-8:])).rstrip().endswith("<think>") else ""
+
+    def adapted(self, request: CompletionRequest) -> str | None:
+        """See `Completion.adapted`."""
+        return SYSTEM_JOINED if self._joins_system and request.system is not None else None
 
 
 def takes_system(tokenizer: PreTrainedTokenizerBase) -> bool:
@@ -50,12 +75,7 @@ def _writes_system(tokenizer: PreTrainedTokenizerBase, template: str) -> bool:
         return False
 
 
-def opened_thoughts(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
-    """The tag that begins a model's thoughts, if the prompt ends with it and what is written begins within them; else ""."""
-    return "<think>" if str(tokenizer.decode(ids[-8:])).rstrip().endswith("<think>") else ""
-
-
-def writes_thoughts(tokenizer: PreTrainedTokenizerBase) -> bool:
+def _writes_thoughts(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether its chat template knows of thoughts, in which a stop string ends nothing."""
     template = _template_of(tokenizer) or ""
     return any(end in template for end in (*ENDS, "<|channel|>"))

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -12,14 +13,8 @@ from pydantic import PositiveInt
 
 from softprompt_registry.config import Name, settings
 from softprompt_registry.errors import LanguageModelError
-from softprompt_registry.language_models.local_prompts import (
-    SYSTEM_JOINED,
-    opened_thoughts,
-    prompt_ids,
-    require_format,
-    takes_system,
-)
-from softprompt_registry.language_models.protocol import Completion, CompletionRequest, Finished
+from softprompt_registry.language_models.local_prompts import LocalPrompts
+from softprompt_registry.language_models.protocol import Completion, CompletionRequest, Finished, LanguageModel
 from softprompt_registry.language_models.replies import cut_at_stop, read_answer, without_thoughts
 
 if TYPE_CHECKING:
@@ -33,14 +28,14 @@ class TransformersConfig:
     model: Name
     """`packaged:NAME`, a local folder, or a Hub name with an optional `@revision`."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of the weights in memory."""
+    """Precision of the weights in memory."""
     prompt_format: Literal["chat", "plain"] = "chat"
     """`chat` uses the tokenizer's chat template; `plain` sends system and prompt as plain text, for base models."""
     batch_size: PositiveInt = 8
     """Requests that are answered together; answers do not depend on who shares the batch, but for rounding."""
 
 
-class OnTransformers:
+class OnTransformers(LanguageModel):
     """Answers requests in batches, each row with its own temperature, seed, penalty and JSON schema."""
 
     def __init__(self, config: TransformersConfig, base_model: BaseModel | None = None) -> None:
@@ -50,19 +45,12 @@ class OnTransformers:
         self.config = config
         self._base_model: BaseModel | None = base_model or load_base_model(config.model, dtype=config.dtype)
         self.name = self._base_model.ref.name
-        require_format(self._base_model.tokenizer, config.prompt_format, self.name)
-        self.identity = f"{self._base_model.ref.fingerprint} {config.dtype} {config.prompt_format}"
-        self._joins_system = config.prompt_format == "chat" and not takes_system(self._base_model.tokenizer)
-        if self._joins_system:
-            self.identity += " no system"
+        self._prompts = LocalPrompts(self._base_model.tokenizer, config.prompt_format, self.name)
+        self.identity = f"{self._base_model.ref.fingerprint} {config.dtype} {self._prompts.identity}"
         self._grammar_tokenizer: Any = None
 
     def close(self) -> None:
         self._base_model = None
-
-    def complete(self, requests: Sequence[CompletionRequest]) -> list[Completion | LanguageModelError]:
-        results = {finished.index: finished.result for finished in self.stream(requests)}
-        return [results[index] for index in range(len(requests))]
 
     def stream(self, requests: Iterable[CompletionRequest]) -> Iterator[Finished]:
         waiting = iter(enumerate(requests))
@@ -78,18 +66,24 @@ class OnTransformers:
         rows: list[_Row] = []
         for index, request in batch:
             try:
-                ids = self._readable_ids(base_model, request)
+                ids = self._readable_ids(request)
                 room = base_model.max_positions - len(ids)
                 if room < 1:
                     raise _Unanswerable(
                         f"its prompt has {len(ids)} tokens; the model takes {base_model.max_positions}.",
                         "Shorten the prompt, or choose a model with a longer context.",
                     )
-                matcher = self._matcher(request)
-                row = _Row(index, request, ids, min(room, request.max_tokens), matcher)
-                row.opened = opened_thoughts(base_model.tokenizer, ids)
-                row.adapted = SYSTEM_JOINED if self._joins_system and request.system is not None else None
-                rows.append(row)
+                rows.append(
+                    _Row(
+                        index,
+                        request,
+                        ids,
+                        min(room, request.max_tokens),
+                        self._matcher(request),
+                        self._prompts.opened_thoughts(ids),
+                        self._prompts.adapted(request),
+                    )
+                )
             except _Unanswerable as fault:
                 error = LanguageModelError(
                     f"asking model {self.name!r} in this process: {fault.found}",
@@ -116,11 +110,11 @@ class OnTransformers:
                 rows = [rows[number] for number in kept]
             decoder.feed([row.ids[-1] for row in rows])
 
-    def _readable_ids(self, base_model: BaseModel, request: CompletionRequest) -> list[int]:
+    def _readable_ids(self, request: CompletionRequest) -> list[int]:
         from jinja2 import TemplateError
 
         try:
-            return prompt_ids(base_model.tokenizer, request, self.config.prompt_format)
+            return self._prompts.ids(request)
         except (TemplateError, TypeError, ValueError) as error:  # tokenizers say TypeError to lone surrogates
             raise _Unanswerable(
                 f"its prompt cannot be read ({error}).",
@@ -158,29 +152,29 @@ class _Unanswerable(Exception):
         self.found, self.hint = found, hint
 
 
+@dataclass
 class _Row:
     """One request on its way through the batch."""
 
-    def __init__(self, index: int, request: CompletionRequest, ids: list[int], max_tokens: int, matcher: Any) -> None:
+    index: int
+    request: CompletionRequest
+    prompt_ids: list[int]
+    max_tokens: int
+    matcher: Any
+    opened: str
+    """The tag of thoughts that the prompt ends with."""
+    adapted: str | None
+    ids: list[int] = field(default_factory=list)
+    finish_reason: str | None = None
+
+    def __post_init__(self) -> None:
         import torch
 
-        self.index, self.request, self.prompt_ids, self.max_tokens, self.matcher = (
-            index,
-            request,
-            ids,
-            max_tokens,
-            matcher,
-        )
-        self.ids: list[int] = []
-        self.opened = ""
-        """The tag of thoughts that the prompt ends with."""
-        self.adapted: str | None = None
-        self.finish_reason: str | None = None
         self.generator = torch.Generator()
-        if request.seed is None:
+        if self.request.seed is None:
             self.generator.seed()
         else:
-            self.generator.manual_seed(request.seed)
+            self.generator.manual_seed(self.request.seed)
 
     def take(self, token: int, base_model: BaseModel) -> None:
         if token in base_model.end_ids:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,15 +14,8 @@ from pydantic import PositiveInt
 from softprompt_registry.config import Name, settings
 from softprompt_registry.errors import ConfigError, LanguageModelError
 from softprompt_registry.fingerprints import SHORT, digest_of_json
-from softprompt_registry.language_models.local_prompts import (
-    SYSTEM_JOINED,
-    opened_thoughts,
-    prompt_ids,
-    require_format,
-    takes_system,
-    writes_thoughts,
-)
-from softprompt_registry.language_models.protocol import Completion, CompletionRequest, Finished
+from softprompt_registry.language_models.local_prompts import LocalPrompts
+from softprompt_registry.language_models.protocol import Completion, CompletionRequest, Finished, LanguageModel
 from softprompt_registry.language_models.replies import read_answer
 
 
@@ -31,7 +24,7 @@ class VllmConfig:
     model: Name
     """`packaged:NAME`, a local folder, or a Hub name with an optional `@revision`."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Of the weights in memory; `auto` takes the checkpoint's."""
+    """Precision of the weights in memory; `auto` takes the checkpoint's."""
     prompt_format: Literal["chat", "plain"] = "chat"
     """`chat` uses the tokenizer's chat template; `plain` sends system and prompt as plain text, for base models."""
     chat_template: str | None = None
@@ -52,7 +45,7 @@ class VllmConfig:
     """Skip compilation and CUDA graphs: a quicker start, slower afterwards."""
 
 
-class OnVllm:
+class OnVllm(LanguageModel):
     """Answers requests with vLLM's own scheduler; each result comes as soon as its request is done."""
 
     def __init__(self, config: VllmConfig) -> None:
@@ -68,7 +61,6 @@ class OnVllm:
 
         self.config = config
         location, revision, self.name = model_location(config.model)
-        self.identity = f"{self.name} {revision or _folder_mark(location)} {config.dtype} {config.prompt_format}"
         self._llm: Any = None
         try:
             self._llm = vllm.LLM(**self._engine_settings(location, revision))
@@ -82,16 +74,13 @@ class OnVllm:
         if config.chat_template is not None:
             tokenizer.chat_template = _read_template(config.chat_template)
         try:
-            require_format(tokenizer, config.prompt_format, self.name)
+            self._prompts = LocalPrompts(tokenizer, config.prompt_format, self.name)
         except ConfigError:
             self.close()
             raise
-        is_chat = config.prompt_format == "chat"
-        self._joins_system = is_chat and not takes_system(tokenizer)
-        if self._joins_system:
-            self.identity += " no system"
+        self.identity = f"{self.name} {revision or _folder_mark(location)} {config.dtype} {self._prompts.identity}"
         # vLLM looks for stop strings in thoughts too; the answers of such a model are cut when they are there.
-        self._sends_stop = not (is_chat and writes_thoughts(tokenizer))
+        self._sends_stop = not self._prompts.writes_thoughts
         self._number = 0
 
     def _engine_settings(self, location: str, revision: str | None) -> dict[str, Any]:
@@ -119,10 +108,6 @@ class OnVllm:
             self._llm.llm_engine.engine_core.shutdown()
             self._llm = None
 
-    def complete(self, requests: Sequence[CompletionRequest]) -> list[Completion | LanguageModelError]:
-        results = {finished.index: finished.result for finished in self.stream(requests)}
-        return [results[index] for index in range(len(requests))]
-
     def stream(self, requests: Iterable[CompletionRequest]) -> Iterator[Finished]:
         if self._llm is None:
             raise RuntimeError("this language model is closed")
@@ -137,15 +122,14 @@ class OnVllm:
                     request_id = f"request-{self._number}"
                     self._number += 1
                     try:
-                        tokenizer = self._llm.get_tokenizer()
-                        ids = prompt_ids(tokenizer, request, self.config.prompt_format)
+                        ids = self._prompts.ids(request)
                         sampling = _sampling(request, request.stop if self._sends_stop else ())
                         engine.add_request(request_id, {"prompt_token_ids": ids}, sampling)
                     except Exception as error:  # a prompt beyond the context, a schema that cannot be followed: the
                         # classes differ between versions. An engine that is dead says so again in `step`.
                         yield Finished(index, self._refused(error))
                         continue
-                    in_flight[request_id] = (index, time.monotonic(), request, opened_thoughts(tokenizer, ids))
+                    in_flight[request_id] = (index, time.monotonic(), request, self._prompts.opened_thoughts(ids))
                 if not in_flight:
                     return
                 for output in self._step():
@@ -179,7 +163,7 @@ class OnVllm:
             finish_reason=finish_reason,
             attempts=1,
             raw=raw,
-            adapted=SYSTEM_JOINED if self._joins_system and request.system is not None else None,
+            adapted=self._prompts.adapted(request),
         )
 
     def _refused(self, error: Exception) -> LanguageModelError:

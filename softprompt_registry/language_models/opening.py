@@ -5,16 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from softprompt_registry.config import build_config, settings
 from softprompt_registry.errors import ConfigError
+from softprompt_registry.language_models.on_transformers import OnTransformers, TransformersConfig
+from softprompt_registry.language_models.on_vllm import OnVllm, VllmConfig
+from softprompt_registry.language_models.openai_compatible import OpenAICompatible, OpenAICompatibleConfig
 from softprompt_registry.language_models.protocol import LanguageModel
-
-if TYPE_CHECKING:
-    from softprompt_registry.language_models.on_transformers import TransformersConfig
-    from softprompt_registry.language_models.on_vllm import VllmConfig
-    from softprompt_registry.language_models.openai_compatible import OpenAICompatibleConfig
 
 
 @settings
@@ -36,7 +34,14 @@ def open_language_model(config: LanguageModelConfig) -> Iterator[LanguageModel]:
         ConfigError: no model is named, or an option is unknown to its engine.
         LanguageModelError: it cannot be reached or loaded.
     """
-    model = _opened(config)
+    settings = engine_config(config)
+    model: LanguageModel
+    if isinstance(settings, VllmConfig):
+        model = OnVllm(settings)
+    elif isinstance(settings, TransformersConfig):
+        model = OnTransformers(settings)
+    else:
+        model = OpenAICompatible(settings)
     try:
         yield model
     finally:
@@ -59,32 +64,8 @@ def engine_config(config: LanguageModelConfig) -> OpenAICompatibleConfig | VllmC
     settings = {**config.options, "model": config.model}
     where = f"the options of engine {config.engine!r}"
     if config.engine == "vllm":
-        from softprompt_registry.language_models.on_vllm import VllmConfig
-
         return build_config(VllmConfig, settings, where)
     if config.engine == "transformers":
-        from softprompt_registry.language_models.on_transformers import TransformersConfig
-
         return build_config(TransformersConfig, settings, where)
-    from softprompt_registry.language_models.openai_compatible import OpenAICompatibleConfig
-
     # An answer is not streamed: what a small server writes for minutes is one silence.
     return build_config(OpenAICompatibleConfig, {"timeout_s": 300.0, **settings}, where)
-
-
-def _opened(config: LanguageModelConfig) -> LanguageModel:
-    settings = engine_config(config)
-    if config.engine == "vllm":
-        from softprompt_registry.language_models.on_vllm import OnVllm, VllmConfig
-
-        assert isinstance(settings, VllmConfig)
-        return OnVllm(settings)
-    if config.engine == "transformers":
-        from softprompt_registry.language_models.on_transformers import OnTransformers, TransformersConfig
-
-        assert isinstance(settings, TransformersConfig)
-        return OnTransformers(settings)
-    from softprompt_registry.language_models.openai_compatible import OpenAICompatible, OpenAICompatibleConfig
-
-    assert isinstance(settings, OpenAICompatibleConfig)
-    return OpenAICompatible(settings)

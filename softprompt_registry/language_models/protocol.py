@@ -32,7 +32,7 @@ class CompletionRequest:
     presence_penalty: float = 0.0
     """Subtracted from the logits of tokens that the answer has already."""
     seed: int | None = None
-    """Of the sampling. None leaves it to the engine."""
+    """Seed of the sampling. None leaves it to the engine."""
     json_schema: str | None = None
     """A JSON schema, as JSON text, that the answer must follow."""
 
@@ -74,19 +74,15 @@ class Finished:
 
 
 class LanguageModel(Protocol):
-    @property
-    def name(self) -> str:
-        """For people and records."""
-        ...
-
-    @property
-    def identity(self) -> str:
-        """All that answers depend on beside the request: which weights, and how they are asked."""
-        ...
+    name: str
+    """Name for people and records."""
+    identity: str
+    """All that answers depend on beside the request: which weights, and how they are asked."""
 
     def complete(self, requests: Sequence[CompletionRequest]) -> list[Completion | LanguageModelError]:
         """One result per request, in order; a failed request is returned as its error, never raised."""
-        ...
+        results = {finished.index: finished.result for finished in self.stream(requests)}
+        return [results[index] for index in range(len(requests))]
 
     def stream(self, requests: Iterable[CompletionRequest]) -> Iterator[Finished]:
         """Results as they finish, in any order.

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from softprompt_registry.base_models.frozen import SEQUENCE_LAYOUT
 from softprompt_registry.base_models.reference import require_same_base
 from softprompt_registry.errors import LanguageModelError
-from softprompt_registry.language_models.protocol import Completion, CompletionRequest, Finished
+from softprompt_registry.language_models.protocol import Completion, CompletionRequest, Finished, LanguageModel
 from softprompt_registry.language_models.replies import read_answer
 from softprompt_registry.soft_prompts.encoding import RowEncoder
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from softprompt_registry.soft_prompts.soft_prompt import SoftPrompt
 
 
-class SoftPrompted:
+class SoftPrompted(LanguageModel):
     """Answers greedily with one soft prompt before each request's prompt, in the soft prompt's own layout.
 
     A request's prompt is the filled template that the soft prompt was tuned in; it has no system text. Paper: its soft
@@ -47,10 +47,6 @@ class SoftPrompted:
 
     def close(self) -> None:
         """Nothing of its own to free."""
-
-    def complete(self, requests: Sequence[CompletionRequest]) -> list[Completion | LanguageModelError]:
-        results = {finished.index: finished.result for finished in self.stream(requests)}
-        return [results[index] for index in range(len(requests))]
 
     def stream(self, requests: Iterable[CompletionRequest]) -> Iterator[Finished]:
         waiting = enumerate(requests)
