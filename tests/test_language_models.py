@@ -364,32 +364,13 @@ def test_a_key_that_a_server_repeats_is_masked(server: LlmServer, monkeypatch: p
 
 
 def test_another_model_that_answers_is_named_once(server: LlmServer, caplog: pytest.LogCaptureFixture) -> None:
-    def named(name: object) -> Reply:
-        return Reply(body=chat("yes") | {"model": name})
-
-    server.replies = [named("tiny"), named("tiny-2026-01-01"), named(None), named("huge"), named("huge")]
+    names = ["tiny", "tiny-2026-01-01", None, "huge", "huge"]
+    server.replies = [Reply(body=chat("yes") | {"model": name}) for name in names]
     with model_at(server, max_concurrency=1) as model:
-        model.complete([CompletionRequest(str(number)) for number in range(5)])
+        model.complete([CompletionRequest("hello")] * len(names))
     assert [record.getMessage() for record in caplog.records if record.levelname == "WARNING"] == [
         "the server was asked for model 'tiny' and says that 'huge' answers"
     ]
-
-
-@pytest.mark.parametrize(
-    ("said", "expected"),
-    [
-        ("\n\nPositive\nsince", ("Positive", "stop")),
-        ("<think>\nwell\n</think>\n\nPositive\nsince", ("Positive", "stop")),
-        ("Positive", ("Positive", "length")),
-    ],
-)
-def test_where_the_server_does_not_stop_the_answer_ends_here(
-    server: LlmServer, said: str, expected: tuple[str, str]
-) -> None:
-    server.reply_to = lambda prompt: Reply(body=chat(said, finish_reason="length"))
-    answer = ask_well(server, CompletionRequest("hello", stop=("\n",)), send_stop=False)
-    assert (answer.text, answer.finish_reason) == expected
-    assert "stop" not in server.received[-1].body
 
 
 def test_the_key_comes_from_the_named_variable(server: LlmServer, monkeypatch: pytest.MonkeyPatch) -> None:

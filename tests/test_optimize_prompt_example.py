@@ -134,19 +134,6 @@ def test_both_starts_get_the_same_budget_and_every_call_is_counted(
     assert mlflow.genai.load_prompt(minimal["uri"]).format(input="a jet").endswith("Input: a jet\nOutput:")
 
 
-def test_people_read_curves_scores_and_calls(start: Start, llm: Speedometer) -> None:
-    publish_prompt(draft("speeds", "Name the {{speed}}: fast, slow."), alias="champion")
-    done = start()
-    assert done.exit_code == 0, done.output + repr(done.exception)
-    assert "task speeds: 4 training pairs, 3 test pairs, at most 30 metric calls for each start" in done.stdout
-    assert (
-        "from minimal: 'Input: {{input}}\\nOutput:'\n  after   4 calls: 0.00 on training pairs, best 0.00"
-        in done.stdout
-    )
-    assert "test pairs: 1.00 at the start, 1.00 at the end" in done.stdout
-    assert "2 reflection" in done.stdout and "6 test" in done.stdout
-
-
 def test_calls_that_fail_are_no_wrong_answers(start: Start, llm_server: LlmServer) -> None:
     publish_prompt(draft("speeds", NAMED), alias="champion")
     llm_server.reply_to_body = lambda body: Reply(401, error_body("no such key"))

@@ -89,20 +89,6 @@ def test_greedy_texts_are_those_of_joined_rows(base_model: BaseModel, before: st
     assert len({tuple(row) for row in found}) > 1
 
 
-def test_rows_end_at_the_end_token_and_the_others_go_on(base_model: BaseModel) -> None:
-    # A token that some rows come to becomes the end token.
-    prompts = soft_prompts(base_model)
-    free = base_model.generate(prompts[OWNERS], ids(base_model, TEXTS), max_new_tokens=12)
-    early = next(token for row in free for token in row[2:] if any(token not in other for other in free))
-    base_model.tokenizer.eos_token = base_model.tokenizer.convert_ids_to_tokens(early)
-    assert base_model.eos_id == early
-    expected = [row[: row.index(early)] if early in row else row for row in free]
-    prefixes = base_model.prefixes(prompts)
-    assert prefixes is not None
-    assert base_model.generate(prefixes.of_rows(OWNERS), ids(base_model, TEXTS), max_new_tokens=12) == expected
-    assert len({len(row) for row in expected}) > 1
-
-
 def test_a_decoder_goes_on_with_some_rows(base_model: BaseModel) -> None:
     rows = ids(base_model, TEXTS[:3])
     decoder = RowDecoder(base_model, base_model.join(None, rows, pad_side="left"))

@@ -24,10 +24,9 @@ from click.testing import CliRunner
 from local_ray import LocalRay, local_ray
 from mlflow.entities import Run
 from mlflow.exceptions import ExecutionException
-from mlflow.projects.backend.loader import load_backend
 
 from mlflow_plugins import ray_backend
-from mlflow_plugins.ray_backend import RayBackend, RayBackendConfig, RaySubmittedRun
+from mlflow_plugins.ray_backend import RayBackendConfig, RaySubmittedRun
 
 MLPROJECT = """
 name: tiny
@@ -120,10 +119,6 @@ def everything_in(folder: Path) -> bytes:
     return b"".join(file.read_bytes() for file in sorted(folder.rglob("*")) if file.is_file())
 
 
-def test_the_plugin_is_registered() -> None:
-    assert isinstance(load_backend("ray"), RayBackend)
-
-
 def test_a_job_logs_into_the_run_and_ends_it(cluster: LocalRay, project: Path, tmp_path: Path) -> None:
     subprocess.run(
         "git init -q . && git add . && git -c user.name=a -c user.email=a@b commit -qm a", shell=True, check=True
@@ -214,13 +209,6 @@ def test_without_upload_in_an_existing_run_and_in_the_background(
     assert f"here is {project}\n" in capsys.readouterr().out
     submitted.cancel()
     assert only_run().info.status == "FINISHED"
-
-
-def test_cancel(cluster: LocalRay, project: Path) -> None:
-    submitted = submit({"address": cluster.address}, "sleep")
-    submitted.cancel()
-    assert not submitted.wait()
-    assert submitted.get_status() == only_run().info.status == "KILLED"
 
 
 def test_the_password_of_the_store_is_not_shown() -> None:

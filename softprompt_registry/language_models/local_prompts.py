@@ -6,7 +6,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Literal, cast
 
 from softprompt_registry.errors import ConfigError
-from softprompt_registry.language_models.protocol import joined_prompt
+from softprompt_registry.language_models.protocol import joined_prompt, messages_of
 from softprompt_registry.language_models.replies import ENDS
 
 if TYPE_CHECKING:
@@ -98,10 +98,7 @@ def prompt_ids(
     """
     ids: list[int]
     if prompt_format == "chat":
-        if request.system is None or not takes_system(tokenizer):
-            messages = [{"role": "user", "content": joined_prompt(request)}]
-        else:
-            messages = [{"role": "system", "content": request.system}, {"role": "user", "content": request.prompt}]
+        messages = messages_of(request, takes_system=takes_system(tokenizer))
         ids = cast(
             list[int],
             tokenizer.apply_chat_template(messages, tokenize=True, add_generation_prompt=True, return_dict=False),

@@ -14,7 +14,6 @@ import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from functools import partial
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, Literal, Self
 from urllib.parse import urlsplit
@@ -31,6 +30,7 @@ from softprompt_registry.language_models.protocol import (
     Finished,
     PriceConfig,
     joined_prompt,
+    messages_of,
 )
 from softprompt_registry.language_models.provider_failures import FailureReader, retry_after_s
 from softprompt_registry.language_models.proxies import http_client, proxy_variable
@@ -38,7 +38,6 @@ from softprompt_registry.language_models.replies import CONTENT_FILTER, ONLY_THO
 
 if TYPE_CHECKING:
     import openai
-    from openai.types.chat import ChatCompletionMessageParam
 
 _Answering = Future[Completion | LanguageModelError]
 _log = logging.getLogger(__name__)
@@ -184,8 +183,8 @@ class OpenAICompatible:
 
     def stream(self, requests: Iterable[CompletionRequest]) -> Iterator[Finished]:
         """Results as they finish; `deadline_s` counts for each request from its start, not for the whole stream."""
-        done: SimpleQueue[tuple[int, _Answering]] = SimpleQueue()
-        in_flight: set[_Answering] = set()
+        done: SimpleQueue[_Answering] = SimpleQueue()
+        in_flight: dict[_Answering, int] = {}
         waiting = iter(enumerate(requests))
         try:
             while True:
@@ -193,13 +192,12 @@ class OpenAICompatible:
                 while len(in_flight) < 2 * self.config.max_concurrency and (drawn := next(waiting, None)):
                     index, request = drawn
                     future = self._threads.submit(self._complete_streamed, request)
-                    in_flight.add(future)
-                    future.add_done_callback(partial(_put, done, index))
+                    in_flight[future] = index
+                    future.add_done_callback(done.put)
                 if not in_flight:
                     return
-                index, future = done.get()
-                in_flight.remove(future)
-                yield Finished(index, future.result())
+                future = done.get()
+                yield Finished(in_flight.pop(future), future.result())
         finally:
             for future in in_flight:
                 future.cancel()
@@ -316,7 +314,7 @@ class OpenAICompatible:
         else:
             arguments[config.max_tokens_parameter] = request.max_tokens
             opening = self._client.chat.completions.with_streaming_response.create(
-                messages=_messages(request, config), **arguments
+                messages=messages_of(request, takes_system=config.send_system), **arguments
             )
         with opening as reply:
             try:
@@ -325,10 +323,6 @@ class OpenAICompatible:
                 timed_out = "Timeout" in type(error).__name__
                 failure = openai.APITimeoutError if timed_out else openai.APIConnectionError
                 raise failure(request=reply.http_request) from error
-
-
-def _put(queue: SimpleQueue[tuple[int, _Answering]], index: int, future: _Answering) -> None:
-    queue.put((index, future))
 
 
 def _client(config: OpenAICompatibleConfig, key: str, sockets: OpenSockets) -> openai.OpenAI:
@@ -356,12 +350,6 @@ def _response_format(json_schema: str, config: OpenAICompatibleConfig) -> dict[s
         "type": "json_schema",
         "json_schema": {"name": "answer", "schema": json.loads(json_schema), "strict": True},
     }
-
-
-def _messages(request: CompletionRequest, config: OpenAICompatibleConfig) -> list[ChatCompletionMessageParam]:
-    if request.system is None or not config.send_system:
-        return [{"role": "user", "content": joined_prompt(request)}]
-    return [{"role": "system", "content": request.system}, {"role": "user", "content": request.prompt}]
 
 
 def _key_from_environment(config: OpenAICompatibleConfig) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from pydantic import NonNegativeFloat
 
@@ -40,6 +40,13 @@ class CompletionRequest:
 def joined_prompt(request: CompletionRequest) -> str:
     """Both texts of a request as one, where there is no place for a system text."""
     return request.prompt if request.system is None else f"{request.system}\n\n{request.prompt}"
+
+
+def messages_of(request: CompletionRequest, *, takes_system: bool) -> list[Any]:
+    """A request as the messages of a chat."""
+    if request.system is None or not takes_system:
+        return [{"role": "user", "content": joined_prompt(request)}]
+    return [{"role": "system", "content": request.system}, {"role": "user", "content": request.prompt}]
 
 
 @dataclass(frozen=True)

@@ -41,75 +41,74 @@ class FailureReader:
     def explain(
         self, failure: openai.OpenAIError | BadReply | UnicodeEncodeError, attempt: int, timeout_s: float
     ) -> LanguageModelError:
-        """The one place where a provider's failure becomes ours: what was found, is a new try of use, what to do."""
+        """The one place where a provider's failure becomes ours."""
         import openai
 
-        config = self._config
-        retryable = False
-        if isinstance(failure, openai.APIStatusError):
-            status = failure.status_code
-            found = f"HTTP {status} {self._quote(provider_message(failure.body))}".rstrip()
-            if status == 429 and failure.code == "insufficient_quota":
-                hint = "The account's quota is used up, which waiting does not help: check its plan and billing."
-            elif status == 429:
-                retryable = True
-                hint = "Lower max_concurrency, or raise max_attempts, max_backoff_s and deadline_s."
-            elif status >= 500 or status == 408:
-                retryable = True
-                hint = "The server is in trouble: read its log if it is yours, else try again later."
-            elif status == 401:
-                hint = f"Check the key in the environment variable {config.api_key_env}."
-            elif status == 403:
-                hint = (
-                    f"The key in the environment variable {config.api_key_env} may not use this model: ask for access "
-                    "or choose another model."
-                )
-            elif status == 404:
-                start = "names the resource" if config.api_version else "ends where the API starts (usually in /v1)"
-                hint = (
-                    f"Check the model name {config.model!r}, that base_url {start}, "
-                    f"and that the model serves the {config.endpoint!r} endpoint."
-                )
-            elif status in (400, 422):
-                hint = (
-                    "Check the prompt's length, max_tokens and stop against the model's limits; for a model that refuses the "
-                    "system role, max_tokens, a temperature or stop strings, set send_system=False, "
-                    "max_tokens_parameter='max_completion_tokens', send_temperature=False or send_stop=False."
-                )
-            else:
-                hint = "The same request will fail again: check base_url and the request."
-        elif isinstance(failure, openai.APITimeoutError):
-            retryable = True
-            found = f"no reply within {timeout_s:.3g} s"
-            hint = "Raise timeout_s, or lower max_tokens or max_concurrency."
-        elif isinstance(failure, openai.APIConnectionError):
-            retryable = True
-            found = f"the connection failed {self._quote(str(failure.__cause__ or failure))}".rstrip()
-            hint = "Check that the server runs, that base_url is right and that the network lets you through."
-        elif isinstance(failure, BadReply):
-            retryable = not failure.was_answered
-            found = f"an unusable reply {self._quote(str(failure))}"
-            hint = "Check that base_url leads to an OpenAI-compatible API, and read the server's log if it is yours."
-        elif isinstance(failure, UnicodeEncodeError):
-            found = f"a request that is not valid Unicode {self._quote(failure.reason)}"
-            hint = "Remove the lone surrogates from prompt, system and stop."
-        else:
-            found = f"{type(failure).__name__} {self._quote(str(failure))}".rstrip()
-            hint = "The client refused the request: check the settings and the installed version of openai."
-        if self._proxy and (
-            isinstance(failure, openai.APIConnectionError) or getattr(failure, "status_code", 0) in (407, 502, 503, 504)
-        ):
+        found, retryable, hint = self._read(failure, timeout_s)
+        status = getattr(failure, "status_code", None)
+        if self._proxy and (isinstance(failure, openai.APIConnectionError) or status in (407, 502, 503, 504)):
             hint += f" The request goes through the proxy in {self._proxy}; NO_PROXY can exempt the server from it."
         tries = "1 try" if attempt == 1 else f"{attempt} tries"
         error = LanguageModelError(
-            f"asking model {config.model!r} at {self._server!r} ({tries}): found {found}.",
+            f"asking model {self._config.model!r} at {self._server!r} ({tries}): found {found.rstrip()}.",
             retryable=retryable,
-            about_request=isinstance(failure, UnicodeEncodeError)
-            or getattr(failure, "status_code", None) in (400, 413, 422),
+            about_request=isinstance(failure, UnicodeEncodeError) or status in (400, 413, 422),
             hint=hint,
         )
         error.__cause__ = self._without_secrets(failure)
         return error
+
+    def _read(self, failure: Exception, timeout_s: float) -> tuple[str, bool, str]:
+        """What was found, whether a new try is of use, and what to do."""
+        import openai
+
+        if isinstance(failure, openai.APIStatusError):
+            found = f"HTTP {failure.status_code} {self._quote(provider_message(failure.body))}"
+            return found, *self._about_status(failure)
+        if isinstance(failure, openai.APITimeoutError):
+            found = f"no reply within {timeout_s:.3g} s"
+            return found, True, "Raise timeout_s, or lower max_tokens or max_concurrency."
+        if isinstance(failure, openai.APIConnectionError):
+            found = f"the connection failed {self._quote(str(failure.__cause__ or failure))}"
+            return (
+                found,
+                True,
+                "Check that the server runs, that base_url is right and that the network lets you through.",
+            )
+        if isinstance(failure, BadReply):
+            hint = "Check that base_url leads to an OpenAI-compatible API, and read the server's log if it is yours."
+            return f"an unusable reply {self._quote(str(failure))}", not failure.was_answered, hint
+        if isinstance(failure, UnicodeEncodeError):
+            found = f"a request that is not valid Unicode {self._quote(failure.reason)}"
+            return found, False, "Remove the lone surrogates from prompt, system and stop."
+        hint = "The client refused the request: check the settings and the installed version of openai."
+        return f"{type(failure).__name__} {self._quote(str(failure))}", False, hint
+
+    def _about_status(self, failure: openai.APIStatusError) -> tuple[bool, str]:
+        """Whether a new try is of use, and what to do."""
+        config, status = self._config, failure.status_code
+        if status == 429 and failure.code == "insufficient_quota":
+            return False, "The account's quota is used up, which waiting does not help: check its plan and billing."
+        if status == 429:
+            return True, "Lower max_concurrency, or raise max_attempts, max_backoff_s and deadline_s."
+        if status >= 500 or status == 408:
+            return True, "The server is in trouble: read its log if it is yours, else try again later."
+        start = "names the resource" if config.api_version else "ends where the API starts (usually in /v1)"
+        request = (
+            "Check the prompt's length, max_tokens and stop against the model's limits; for a model that refuses the system "
+            "role, max_tokens, a temperature or stop strings, set send_system=False, "
+            "max_tokens_parameter='max_completion_tokens', send_temperature=False or send_stop=False."
+        )
+        hints = {
+            400: request,
+            401: f"Check the key in the environment variable {config.api_key_env}.",
+            403: f"The key in the environment variable {config.api_key_env} may not use this model: ask for access or choose "
+            "another model.",
+            404: f"Check the model name {config.model!r}, that base_url {start}, and that the model serves the "
+            f"{config.endpoint!r} endpoint.",
+            422: request,
+        }
+        return False, hints.get(status, "The same request will fail again: check base_url and the request.")
 
     def deadline_error(self, last: LanguageModelError | None) -> LanguageModelError:
         """Of a request whose time was up; `last` is what its tries before ended in."""
