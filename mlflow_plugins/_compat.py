@@ -87,7 +87,7 @@ class ProjectEntryPoint:
 def context_of_mlflow_run() -> click.Context | None:
     """What the command `mlflow run` was called with, where it is that which calls us.
 
-    MLflow tells a backend `SYNCHRONOUS: False` there, as it does for a caller who really goes on with other work.
+    MLflow tells a backend `SYNCHRONOUS: False` there, as it does for a caller who does not wait.
     """
     context = click.get_current_context(silent=True)
     if context is not None and getattr(context.command.callback, "__module__", "").startswith("mlflow.cli"):

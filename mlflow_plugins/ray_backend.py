@@ -206,7 +206,7 @@ class RaySubmittedRun(SubmittedRun):
         try:
             self._client.stop_job(self.job_id)
             self._over.wait(STOP_WITHIN_S)
-            problem = f"it goes on after {STOP_WITHIN_S:.0f} s."
+            problem = f"it still runs after {STOP_WITHIN_S:.0f} s."
         except Exception as error:  # whatever it is, the user must hear that the job may go on
             problem = _one_line(error)
         if not self._over.is_set():
@@ -240,7 +240,7 @@ class RaySubmittedRun(SubmittedRun):
             await asyncio.wait({log}, timeout=POLL_S)
             try:
                 info = await asyncio.to_thread(self._client.get_job_info, self.job_id)
-            except Exception as error:  # the server may be restarting; the reason is told if it stays away
+            except Exception as error:  # the server may be restarting; the reason is reported if it stays away
                 if time.monotonic() - heard_at > LOST_AFTER_S:
                     log.cancel()
                     return "FAILED", (
@@ -289,7 +289,7 @@ class RaySubmittedRun(SubmittedRun):
             sys.stdout.flush()
 
     def _problem(self, info: Any) -> str | None:
-        """What to tell about a job that did not succeed."""
+        """Message about a job that did not succeed."""
         job = f"running Ray job {self.job_id}"
         if info.status.value == "SUCCEEDED":
             return None

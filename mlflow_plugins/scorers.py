@@ -18,7 +18,7 @@ sees: they need the evaluator.
   prompts that would be right. Lists may be JSON. Without `expected_response` the truth is the label list, else the first
   reference.
 
-A row that cannot be scored gets a `DataError` as its assessment; MLflow shows it, warns, and goes on with the others.
+A row that cannot be scored gets a `DataError` as its assessment; MLflow shows it, warns, and continues with the others.
 """
 
 from __future__ import annotations

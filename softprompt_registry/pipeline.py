@@ -56,7 +56,7 @@ class PipelineResult:
     folder: Path
     evaluation: Evaluation
     rule: AbstentionRule
-    """By which texts are withheld."""
+    """The rule by which texts are withheld."""
     registered: RegisteredVersion
     decision: Decision | None
     """None when promotion was refused."""

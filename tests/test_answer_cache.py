@@ -132,7 +132,7 @@ def test_files_of_others_are_refused_and_left_alone(tmp_path: Path) -> None:
     connection.close()
     for path, found in [(garbage, "file is not a database"), (other, "application id 0x0 instead of 0x53504131")]:
         content = path.read_bytes()
-        with pytest.raises(DataError, match=f"SQLite cannot use the file \\({found}\\).*Move it away to start anew"):
+        with pytest.raises(DataError, match=f"SQLite cannot use the file \\({found}\\).*Move it away to start again"):
             AnswerCache(path)
         assert path.read_bytes() == content
     assert sorted(file.name for file in tmp_path.iterdir()) == ["garbage", "other"]
@@ -158,7 +158,7 @@ def test_a_damaged_file_says_so(tmp_path: Path, damage: str) -> None:
     half = len(content) // 2 + 100
     damaged = content[:half] if damage == "half" else content[:8192] + b"\xa5" * (len(content) - 8192)
     path.write_bytes(damaged)
-    words = "SQLite cannot (use|read).*(malformed|disk I/O error).*Move it away to start anew"
+    words = "SQLite cannot (use|read).*(malformed|disk I/O error).*Move it away to start again"
     with pytest.raises(DataError, match=words), AnswerCache(path) as cache:
         for request in requests:
             cache.get("tiny", request)

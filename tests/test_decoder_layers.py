@@ -45,6 +45,6 @@ def test_a_model_that_forgets_is_refused() -> None:
         MistralForCausalLM(MistralConfig(vocab_size=vocab, sliding_window=8, num_key_value_heads=1, **sizes))
     )
     with pytest.raises(
-        ConfigError, match=r"cannot go on from a shared beginning \(between tokens it keeps a sliding window"
+        ConfigError, match=r"cannot continue a shared beginning \(between tokens it keeps a sliding window"
     ):
         decoder_layers(base)

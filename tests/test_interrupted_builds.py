@@ -249,7 +249,7 @@ def test_answers_that_are_no_answers(llm_server: LlmServer, tmp_path: Path, undi
     whole = answers.read_bytes()
     for damaged in (b"mine " * 1000, whole[: len(whole) // 2 + 7], whole[:8192] + b"\xa5" * (len(whole) - 8192)):
         answers.write_bytes(damaged)
-        with pytest.raises(DataError, match=r"a.dod.answers': SQLite cannot .*Move it away to start anew"):
+        with pytest.raises(DataError, match=r"a.dod.answers': SQLite cannot .*Move it away to start again"):
             build(llm_server, undisturbed.path, overwrite=True)
         assert answers.read_bytes() == damaged
         assert names_in(undisturbed.path.parent) == ["a.dod", "a.dod.answers"]

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from softprompt_registry.base_models.frozen import BaseModel, JoinedBatch
 
 ENDED_SHARE = 1 / 8
-"""Of the rows of a batch; when so many have ended they are taken out, which copies the keys and values of the others."""
+"""Share of a batch's rows that must have ended before they are removed, which copies the keys and values of the others."""
 
 
 class RowDecoder:

@@ -22,7 +22,7 @@ def decoder_layers(base_model: BaseModel) -> list[nn.Module]:
 
     Raises:
         ConfigError: there is no such list, or more than one, or the model keeps other things for later tokens than all keys
-            and values, so that its rows cannot go on from a shared beginning.
+            and values, so that its rows cannot continue a shared beginning.
     """
     expected = int(base_model.model.config.get_text_config(decoder=True).num_hidden_layers)
     lists = _outermost_lists(base_model.decoder)
@@ -38,7 +38,7 @@ def decoder_layers(base_model: BaseModel) -> list[nn.Module]:
         prefixes = base_model.prefixes(base_model.input_embeddings[None, :1])
     if prefixes is None:
         raise ConfigError(
-            f"{doing}: its rows cannot go on from a shared beginning (between tokens it keeps a sliding window or a "
+            f"{doing}: its rows cannot continue a shared beginning (between tokens it keeps a sliding window or a "
             "recurrent state, for instance, or it counts padding as distance), expected keys and values alone: hidden "
             "states are patched into such rows. Use a base model whose layers all attend to the whole text."
         )

@@ -135,7 +135,7 @@ def _language_model(location: str, revision: str | None, **settings: Any) -> tup
             config, settings = text, settings | {"key_mapping": _LANGUAGE_MODEL_KEYS}
         elif type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
             auto = transformers.AutoModelForImageTextToText
-    # Weights of another size are told with the missing ones; otherwise the names would go to the log alone.
+    # Weights of another size are reported with the missing ones; otherwise their names would only be logged.
     model, found = auto.from_pretrained(
         location, config=config, output_loading_info=True, ignore_mismatched_sizes=True, **settings, **files
     )

@@ -78,7 +78,7 @@ class PrefixRows:
         lead = list(self.prefixes.lead)
         if any(list(text[: len(lead)]) != lead or len(text) == len(lead) for text in texts):
             raise ValueError(
-                f"each text must begin with the tokens {lead}, which its prefix holds, and go on after them"
+                f"each text must begin with the tokens {lead}, which its prefix holds, and have more after them"
             )
         return [text[len(lead) :] for text in texts]
 

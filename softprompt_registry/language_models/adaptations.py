@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 _ALONE_S = 1.0
-"""How long other requests wait for the first one. A refused one is refused at once, before anything is generated."""
+"""How long other requests wait for the first one, which a server refuses before it generates anything."""
 _LIMITS = ("max_tokens", "max_completion_tokens")
 _NO = (
     r"(?:not\W+(?:support|allow|permit|enabl)|n.t\W+support|unsupported|unrecogni[sz]ed|unknown|unexpected|extra_forbidden"
@@ -101,7 +101,7 @@ class Adaptations:
     @contextmanager
     def settings(self, longest_s: float) -> Iterator[OpenAICompatibleConfig]:
         """What the next try is sent with. Until a server has taken a request, one is sent at a time, so that it refuses one
-        and not all that may be in flight; but nobody waits long for a server that is slow."""
+        and not all that may be in flight; but none waits long for a slow server."""
         alone = not self._is_settled and self._alone.acquire(timeout=max(min(_ALONE_S, longest_s), 0))
         if alone and self._is_settled:
             self._alone.release()
@@ -120,7 +120,7 @@ class Adaptations:
         refuses as well."""
         with self._learning:
             if getattr(self._now, setting) == value:
-                return True  # another thread was told the same
+                return True  # another thread learned the same
             if getattr(self._now, setting) != getattr(self._given, setting):
                 return False
             changed: dict[str, Any] = {setting: value}

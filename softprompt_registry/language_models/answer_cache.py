@@ -69,7 +69,7 @@ class AnswerCache:
             yield
         except sqlite3.DatabaseError as error:
             expected = "expected a whole file written by softprompt-registry"
-            advice = "Move it away to start anew, or put a backup in its place."
+            advice = "Move it away to start again, or put a backup in its place."
             if isinstance(error, sqlite3.OperationalError) and doing.startswith("storing"):
                 expected = f"the {len(self)} answers before it are safe"
                 advice = "Make room on the disk and run the same command again."
@@ -169,7 +169,7 @@ def ask_missing(
         bar: moves on by one for each request, those in the cache included.
         asked: is added to.
         identity: what the cache keeps the answers under; None: the model's own.
-        on_result: is told of each request that was asked, once its answer is in the cache, or of its failure.
+        on_result: is called with each request that was asked, once its answer is in the cache, or with its failure.
 
     Raises:
         LanguageModelError: `MAX_FAILURES_IN_A_ROW` requests failed with no answer between them. Fewer failures are counted
@@ -250,5 +250,5 @@ def ask_all(
             f"asking for {title}: {failed} of {total} requests failed; all other answers are safe in {str(cache.path)!r}. "
             f"The last failure: {asked.last_failure}",
             retryable=True,
-            hint="Run the same command again to ask for those alone, or set skip_failed_requests=true to go on without.",
+            hint="Run the same command again to ask for those alone, or set skip_failed_requests=true to leave them out.",
         )

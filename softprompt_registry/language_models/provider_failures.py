@@ -111,7 +111,7 @@ class FailureReader:
         return False, hints.get(status, "The same request will fail again: check base_url and the request.")
 
     def deadline_error(self, last: LanguageModelError | None) -> LanguageModelError:
-        """Of a request whose time was up; `last` is what its tries before ended in."""
+        """The error of a request that reached its deadline; `last` is the failure of its last try."""
         before = "" if last is None else f" Last failure: {last}"
         error = LanguageModelError(
             f"deadline of {self._config.deadline_s:g} s reached before model {self._config.model!r} at {self._server!r} "

@@ -8,7 +8,7 @@ import re
 from typing import Any, Literal, NamedTuple
 
 CONTENT_FILTER = "content_filter"
-"""Finish reason of an answer that the provider held back."""
+"""Finish reason of an answer that the provider withheld."""
 REFUSAL = "refusal"
 """Finish reason that we give an answer which is a refusal; servers say `stop` then."""
 CUT = "length"
@@ -131,7 +131,7 @@ ENDS = ("</think>", "[/THINK]")
 """Alone, they end thoughts as well: many chat templates put the opening tag into the prompt."""
 _NEVER_ENDED = re.compile(r"\s*(?:<(?:think|thinking|thought)>|\[THINK\])")
 _CHANNELS = re.compile(r"\s*(?:<\|start\|>\w*)?<\|channel\|>|analysis.*assistantfinal", re.DOTALL)
-"""Of gpt-oss; without its special tokens where an engine leaves those out of the text."""
+"""The channels of gpt-oss; without its special tokens where an engine leaves those out of the text."""
 _FINAL_CHANNEL = re.compile(
     r".*(?:<\|channel\|>\s*final[^<]*(?:<\|constrain\|>[^<]*)?<\|message\|>|assistantfinal)(.*?)(?:<\|\w+\|>|\Z)",
     re.DOTALL,
