@@ -398,8 +398,9 @@ def test_a_missing_key_and_one_that_no_header_can_carry(server: LlmServer, monke
 
 def test_the_deadline_ends_the_batch(server: LlmServer) -> None:
     server.reply_to = lambda prompt: Reply(delay_s=0 if prompt == "quick" else 5)
-    started = time.monotonic()
     with model_at(server, max_concurrency=2, deadline_s=0.5) as model:
+        model.complete([CompletionRequest("quick")])  # the client's modules are loaded by its first request
+        started = time.monotonic()
         results = model.complete([CompletionRequest(prompt) for prompt in ("quick", "slow", "slow", "never sent")])
     assert time.monotonic() - started < 2
     assert isinstance(results[0], Completion)
