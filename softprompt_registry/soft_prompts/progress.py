@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from softprompt_registry.base_models.frozen import BaseModel
 from softprompt_registry.dod.task import Pair, PairSplit, Task
@@ -127,6 +127,11 @@ def initial_embeddings(base_model: BaseModel, config: TuningConfig, task: Task) 
     order = torch.randperm(base_model.ref.vocab_size, generator=generator).tolist()
     chosen = [token for token in order if token < known and token not in special][: config.num_virtual_tokens]
     return base_model.embed(torch.tensor(chosen)).detach().float().cpu().clone()
+
+
+def scheduled_rate(rate: float, schedule: Literal["constant", "cosine"], epoch: int, epochs: int) -> float:
+    """The learning rate of an epoch, which counts from 0: constant, or falling to zero along a cosine."""
+    return rate * (0.5 * (1 + math.cos(math.pi * epoch / epochs)) if schedule == "cosine" else 1.0)
 
 
 def finished_prompt(
