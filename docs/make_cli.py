@@ -120,7 +120,7 @@ SETTINGS = [
         "InductionConfig",
     ),
     ("study", "section `study`", "softprompt_registry/stages/study_settings.py", "StudyConfig"),
-    ("portability", "section `portability`", "softprompt_registry/stages/porting.py", "PortabilityConfig"),
+    ("portability", "section `portability`", "softprompt_registry/portability/measuring.py", "PortabilityConfig"),
     (
         "a target LLM",
         "in the list `targets` inside `portability`; `engine`, `model` and `options` as of the LLM that writes",

@@ -15,7 +15,7 @@ from matplotlib.patches import Rectangle
 from softprompt_registry.dod.task import Pair, Task
 from softprompt_registry.language_models.protocol import Prices, Usage
 from softprompt_registry.pages.svg import inline_svg
-from softprompt_registry.portability.analysis import Portability, measure_portability
+from softprompt_registry.portability.analysis import Portability
 from softprompt_registry.portability.answers import (
     CONDITIONS,
     FEW_SHOT_3,
@@ -28,11 +28,13 @@ from softprompt_registry.portability.answers import (
     Answer,
     Question,
 )
-from softprompt_registry.portability.figures import CONDITION_NAMES, portability_figures
-from softprompt_registry.portability.page import portability_page, summaries
-from softprompt_registry.portability.shown_tasks import MAX_INPUTS, inputs_per_task, shown_tasks
+from softprompt_registry.portability.figures import portability_figures
+from softprompt_registry.portability.page import portability_page, summary
+from softprompt_registry.portability.scoring import score_answers
+from softprompt_registry.portability.shown_tasks import MAX_INPUTS, shown_tasks
 
 DRAWS = 200
+PRICES = {"big": Prices(1.0, 2.0)}
 EXAMPLES = (FEW_SHOT_3, FEW_SHOT_5, FEW_SHOT_TRANSLATED)
 
 
@@ -74,8 +76,10 @@ def answers_of(
 ANSWERS = [*answers_of(SAID), *answers_of({SOFT_PROMPT: {"moods": ["joy", "fear", "joy"]}}, "small $x$")]
 
 
-def measured(answers: Sequence[Answer], tasks: Mapping[str, Task] = TASKS) -> Portability:
-    return measure_portability(answers, tasks, prices={"big": Prices(1.0, 2.0)}, draws=DRAWS)
+def measured(
+    answers: Sequence[Answer], tasks: Mapping[str, Task] = TASKS, prices: Mapping[str, Prices] = PRICES
+) -> Portability:
+    return Portability(tuple(score_answers(answers, tasks)), prices, draws=DRAWS)
 
 
 RESULT = measured(ANSWERS)
@@ -100,10 +104,10 @@ def plain() -> str:
 
 
 def test_the_first_screen_says_what_translation_is_worth() -> None:
-    (summary,) = summaries(RESULT)
+    found = summary(RESULT, "big")
     mean = RESULT.metrics("big", TRANSLATED)["rouge_l"]
-    assert summary.headline.startswith(f"big: translated prompts reach task ROUGE-L {mean:.2f} (")
-    words = [point for _, point in summary.points]
+    assert found.headline.startswith(f"big: translated prompts reach task ROUGE-L {mean:.2f} (")
+    words = [point for _, point in found.points]
     assert (
         words[0].startswith("Ahead of no prompt by +")
         and "better in 2, equal in 0 and worse in 0 of 2 tasks" in words[0]
@@ -119,20 +123,18 @@ def test_the_first_screen_says_what_translation_is_worth() -> None:
 
 def test_the_better_translation_is_the_one_set_against_the_others() -> None:
     said = {**SAID, TRANSLATED_VERIFIED: SAID[FEW_SHOT_3], TRANSLATED: SAID[NO_PROMPT], FEW_SHOT_5: SAID[NO_PROMPT]}
-    (summary,) = summaries(measured(answers_of(said)))
-    assert summary.headline.startswith("big: translated, verified prompts reach")
-    assert any(point.startswith("Ahead of 5 examples by") for _, point in summary.points)
-    assert any(
-        re.match(r"Takes \d+ % fewer tokens than 5 examples: \d+ for each answer\.", p) for _, p in summary.points
-    )
-    (none,) = summaries(measured(answers_of({NO_PROMPT: SAID[NO_PROMPT]})))
+    found = summary(measured(answers_of(said)), "big")
+    assert found.headline.startswith("big: translated, verified prompts reach")
+    assert any(point.startswith("Ahead of 5 examples by") for _, point in found.points)
+    assert any(re.match(r"Takes \d+ % fewer tokens than 5 examples: \d+ for each answer\.", p) for _, p in found.points)
+    none = summary(measured(answers_of({NO_PROMPT: SAID[NO_PROMPT]})), "big")
     assert none.headline == "big: no answer under a translated prompt."
 
 
 def test_the_table_has_a_row_for_each_condition_with_what_its_numbers_rest_on() -> None:
     rows = rows_of(plain())
     assert rows[0][:3] == ["Prompt", "task ROUGE-L", "label accuracy"]
-    without_prices = measure_portability(ANSWERS, TASKS, draws=DRAWS)
+    without_prices = measured(ANSWERS, prices={})
     assert "cost" in rows[0] and "cost" not in rows_of(page_of(result=without_prices))[0]
     no_prompt = next(row for row in rows if row[0] == "no prompt")
     assert no_prompt[-4:] == ["4 of 5, 2 tasks", "1", "1", "1"]
@@ -206,12 +208,6 @@ def test_what_one_target_was_not_asked_is_said() -> None:
 
 
 # Size -----------------------------------------------------------------------------------------------------------------
-
-
-def test_fewer_inputs_are_shown_of_more_tasks() -> None:
-    assert inputs_per_task(2, 4) == MAX_INPUTS
-    assert inputs_per_task(100, 31) == 3
-    assert inputs_per_task(10_000, 100) == 1
 
 
 def test_shown_inputs_are_the_first_ones_and_long_texts_are_cut() -> None:
@@ -322,10 +318,6 @@ def test_a_name_with_dollars_is_no_formula() -> None:
     result = measured(answers_of(SAID, "big $\\frac{1$"))
     for drawn in portability_figures(result):
         assert "<svg" in inline_svg(drawn)
-
-
-def test_every_condition_has_a_name_for_people() -> None:
-    assert set(CONDITION_NAMES) == set(CONDITIONS) and len(set(CONDITION_NAMES.values())) == len(CONDITIONS)
 
 
 # In a browser ---------------------------------------------------------------------------------------------------------

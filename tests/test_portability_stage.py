@@ -14,38 +14,24 @@ import torch
 from click.testing import CliRunner, Result
 from llm_server import KEY, LlmServer, Reply, chat, error_body
 from mlflow import MlflowClient
+from small_evaluations import log_record
 from small_tasks import make_task
 from tiny_llm import HIDDEN_SIZE, tiny_base_model
 
 from softprompt_registry.cli import main
 from softprompt_registry.dod.store import DodStore
 from softprompt_registry.dod.task import Pair, Task
+from softprompt_registry.evaluation.record import EvaluationRecord
+from softprompt_registry.evaluation.text_scores import EvaluatedTask
 from softprompt_registry.portability.answers import CONDITIONS
-from softprompt_registry.portability.hard_prompts import METHODS
+from softprompt_registry.registry.artifacts import find_evaluation, find_portability
 from softprompt_registry.soft_prompts.bank import SoftPromptBank
 from softprompt_registry.soft_prompts.soft_prompt import SoftPrompt, SoftPromptRecord
-from softprompt_registry.stages.porting import read_portability
+from softprompt_registry.verbalization.abstention import AbstentionRule
 from softprompt_registry.verbalization.verbalizer import Verbalization
 
 SPLITS = ("train",) * 6 + ("validation",) * 4 + ("test",) * 6
-WORDS = (
-    "sun",
-    "rain",
-    "moon",
-    "fog",
-    "wind",
-    "ice",
-    "sand",
-    "leaf",
-    "rock",
-    "salt",
-    "fern",
-    "clay",
-    "reed",
-    "dew",
-    "ash",
-    "oak",
-)
+WORDS = tuple("sun rain moon fog wind ice sand leaf rock salt fern clay reed dew ash oak".split())
 
 
 def task(name: str, *labels: str) -> Task:
@@ -84,13 +70,12 @@ def evaluated(mlflow_store: str, tiny_folder: Path, tmp_path: Path) -> list[str]
     SoftPromptBank.save(members, tmp_path / "bank")
     said = {"moods": "joy, fear", "twice": "Say the last word two times."}
     ids = {member.record.task: member.id for member in members}
-    texts = [Verbalization(text, name, (), ids[name], "base").to_json() for name, text in said.items()]
-    methods = {method: texts for methods in METHODS.values() for method in methods}
-    with mlflow.start_run() as run:
-        mlflow.log_params({"evaluation.verifier.seed": 0})
-        mlflow.log_dict(methods, "candidates.json")
-        mlflow.log_dict({"tasks": [{"name": one.name, "digest": one.digest} for one in TASKS]}, "tasks.json")
-    return [run.info.run_id, "--dod", str(tmp_path / "tasks.sqlite"), "--bank", str(tmp_path / "bank")]
+    texts = [Verbalization(text, name, (), ids[name], "base") for name, text in said.items()]
+    methods = {method: texts for condition in CONDITIONS.values() for method in condition.methods}
+    tasks = {one.name: EvaluatedTask.of(one) for one in TASKS}
+    with mlflow.start_run():
+        run_id = log_record(EvaluationRecord(tasks, methods, [], [], AbstentionRule()), tmp_path / "evaluation")
+    return [run_id, "--dod", str(tmp_path / "tasks.sqlite"), "--bank", str(tmp_path / "bank")]
 
 
 def run(*arguments: str, code: int = 0) -> Result:
@@ -147,7 +132,7 @@ def test_a_target_that_thinks_and_refuses_the_system_role_scores_as_one_that_doe
     params = mlflow.get_run(run_id).data.params
     assert "send_system=False, send_stop=False" in params["portability.targets.thinker.adapted"]
     assert "portability.targets.plain.adapted" not in params
-    raws = {one.question.target: one.raw for one in read_portability(run_id)[1]}
+    raws = {one.question.target: one.raw for one in find_portability(run_id)[1]}
     assert raws["plain"] is None and str(raws["thinker"]).startswith("<think>\nfear, joy")
 
 
@@ -180,7 +165,7 @@ def test_every_condition_of_every_target_is_asked_scored_and_logged(
 def test_all_numbers_come_back_from_the_run_alone(evaluated: list[str], llm_server: LlmServer) -> None:
     llm_server.reply_to = by_rule
     found = json.loads(run(*evaluated, *asking(llm_server), "--json").stdout)
-    result, answers = read_portability(found["run_id"])
+    result, answers = find_portability(found["run_id"])
     for (target, condition), logged in children(found["run_id"]).items():
         again = {f"portability.{name}": value for name, value in result.metrics(target, condition).items()}
         assert logged == pytest.approx(again)
@@ -268,16 +253,14 @@ def test_without_settings_what_the_evaluation_has_is_asked(
 ) -> None:
     """And names of targets may hold anything."""
     llm_server.reply_to = by_rule
-    with mlflow.start_run() as other:
-        mlflow.log_params({"evaluation.verifier.seed": 0})
-        found = mlflow.artifacts.load_dict(f"runs:/{evaluated[0]}/candidates.json")
-        mlflow.log_dict({"translator": found["translator"]}, "candidates.json")
-        mlflow.log_dict(mlflow.artifacts.load_dict(f"runs:/{evaluated[0]}/tasks.json"), "tasks.json")
+    record = find_evaluation(evaluated[0])
+    with mlflow.start_run():
+        other = log_record(replace(record, texts={"translator": record.texts["translator"]}), tmp_path / "other")
     named = "GPT-4 (Azure), new+"
     server = f"options: {{base_url: '{llm_server.url}', send_stop: false}}"
     target = f"targets=[{{model: /srv/models/gpt, name: '{named}', {server}}}]"
     few = ["-s", target, "-s", "questions.max_items=2", "-s", "trace=false"]
-    done = json.loads(run(other.info.run_id, *evaluated[1:3], *few, "--json").stdout)
+    done = json.loads(run(other, *evaluated[1:3], *few, "--json").stdout)
     assert done["not_asked"] == [
         "translated_verified",
         "verified_best",

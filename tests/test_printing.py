@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from logged_models import log_chain
 
 from softprompt_registry.cli import main
 from softprompt_registry.printing import print_table
-from softprompt_registry.registry.lineage import lineage, to_json
+from softprompt_registry.registry.lineage import lineage
 
 SMILE = "\N{SLIGHTLY SMILING FACE}"
 
@@ -39,7 +40,7 @@ def test_lineage_in_a_terminal_without_box_characters(mlflow_store: str, monkeyp
     assert "`- bank 'bank'" in tree and "   `- translator 'translator'" in tree
     for encoding in ("cp1252", "ascii", "utf-8"):
         found = json.loads(printed(monkeypatch, encoding, "lineage", uri, "--json")[0].decode(encoding))
-        assert found == to_json(lineage(uri))
+        assert found == json.loads(json.dumps(asdict(lineage(uri))))
 
 
 @pytest.mark.supports("terminals", "cp1252, ASCII and other encodings", "ASCII forms; what has none is escaped")

@@ -31,7 +31,7 @@ def register_translator(**chain: Any) -> str:
 
 
 def champion(store: MlflowClient) -> int | None:
-    return (aliases_of(store, "translator") or {}).get("champion")
+    return (aliases_of("translator") or {}).get("champion")
 
 
 def promotion_runs(store: MlflowClient) -> list[Run]:

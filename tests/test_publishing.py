@@ -12,6 +12,8 @@ from mlflow import MlflowClient
 from mlflow.entities.model_registry import PromptVersion
 
 from softprompt_registry.errors import ConfigError, RegistryError
+from softprompt_registry.portability.analysis import Portability
+from softprompt_registry.portability.scoring import AnswerState, ScoredAnswer
 from softprompt_registry.portability.templates import PromptTemplates
 from softprompt_registry.registry.publishing import (
     PublishedPrompt,
@@ -32,7 +34,6 @@ TEXTS = (
     "{% raw %}{{ '{{' }}{% endraw %} {# a comment #}",
     "{{{{ five braces and one at the end }}}}} {",
     "{{",
-    "}} %} #}",
     r"a back\slash, \1, \g<0>, \u007b",
     "lines\r\nof {{two}}\rkinds\n",
     "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
@@ -166,12 +167,6 @@ def test_a_prompt_that_is_not_ours_is_left_alone(mlflow_store: str) -> None:
     assert versions() == 1
 
 
-def test_an_empty_text_is_refused(mlflow_store: str) -> None:
-    for text in ("", " \n"):
-        with pytest.raises(RegistryError, match="task 'moods': the text is empty"):
-            publish(text)
-
-
 @pytest.mark.parametrize("alias", ["latest", "v3", "two words", "", "é"])
 def test_an_alias_that_mlflow_refuses_is_refused_before_a_version_is_made(mlflow_store: str, alias: str) -> None:
     with pytest.raises(RegistryError, match="Use for instance 'champion'"):
@@ -208,24 +203,24 @@ def test_a_full_list_of_a_run_is_not_broken(mlflow_store: str) -> None:
 # --- Scores on target LLMs ---
 
 
-def portability_run(*rows: tuple[str, str, str, float | None, float | None]) -> str:
-    """As `softprompt portability` leaves it: a row for each target, condition and task."""
-    columns = ("target", "condition", "task", "rouge_l", "accuracy_lenient")
-    with mlflow.start_run() as run:
-        mlflow.log_table(dict(zip(columns, map(list, zip(*rows, strict=True)), strict=True)), "tasks.json")
-    return str(run.info.run_id)
+def answer(target: str, condition: str, task: str, rouge: float | None, lenient: float | None) -> ScoredAnswer:
+    scores = {"rouge_l": rouge, "accuracy_lenient": lenient}
+    known = {metric: score for metric, score in scores.items() if score is not None}
+    state: AnswerState = "answered" if known else "missing"
+    return ScoredAnswer(target, condition, task, "generation", 0, state, known, False, False, 1, 1)
 
 
-def test_scores_on_target_llms_are_the_tasks_own(mlflow_store: str) -> None:
-    run_id = portability_run(
-        ("small", "translated", "moods", 0.25, 0.5),
-        ("large", "translated", "moods", 0.75, 1.0),
-        ("small", "translated", "tales", 0.125, None),
-        ("small", "no_prompt", "moods", 0.0, 0.0),
-        ("small", "no_prompt", "tales", None, None),
+def test_scores_on_target_llms_are_the_tasks_own() -> None:
+    result = Portability(
+        (
+            answer("small", "translated", "moods", 0.25, 0.5),
+            answer("large", "translated", "moods", 0.75, 1.0),
+            answer("small", "translated", "tales", 0.125, None),
+            answer("small", "no_prompt", "moods", 0.0, 0.0),
+            answer("small", "no_prompt", "tales", None, None),
+        )
     )
-    portability_run(("small", "translated", "moods", 1.0, 1.0))
-    assert target_scores(run_id, "translated") == {
+    assert target_scores(result, "translated") == {
         "moods": {
             ("rouge_l", "small"): 0.25,
             ("accuracy_lenient", "small"): 0.5,
@@ -234,14 +229,6 @@ def test_scores_on_target_llms_are_the_tasks_own(mlflow_store: str) -> None:
         },
         "tales": {("rouge_l", "small"): 0.125},
     }
-    assert set(target_scores(run_id, "no_prompt")) == {"moods"}
-    with pytest.raises(
-        RegistryError, match=r"no score of the condition 'inspect'; found \['no_prompt', 'translated'\]"
-    ):
-        target_scores(run_id, "inspect")
-    with mlflow.start_run() as other:
-        pass
-    with pytest.raises(RegistryError, match="Expected a run of `softprompt portability` with the file tasks.json"):
-        target_scores(other.info.run_id, "translated")
-    with pytest.raises(RegistryError, match="it is not in this MLflow store"):
-        target_scores("0" * 32, "translated")
+    assert set(target_scores(result, "no_prompt")) == {"moods"}
+    with pytest.raises(RegistryError, match=r"none of the condition 'inspect'; found \['no_prompt', 'translated'\]"):
+        target_scores(result, "inspect")

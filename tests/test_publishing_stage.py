@@ -17,9 +17,16 @@ from logged_models import DOD_DIGEST, FINGERPRINT, Chain, log_chain, log_dataset
 from mlflow import MlflowClient
 from mlflow.entities import LoggedModelInput
 from mlflow.entities.model_registry import PromptVersion
+from small_evaluations import log_record
 from task_files import write_classifications
 
 from softprompt_registry.cli import main
+from softprompt_registry.dod.task import TaskKind
+from softprompt_registry.evaluation.record import EvaluationRecord
+from softprompt_registry.evaluation.text_scores import EvaluatedTask
+from softprompt_registry.portability.analysis import Portability
+from softprompt_registry.portability.scoring import ScoredAnswer
+from softprompt_registry.verbalization.abstention import AbstentionRule
 from softprompt_registry.verbalization.verbalizer import Candidate, Verbalization
 from softprompt_registry.verbalization.verification import Gain, Verification, Verified
 
@@ -88,18 +95,17 @@ TEXTS = (
 )
 
 
-def log_evaluation(chain: Chain, *, stage: str = "evaluate") -> str:
-    with mlflow.start_run(tags={"softprompt.stage": stage}) as logged:
-        log_dataset(logged.info.run_id)
-        for model_id in (chain.base_id, chain.translator_id, chain.bank_id):
-            mlflow.log_input(model=LoggedModelInput(model_id))
-        texts = [text.to_json() for text in TEXTS]
-        mlflow.log_dict({"translator": texts, METHOD: texts, "behaviour": texts}, "candidates.json")
-        tried = [verification(text.task, text.text).to_json() for text in TEXTS[:2]]
-        mlflow.log_dict({"tasks": tried}, "verification_reporting.json")
-        kinds = {text.task: "generation" if text.task == "words/short" else "classification" for text in TEXTS}
-        mlflow.log_dict({"tasks": [{"name": name, "kind": kind} for name, kind in kinds.items()]}, "tasks.json")
-    return str(logged.info.run_id)
+def evaluated_task(name: str, kind: TaskKind) -> EvaluatedTask:
+    return EvaluatedTask(name, kind, (), (), "", "")
+
+
+RECORD = EvaluationRecord(
+    {text.task: evaluated_task(text.task, "generation" if "/" in text.task else "classification") for text in TEXTS},
+    {method: list(TEXTS) for method in ("translator", METHOD, "behaviour")},
+    [],
+    [verification(text.task, text.text) for text in TEXTS[:2]],
+    AbstentionRule(),
+)
 
 
 @pytest.fixture
@@ -108,8 +114,13 @@ def chain(mlflow_store: str) -> Chain:
 
 
 @pytest.fixture
-def evaluated(chain: Chain) -> str:
-    return log_evaluation(chain)
+def evaluated(chain: Chain, tmp_path: Path) -> str:
+    with mlflow.start_run(tags={"softprompt.stage": "evaluate"}) as logged:
+        log_dataset(logged.info.run_id)
+        for model_id in (chain.base_id, chain.translator_id, chain.bank_id):
+            mlflow.log_input(model=LoggedModelInput(model_id))
+        log_record(RECORD, tmp_path / "evaluation")
+    return str(logged.info.run_id)
 
 
 def test_the_text_of_a_task_becomes_a_prompt_with_its_provenance(chain: Chain, evaluated: str) -> None:
@@ -203,15 +214,26 @@ def test_the_template_is_a_setting(evaluated: str) -> None:
     assert "expected {hard_prompt} once" in run("publish", evaluated, "--all", "--template", "{input}", code=1).stderr
 
 
+def log_portability(evaluation: str, **settings: str) -> str:
+    """As `softprompt portability` leaves it."""
+    asked = {"translated": 0.25, "verified_best": 0.5, "few_shot_3_translated": 0.75}
+    scored = [
+        ScoredAnswer(
+            *("gpt-5", condition, "speeds", "classification", 0, "answered"),
+            *({"rouge_l": score, "accuracy_lenient": score / 2}, False, False, 1, 1),
+        )
+        for condition, score in asked.items()
+    ]
+    with mlflow.start_run() as logged:
+        mlflow.log_params({"portability.evaluation_run_id": evaluation})
+        mlflow.log_params({f"portability.{name}": value for name, value in settings.items()})
+        mlflow.log_dict(Portability(tuple(scored)).to_json(), "portability.json")
+        mlflow.log_dict({"answers": []}, "answers.json")
+    return str(logged.info.run_id)
+
+
 def test_scores_on_target_llms_are_those_of_the_methods_condition(evaluated: str) -> None:
-    with mlflow.start_run() as portability:
-        mlflow.log_params({"portability.evaluation_run_id": evaluated})
-        asked = {"translated": 0.25, "verified_best": 0.5, "few_shot_3_translated": 0.75}
-        rows = [("gpt-5", condition, "speeds", score, score / 2) for condition, score in asked.items()]
-        rows += [("gpt-5", "verified_best", "moods", 0.125, 0.125)]
-        columns = ("target", "condition", "task", "rouge_l", "accuracy_lenient")
-        mlflow.log_table(dict(zip(columns, map(list, zip(*rows, strict=True)), strict=True)), "tasks.json")
-    run_id = portability.info.run_id
+    run_id = log_portability(evaluated)
     expected = {METHOD: ("verified_best", "0.5"), "translator": ("translated", "0.25")}
     for method, (condition, score) in expected.items():
         publish(evaluated, "--task", "speeds", "--method", method, "--portability", run_id)
@@ -220,22 +242,19 @@ def test_scores_on_target_llms_are_those_of_the_methods_condition(evaluated: str
         assert float(tags["softprompt.target_accuracy_lenient.gpt-5"]) == float(score) / 2
         assert tags["softprompt.portability_condition"] == condition
         assert tags["softprompt.portability_run_id"] == run_id
-    with mlflow.start_run() as other:
-        mlflow.log_params({"portability.evaluation_run_id": "another"})
-    refused = run("publish", evaluated, "--task", "speeds", "--portability", other.info.run_id, code=1)
-    assert "measured those of 'another'" in refused.stderr
-    with mlflow.start_run() as other:
-        mlflow.log_params({"portability.evaluation_run_id": evaluated, "portability.label_list": "Pick: {labels}"})
-    refused = run("publish", evaluated, "--task", "speeds", "--portability", other.info.run_id, code=1)
-    assert "into another instruction ('Pick: {labels}')" in refused.stderr
-    with mlflow.start_run() as other:
-        mlflow.log_params(
-            {"portability.evaluation_run_id": evaluated, "portability.templates.prompt": "{hard_prompt}: {input}"}
-        )
-    refused = run("publish", evaluated, "--task", "speeds", "--portability", other.info.run_id, code=1)
-    assert "asked in the template '{hard_prompt}: {input}'" in refused.stderr
+    other_words = {"label_list": "Pick: {labels}", "templates.prompt": "{hard_prompt}: {input}"}
+    for other, words in (
+        (log_portability("another"), "measured those of 'another'"),
+        *(
+            (log_portability(evaluated, **{name: text}), f"asked with {name} {text!r}")
+            for name, text in other_words.items()
+        ),
+        ("0" * 32, "it is not in this MLflow store"),
+    ):
+        refused = run("publish", evaluated, "--task", "speeds", "--portability", other, code=1)
+        assert words in refused.stderr
     refused = run("publish", evaluated, "--task", "speeds", "--method", "behaviour", "--portability", run_id, code=1)
-    assert "no condition of `softprompt portability` asks with this method's texts" in refused.stderr
+    assert "no condition of `softprompt portability` asks with the texts of 'behaviour'" in refused.stderr
 
 
 @pytest.mark.parametrize(
@@ -254,14 +273,10 @@ def test_what_is_not_there_is_named_with_what_there_is(evaluated: str, arguments
 
 
 def test_only_an_evaluation_can_be_published(chain: Chain) -> None:
-    assert "it is not in this MLflow store" in run("publish", "0" * 32, "--all", code=1).stderr
-    other = log_evaluation(chain, stage="tune")
-    assert (
-        "its stage is 'tune'; expected a run of `softprompt evaluate`" in run("publish", other, "--all", code=1).stderr
-    )
-    with mlflow.start_run(tags={"softprompt.stage": "evaluate"}) as unfinished:
-        pass
-    assert "of a finished evaluation" in run("publish", unfinished.info.run_id, "--all", code=1).stderr
+    for other in ("0" * 32, chain.tune_run):
+        refused = run("publish", other, "--all", code=1).stderr
+        assert f"reading the evaluation of run {other!r}: " in refused
+        assert "Expected a run of `softprompt evaluate`" in refused
 
 
 def test_tasks_or_all_but_not_both(mlflow_store: str) -> None:

@@ -89,7 +89,8 @@ def portability(
     """
     from softprompt_registry.config import build_config
     from softprompt_registry.portability.answers import SOFT_PROMPT
-    from softprompt_registry.stages.porting import PortabilityConfig, estimate_portability, measure
+    from softprompt_registry.portability.measuring import PortabilityConfig
+    from softprompt_registry.stages.porting import estimate_portability, measure
 
     values = section_of("portability", config, overrides)
     if models:

@@ -3,19 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
-from softprompt_registry.cli.options import (
-    main,
-    require_store,
-    with_json,
-)
+from softprompt_registry.cli.options import main, require_store, with_json
 from softprompt_registry.printing import print_json, print_table
-
-if TYPE_CHECKING:
-    pass
 
 
 @main.command()
@@ -141,12 +133,14 @@ def lineage(uri: str, as_json: bool) -> None:
     Example:
       softprompt lineage models:/soft-prompt-translator@champion
     """
+    import dataclasses
+
     require_store(for_run=False)
     from softprompt_registry.registry.lineage import lineage as trace
-    from softprompt_registry.registry.lineage import to_json, to_text
+    from softprompt_registry.registry.lineage import to_text
 
     graph = trace(uri)
     if as_json:
-        print_json(to_json(graph))
+        print_json(dataclasses.asdict(graph))
         return
     click.echo(to_text(graph))

@@ -8,14 +8,14 @@ those (task, item) pairs only that both conditions have answers to.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import combinations
 from statistics import fmean
 from typing import Any, NamedTuple, get_args
 
-from softprompt_registry.dod.task import Task, TaskKind
+from softprompt_registry.dod.task import TaskKind
 from softprompt_registry.errors import DataError
 from softprompt_registry.evaluation.statistics import (
     TIE_TOLERANCE,
@@ -25,22 +25,12 @@ from softprompt_registry.evaluation.statistics import (
     paired_bootstrap,
 )
 from softprompt_registry.language_models.protocol import Prices
-from softprompt_registry.portability.answers import (
-    CONDITIONS,
-    FEW_SHOT_3,
-    FEW_SHOT_5,
-    SOFT_PROMPT,
-    TRANSLATED,
-    TRANSLATED_VERIFIED,
-    Answer,
-)
-from softprompt_registry.portability.scoring import HEADLINE, HEADLINES, METRICS, STATES, ScoredAnswer, score_answers
+from softprompt_registry.portability.answers import CONDITIONS, FEW_SHOT_5, FEW_SHOTS, SOFT_PROMPT, TRANSLATIONS
+from softprompt_registry.portability.scoring import HEADLINE, HEADLINES, METRICS, STATES, ScoredAnswer
 from softprompt_registry.storage import check_format_version, complete_record
 
 FORMAT_VERSION = 1
 """Of `Portability.to_json`."""
-TRANSLATIONS = (TRANSLATED, TRANSLATED_VERIFIED)
-FEW_SHOTS = (FEW_SHOT_3, FEW_SHOT_5)
 
 
 class Measure(NamedTuple):
@@ -396,26 +386,6 @@ class Portability:
                 answers.append(ScoredAnswer(**{name: columns[name][number] for name in names}, scores=known))
             prices = {target: Prices(**entries) for target, entries in record["prices"].items()}
             return cls(tuple(answers), prices, record["seed"], record["draws"])
-
-
-def measure_portability(
-    answers: Iterable[Answer],
-    tasks: Mapping[str, Task],
-    *,
-    prices: Mapping[str, Prices] | None = None,
-    seed: int = 0,
-    draws: int = 10_000,
-) -> Portability:
-    """Score the answers of a run; everything else follows.
-
-    Args:
-        tasks: by name, with their labels and known outputs.
-        prices: by target.
-
-    Raises:
-        DataError: as of `score_answers` and `Portability`.
-    """
-    return Portability(tuple(score_answers(answers, tasks)), dict(prices or {}), seed, draws)
 
 
 def _counted(answers: Sequence[ScoredAnswer]) -> list[ScoredAnswer]:

@@ -4,41 +4,55 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 NO_PROMPT = "no_prompt"
 TRANSLATED = "translated"
-"""The translator's greedy text."""
 TRANSLATED_VERIFIED = "translated_verified"
-"""The verifier's choice among the translator's candidates."""
 VERIFIED_BEST = "verified_best"
-"""The verifier's choice among the candidates of all methods, some of which may not have read the soft prompt."""
 INSPECT = "inspect"
 NEAREST_TOKENS = "nearest_tokens"
 INSTRUCTION_INDUCTION = "instruction_induction"
 FEW_SHOT_3 = "few_shot_3"
 FEW_SHOT_5 = "few_shot_5"
-GROUND_TRUTH = "ground_truth"
 FEW_SHOT_TRANSLATED = "few_shot_3_translated"
-"""Three training pairs behind the translated text."""
+GROUND_TRUTH = "ground_truth"
 SOFT_PROMPT = "soft_prompt"
-"""The soft prompt itself, on the small model that it was tuned on."""
 
-CONDITIONS = (
-    NO_PROMPT,
-    TRANSLATED,
-    TRANSLATED_VERIFIED,
-    VERIFIED_BEST,
-    INSPECT,
-    NEAREST_TOKENS,
-    INSTRUCTION_INDUCTION,
-    FEW_SHOT_3,
-    FEW_SHOT_5,
-    FEW_SHOT_TRANSLATED,
-    GROUND_TRUTH,
-    SOFT_PROMPT,
-)
-"""In the order of tables and plots."""
+
+class Condition(NamedTuple):
+    """What stands before an input when a target LLM is asked."""
+
+    label: str
+    """Its name in figures and on pages."""
+    methods: tuple[str, ...] = ()
+    """Methods of an evaluation whose text is the hard prompt; the first one that the evaluation has is used."""
+    num_examples: int = 0
+    """Training pairs that are shown behind the hard prompt."""
+    group: Literal["reference", "translation", "other text", "examples"] = "reference"
+    """Conditions of one group have one colour."""
+
+
+CONDITIONS = {
+    NO_PROMPT: Condition("no prompt"),
+    TRANSLATED: Condition("translated", ("translator",), group="translation"),
+    TRANSLATED_VERIFIED: Condition("translated, verified", ("translator+verifier",), group="translation"),
+    VERIFIED_BEST: Condition("verified best of all", ("all+verifier",), group="other text"),
+    INSPECT: Condition("InSPEcT", ("inspect",), group="other text"),
+    NEAREST_TOKENS: Condition("nearest tokens", ("nearest_tokens",), group="other text"),
+    INSTRUCTION_INDUCTION: Condition("instruction induction", ("instruction_induction",), group="other text"),
+    FEW_SHOT_3: Condition("3 examples", num_examples=3, group="examples"),
+    FEW_SHOT_5: Condition("5 examples", num_examples=5, group="examples"),
+    FEW_SHOT_TRANSLATED: Condition(
+        "translated + 3 examples", ("translator+verifier", "translator"), num_examples=3, group="translation"
+    ),
+    GROUND_TRUTH: Condition("ground truth"),
+    SOFT_PROMPT: Condition("soft prompt"),
+}
+"""By name, in the order of tables and plots. The soft prompt works on the small model that it was tuned on. The text of
+`verified_best` may be of a method that does not read the soft prompt."""
+TRANSLATIONS = (TRANSLATED, TRANSLATED_VERIFIED)
+FEW_SHOTS = (FEW_SHOT_3, FEW_SHOT_5)
 
 
 @dataclass(frozen=True)
@@ -62,7 +76,7 @@ class Question:
     method: str | None = None
     """Which method of the evaluation wrote it, or `ground_truth`."""
     abstained: bool = False
-    """The evaluation held the instruction back. It is asked with all the same."""
+    """True if the evaluation withheld the instruction; it is asked with all the same."""
 
 
 @dataclass(frozen=True)
@@ -71,13 +85,13 @@ class Answer:
 
     question: Question
     text: str | None
-    """As the LLM gave it, without its thoughts; it may be empty. None if there is no answer, see `error`."""
+    """The LLM's answer without its thoughts; it may be empty. None if there is no answer, see `error`."""
     finish_reason: str | None = None
-    """As the server said it: `stop`, `length`, `content_filter`, …"""
+    """The server's word: `stop`, `length`, `content_filter`, …"""
     prompt_tokens: int = 0
     completion_tokens: int = 0
     latency_s: float = 0.0
-    """Of the try that succeeded; of an answer out of the cache that of the run that asked for it."""
+    """Time that the successful attempt took; for a cached answer, in the run that asked for it."""
     error: str | None = None
     """Why there is no answer."""
     raw: str | None = None

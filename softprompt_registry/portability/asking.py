@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -18,7 +18,6 @@ from softprompt_registry.language_models.protocol import (
     Usage,
     usage_of,
 )
-from softprompt_registry.language_models.replies import CONTENT_FILTER, REFUSAL
 from softprompt_registry.portability.answers import Answer, Question
 from softprompt_registry.portability.budget import Budget, Spending, TargetPlan, estimate
 from softprompt_registry.portability.targets import require_different_names
@@ -28,24 +27,24 @@ if TYPE_CHECKING:
     from softprompt_registry.recording import ProgressBar, Recorder
 
 OnAnswer = Callable[[Sequence[Answer]], None]
-"""Told of each request of this run as it ends: its answer, or its failure, for each of the questions that it asks."""
+"""Called as each request of this run ends, with its answer or failure for each of the questions that it asks."""
 
 
 @dataclass(frozen=True)
 class TargetAnswers:
-    """What one target said."""
+    """The answers of one target and what they cost."""
 
     target: str
     answers: list[Answer]
     """One for each question, in order; those that are missing say why."""
     asked: Usage
-    """Of the requests that were answered in this run, as the server counted their tokens."""
+    """Usage of the requests that were answered in this run, as the server counted their tokens."""
     total: Usage
-    """Of all answers, those of earlier runs included, at today's prices; what several questions share counts once."""
+    """Usage of all answers, those of earlier runs included, at today's prices; a shared request counts once."""
     found: int = 0
     """Requests whose answer was there from an earlier run."""
     failed: int = 0
-    """Requests that failed in this run; what a server bills for them it does not say."""
+    """Requests that failed in this run; a server does not say what it bills for them."""
     ended: str | None = None
     """Why not everything was asked."""
 
@@ -58,16 +57,6 @@ class TargetAnswers:
     def adapted(self) -> list[str]:
         """Settings that answers were asked with in place of those given, since the target refuses these."""
         return list(dict.fromkeys(answer.adapted for answer in self.answers if answer.adapted))
-
-    @property
-    def num_refused(self) -> int:
-        """Questions that the server says were refused or filtered."""
-        return sum(answer.finish_reason in (CONTENT_FILTER, REFUSAL) for answer in self.answers)
-
-    @property
-    def num_empty(self) -> int:
-        """Questions whose answer has no text, refusals included."""
-        return sum(answer.text is not None and not answer.text.strip() for answer in self.answers)
 
 
 def ask_targets(
@@ -92,9 +81,9 @@ def ask_targets(
         DataError: the cache cannot be read or written.
     """
     require_different_names([plan.config for plan in plans])
-    if budget is not None:
-        budget.require(estimate(plans, cache))
-    spending = Spending(budget or Budget())
+    budget = budget or Budget()
+    budget.require(estimate(plans, cache))
+    spending = Spending(budget)
     shown = recorder or NullRecorder()
     return [_ask_target(plan, cache, spending, shown, on_answer) for plan in plans]
 
@@ -104,23 +93,16 @@ def _ask_target(
 ) -> TargetAnswers:
     config, identity = plan.config, plan.config.identity
     distinct = dict.fromkeys(plan.requests)
-    if identity is not None and all(cache.get(identity, request) is not None for request in distinct):
-        # Nothing to ask, so neither a key nor a server is needed.
-        return _collected(config.title, cache, identity, plan.questions, plan.requests, config.prices)
+    model, ended = None, None
     with ExitStack() as stack:
-        try:
-            model = stack.enter_context(open_language_model(config))
-        except SoftPromptError as error:
-            return _collected(
-                config.title,
-                cache,
-                identity,
-                plan.questions,
-                plan.requests,
-                config.prices,
-                ended=config.told(str(error)),
-            )
-        bar = stack.enter_context(recorder.progress(f"asking {config.title}", len(distinct)))
+        # With nothing to ask neither a key nor a server is needed.
+        if identity is None or any(cache.get(identity, request) is None for request in distinct):
+            try:
+                model = stack.enter_context(open_language_model(config))
+            except SoftPromptError as error:
+                ended = config.told(str(error))
+        shown = NullRecorder() if model is None else recorder
+        bar = stack.enter_context(shown.progress(f"asking {config.title}", len(distinct)))
         return ask_questions(
             model,
             cache,
@@ -133,11 +115,12 @@ def _ask_target(
             spending=spending if config.is_remote else None,
             on_answer=on_answer,
             told=config.told,
+            ended=ended,
         )
 
 
 def ask_questions(
-    model: LanguageModel,
+    model: LanguageModel | None,
     cache: AnswerCache,
     questions: Sequence[Question],
     requests: Sequence[CompletionRequest],
@@ -149,28 +132,30 @@ def ask_questions(
     spending: Spending | None = None,
     on_answer: OnAnswer | None = None,
     told: Callable[[str], str] = str,
+    ended: str | None = None,
 ) -> TargetAnswers:
-    """Ask one open language model what the cache does not know yet; equal requests once.
+    """Ask an open language model what the cache does not know yet; equal requests once.
 
     Args:
+        model: None asks nothing, and gives what the cache knows.
         requests: one for each question.
-        bar: moves on by one for each different request.
-        identity: what the answers are kept under; None: the model's own.
-        spending: no request is drawn that could go past its budget; what is on its way is waited for.
-        on_answer: is told of every request that is asked, once its answer is in the cache.
-        told: what errors become before anyone reads them.
+        bar: advances by one for each different request.
+        identity: key of the answers in the cache; None: the model's own.
+        spending: a request that could exceed its budget is not sent; requests that were sent are waited for.
+        on_answer: is called for every request that is asked, once its answer is in the cache.
+        told: what is applied to error texts before they are shown.
+        ended: why nothing is asked.
 
     Raises:
         DataError: the cache cannot be read or written.
     """
-    identity = identity or model.identity
+    identity = identity or (model.identity if model else "")
     by_request: dict[CompletionRequest, list[Question]] = {}
     for question, request in zip(questions, requests, strict=True):
         by_request.setdefault(request, []).append(question)
     asked = Asked()
     answered: list[Completion] = []
     errors: dict[CompletionRequest, str] = {}
-    ended: str | None = None
 
     def within_budget() -> Iterator[CompletionRequest]:
         nonlocal ended
@@ -192,40 +177,14 @@ def ask_questions(
         if on_answer is not None:
             on_answer([_answer(question, result, told) for question in by_request[request]])
 
-    try:
-        ask_missing(model, cache, within_budget(), bar, asked, identity=identity, on_result=on_result)
-    except LanguageModelError as error:
-        # Its cause is the last failure; the error itself names the cache's path, which has no place in results.
-        ended = told(f"too many requests in a row failed; the last one: {error.__cause__ or error}")
-    return _collected(
-        target,
-        cache,
-        identity,
-        questions,
-        requests,
-        prices,
-        asked=usage_of(answered, prices),
-        found=asked.found,
-        errors=errors,
-        ended=ended,
-    )
-
-
-def _collected(
-    target: str,
-    cache: AnswerCache,
-    identity: str | None,
-    questions: Sequence[Question],
-    requests: Sequence[CompletionRequest],
-    prices: Prices | None,
-    *,
-    asked: Usage | None = None,
-    found: int | None = None,
-    errors: Mapping[CompletionRequest, str] | None = None,
-    ended: str | None = None,
-) -> TargetAnswers:
-    """All answers as the cache has them, so that a second run gives the same to the last bit."""
-    known = {request: cache.get(identity, request) if identity else None for request in dict.fromkeys(requests)}
+    if model is not None:
+        try:
+            ask_missing(model, cache, within_budget(), bar, asked, identity=identity, on_result=on_result)
+        except LanguageModelError as error:
+            # Its cause is the last failure; the error itself names the cache's path, which has no place in results.
+            ended = told(f"too many requests in a row failed; the last one: {error.__cause__ or error}")
+    # All answers are those of the cache, so that a second run gives the same to the last bit.
+    known = {request: cache.get(identity, request) if identity else None for request in by_request}
     completions = [answer for answer in known.values() if answer is not None]
     answers = []
     for question, request in zip(questions, requests, strict=True):
@@ -233,14 +192,14 @@ def _collected(
         if completion is not None:
             answers.append(_answer(question, completion))
         else:
-            answers.append(Answer(question, None, error=(errors or {}).get(request) or f"not asked: {ended}"))
+            answers.append(Answer(question, None, error=errors.get(request) or f"not asked: {ended}"))
     return TargetAnswers(
         target,
         answers,
-        asked=asked or usage_of([], prices),
+        asked=usage_of(answered, prices),
         total=usage_of(completions, prices),
-        found=len(completions) if found is None else found,
-        failed=len(errors or {}),
+        found=len(completions) if model is None else asked.found,
+        failed=len(errors),
         ended=ended,
     )
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from pydantic import PositiveFloat, PositiveInt
@@ -16,10 +17,9 @@ from softprompt_registry.portability.answers import Question
 from softprompt_registry.portability.targets import TargetConfig
 
 BYTES_PER_TOKEN = 3
-"""Of UTF-8 text, at least: English has more than four, Chinese about three. For targets whose tokenizer is not at hand."""
+"""Bytes of UTF-8 text that make a token, at least: English has more than four, Chinese about three."""
 TOKENS_AROUND = 32
-"""That a chat template puts around a system text and a prompt, at most."""
-BY_TOKENIZER = "tokenizer"
+"""Tokens that a chat template puts around a system text and a prompt, at most."""
 BY_BYTES = f"bytes / {BYTES_PER_TOKEN} + {TOKENS_AROUND}"
 
 
@@ -31,12 +31,6 @@ class TargetPlan:
     questions: Sequence[Question]
     requests: Sequence[CompletionRequest]
     """One for each question; equal ones are asked once."""
-    count_tokens: Callable[[CompletionRequest], int] | None = None
-    """Prompt tokens of a request; None: its bytes are counted."""
-
-    def __post_init__(self) -> None:
-        if len(self.questions) != len(self.requests):
-            raise ValueError(f"{len(self.questions)} questions have {len(self.requests)} requests")
 
 
 @dataclass(frozen=True)
@@ -53,10 +47,10 @@ class ConditionEstimate:
     """At most: every answer as long as it may be."""
     cost: float | None
     """At most; None where the prices are not known."""
-    counted_by: str
-    """How the prompt tokens were counted: `tokenizer` or `bytes / 3 + 32`."""
     is_remote: bool
-    """What runs in this process is shown, and counts towards no budget."""
+    """False for what runs in this process, which is shown but counts towards no budget."""
+    counted_by: str = BY_BYTES
+    """How the prompt tokens were counted."""
 
 
 @dataclass(frozen=True)
@@ -84,16 +78,14 @@ def estimate(plans: Sequence[TargetPlan], cache: AnswerCache) -> Estimate:
         config, identity = plan.config, plan.config.identity
         seen: set[CompletionRequest] = set()
         missing: dict[str, list[CompletionRequest]] = {}
-        questions: dict[str, int] = {}
         for question, request in zip(plan.questions, plan.requests, strict=True):
-            questions[question.condition] = questions.get(question.condition, 0) + 1
             new = missing.setdefault(question.condition, [])
-            if request not in seen:
-                seen.add(request)
-                if identity is None or cache.get(identity, request) is None:
-                    new.append(request)
+            if request not in seen and (identity is None or cache.get(identity, request) is None):
+                new.append(request)
+            seen.add(request)
+        questions = Counter(question.condition for question in plan.questions)
         for condition, requests in missing.items():
-            prompt_tokens = sum(map(plan.count_tokens or tokens_by_bytes, requests))
+            prompt_tokens = sum(map(tokens_by_bytes, requests))
             completion_tokens = sum(request.max_tokens for request in requests)
             found.append(
                 ConditionEstimate(
@@ -104,7 +96,6 @@ def estimate(plans: Sequence[TargetPlan], cache: AnswerCache) -> Estimate:
                     prompt_tokens=prompt_tokens,
                     completion_tokens=completion_tokens,
                     cost=config.prices and config.prices.cost(prompt_tokens, completion_tokens),
-                    counted_by=BY_TOKENIZER if plan.count_tokens else BY_BYTES,
                     is_remote=config.is_remote,
                 )
             )

@@ -6,46 +6,15 @@ from softprompt_registry.figures import PALETTE, no_formula, scatter
 from softprompt_registry.pages.formatting import signed
 from softprompt_registry.pages.svg import PageFigure
 from softprompt_registry.portability.analysis import ALL_TASKS, Measure, Portability
-from softprompt_registry.portability.answers import (
-    FEW_SHOT_3,
-    FEW_SHOT_5,
-    FEW_SHOT_TRANSLATED,
-    GROUND_TRUTH,
-    INSPECT,
-    INSTRUCTION_INDUCTION,
-    NEAREST_TOKENS,
-    NO_PROMPT,
-    SOFT_PROMPT,
-    TRANSLATED,
-    TRANSLATED_VERIFIED,
-    VERIFIED_BEST,
-)
+from softprompt_registry.portability.answers import CONDITIONS, SOFT_PROMPT
 
-CONDITION_NAMES = {
-    NO_PROMPT: "no prompt",
-    TRANSLATED: "translated",
-    TRANSLATED_VERIFIED: "translated, verified",
-    VERIFIED_BEST: "verified best of all",
-    INSPECT: "InSPEcT",
-    NEAREST_TOKENS: "nearest tokens",
-    INSTRUCTION_INDUCTION: "instruction induction",
-    FEW_SHOT_3: "3 examples",
-    FEW_SHOT_5: "5 examples",
-    FEW_SHOT_TRANSLATED: "translated + 3 examples",
-    GROUND_TRUTH: "ground truth",
-    SOFT_PROMPT: "soft prompt",
-}
-"""What people call the conditions."""
 METRIC_NAMES = {
     "rouge_l": "task ROUGE-L",
     "exact_match": "exact match",
     "accuracy_strict": "label accuracy, strict",
     "accuracy_lenient": "label accuracy",
 }
-_OURS = (TRANSLATED, TRANSLATED_VERIFIED, FEW_SHOT_TRANSLATED)
-_FEW_SHOT = (FEW_SHOT_3, FEW_SHOT_5)
-_OTHER_TEXTS = (VERIFIED_BEST, INSPECT, NEAREST_TOKENS, INSTRUCTION_INDUCTION)
-_GREY = PALETTE[7]
+_COLOURS = {"translation": PALETTE[0], "examples": PALETTE[1], "other text": PALETTE[2], "reference": PALETTE[7]}
 _STRONGEST = 0.6
 """Share of colour in a cell of the heat map whose difference is 1 or more; a page's letters stay readable on it."""
 
@@ -90,20 +59,20 @@ def _scores(result: Portability, target: str, name: str) -> PageFigure:
                 interval.mean,
                 0.72,
                 xerr=error,
-                color=_colour(condition),
+                color=_COLOURS[CONDITIONS[condition].group],
                 alpha=0.75,
                 error_kw={"ecolor": "#000000", "elinewidth": 1, "capsize": 2},
             )
             panel.annotate(
                 f"{interval.mean:.2f}", (max(interval.high, interval.mean) + 0.02, place), va="center", fontsize=8
             )
-            said.append(f"{CONDITION_NAMES[condition]} {interval.mean:.2f}")
+            said.append(f"{CONDITIONS[condition].label} {interval.mean:.2f}")
         panel.set(xlabel=measure_name(measure), xlim=(0, 1.15))
         panel.set_xticks([0, 0.5, 1])
         panel.grid(axis="x", alpha=0.3)
         panel.spines[["top", "right"]].set_visible(False)
         words.append(f"{measure_name(measure)}: {', '.join(said)}.")
-    panels[0].set_yticks(range(len(conditions)), [CONDITION_NAMES[condition] for condition in conditions])
+    panels[0].set_yticks(range(len(conditions)), [CONDITIONS[condition].label for condition in conditions])
     panels[0].set_ylim(len(conditions) - 0.5, -0.5)
     # Not by `loc`: a page takes away the title that stands in the middle.
     panels[0].set_title(no_formula(title), fontsize=11, x=0, ha="left")
@@ -119,7 +88,7 @@ def _cost_points(result: Portability, target: str) -> dict[str, list[tuple[float
     for condition in result.conditions(target):
         tokens, interval = result.tokens_per_answer(target, condition), result.interval(target, condition)
         if tokens is not None and interval is not None and not _on_another_model(result, target, condition):
-            points[CONDITION_NAMES[condition]] = [(tokens, interval.mean)]
+            points[CONDITIONS[condition].label] = [(tokens, interval.mean)]
     return points
 
 
@@ -169,8 +138,8 @@ def _differences(result: Portability, target: str, name: str) -> PageFigure:
                 fontweight="bold" if is_clear else "normal",
             )
             if is_clear and found.difference > 0:
-                words.append(f"{CONDITION_NAMES[a]} is ahead of {CONDITION_NAMES[b]} by {found.difference:.2f}.")
-    names = [CONDITION_NAMES[condition] for condition in conditions]
+                words.append(f"{CONDITIONS[a].label} is ahead of {CONDITIONS[b].label} by {found.difference:.2f}.")
+    names = [CONDITIONS[condition].label for condition in conditions]
     axes.set_xticks(range(size), names, rotation=45, ha="right", fontsize=8)
     axes.set_yticks(range(size), names, fontsize=8)
     axes.set(xlim=(-0.5, size - 0.5), ylim=(size - 0.5, -0.5), title=no_formula(title))
@@ -189,12 +158,3 @@ def _differences(result: Portability, target: str, name: str) -> PageFigure:
 def _on_another_model(result: Portability, target: str, condition: str) -> bool:
     """Whose tokens are not the target's."""
     return condition == SOFT_PROMPT and result.small_model != target
-
-
-def _colour(condition: str) -> str:
-    """The same for conditions of one sort: translations, other texts, examples; grey for what nobody would use there."""
-    if condition in _OURS:
-        return PALETTE[0]
-    if condition in _FEW_SHOT:
-        return PALETTE[1]
-    return PALETTE[2] if condition in _OTHER_TEXTS else _GREY

@@ -7,28 +7,9 @@ from dataclasses import dataclass
 
 from softprompt_registry.dod.task import Task, TaskKind
 from softprompt_registry.errors import ConfigError
-from softprompt_registry.portability.answers import (
-    FEW_SHOT_TRANSLATED,
-    GROUND_TRUTH,
-    INSPECT,
-    INSTRUCTION_INDUCTION,
-    NEAREST_TOKENS,
-    TRANSLATED,
-    TRANSLATED_VERIFIED,
-    VERIFIED_BEST,
-)
+from softprompt_registry.portability.answers import CONDITIONS, GROUND_TRUTH
 from softprompt_registry.verbalization.verbalizer import Verbalization
 
-METHODS = {
-    TRANSLATED: ("translator",),
-    TRANSLATED_VERIFIED: ("translator+verifier",),
-    VERIFIED_BEST: ("all+verifier",),
-    INSPECT: ("inspect",),
-    NEAREST_TOKENS: ("nearest_tokens",),
-    INSTRUCTION_INDUCTION: ("instruction_induction",),
-    FEW_SHOT_TRANSLATED: ("translator+verifier", "translator"),
-}
-"""Condition → the methods of an evaluation that give its hard prompt; the first one that there is."""
 LABEL_LIST = "Classify the given input into one of the following: {labels}."
 MAX_WORDS_OF_A_LABEL = 3
 """A list whose parts have no more words than this is taken for one of labels."""
@@ -36,14 +17,14 @@ MAX_WORDS_OF_A_LABEL = 3
 
 @dataclass(frozen=True)
 class HardPrompt:
-    """What a condition says of a task."""
+    """The instruction of one task under one condition."""
 
     text: str
     """The instruction; empty if the method wrote none."""
     method: str
     """Which method of the evaluation, or `ground_truth`."""
     abstained: bool = False
-    """Held back by the evaluation's rule. It is asked with all the same, and marked."""
+    """True if the evaluation's rule withheld it; it is asked with all the same, and marked."""
 
 
 def hard_prompts(
@@ -77,12 +58,12 @@ def hard_prompts(
                 found[name][condition] = HardPrompt(
                     task.hard_prompts[0] if task.hard_prompts else listed, "ground_truth"
                 )
-        elif condition in METHODS:
-            method = next((method for method in METHODS[condition] if method in texts), None)
+        elif methods := CONDITIONS[condition].methods:
+            method = next((method for method in methods if method in texts), None)
             if method is None:
                 raise ConfigError(
                     f"choosing hard prompts for the condition {condition!r}: the evaluation has the methods "
-                    f"{sorted(texts)}, expected one of {list(METHODS[condition])}. Evaluate with it, or leave the condition "
+                    f"{sorted(texts)}, expected one of {list(methods)}. Evaluate with it, or leave the condition "
                     "out."
                 )
             for item in texts[method]:

@@ -12,24 +12,21 @@ from softprompt_registry.evaluation.statistics import PairedComparison
 from softprompt_registry.language_models.protocol import Usage
 from softprompt_registry.pages.formatting import number, plural
 from softprompt_registry.pages.page import Tone, Verdict, render_page
-from softprompt_registry.portability.analysis import ALL_TASKS, FEW_SHOTS, TRANSLATIONS, Margin, Portability
+from softprompt_registry.portability.analysis import ALL_TASKS, Margin, Portability
 from softprompt_registry.portability.answers import (
     CONDITIONS,
     FEW_SHOT_5,
+    FEW_SHOTS,
     GROUND_TRUTH,
     INSPECT,
     INSTRUCTION_INDUCTION,
     NO_PROMPT,
     SOFT_PROMPT,
+    TRANSLATIONS,
     VERIFIED_BEST,
     Answer,
 )
-from softprompt_registry.portability.figures import (
-    CONDITION_NAMES,
-    METRIC_NAMES,
-    measure_name,
-    portability_figures,
-)
+from softprompt_registry.portability.figures import METRIC_NAMES, measure_name, portability_figures
 from softprompt_registry.portability.shown_tasks import shown_tasks
 
 RIVALS = (NO_PROMPT, VERIFIED_BEST, INSPECT, INSTRUCTION_INDUCTION, *FEW_SHOTS, GROUND_TRUTH, SOFT_PROMPT)
@@ -38,12 +35,8 @@ RIVALS = (NO_PROMPT, VERIFIED_BEST, INSPECT, INSTRUCTION_INDUCTION, *FEW_SHOTS, 
 _MARKS = {"right": "✓", "partly": "≈", "wrong": "✗", "empty": "∅", "refused": "⊘", "missing": "?"}
 
 
-def summaries(result: Portability) -> list[Verdict]:
-    """For each target, what the better of the two translations is worth there."""
-    return [_summary(result, target) for target in result.targets]
-
-
-def _summary(result: Portability, target: str) -> Verdict:
+def summary(result: Portability, target: str) -> Verdict:
+    """What the verified translation, or else the greedy one, is worth on a target."""
     intervals = {name: result.interval(target, name) for name in result.conditions(target)}
     measured = {name: interval for name, interval in intervals.items() if interval is not None}
     translations = [name for name in TRANSLATIONS if name in measured]
@@ -53,18 +46,20 @@ def _summary(result: Portability, target: str) -> Verdict:
     best = translations[-1]  # the verified one: which does better here is known only afterwards
     mean, low, high = measured[best]
     headline = (
-        f"{target}: {CONDITION_NAMES[best]} prompts reach {METRIC_NAMES[ALL_TASKS.metric]} {number(mean)} "
+        f"{target}: {CONDITIONS[best].label} prompts reach {METRIC_NAMES[ALL_TASKS.metric]} {number(mean)} "
         f"({number(low)} to {number(high)})."
     )
     points = []
     for rival in RIVALS:
         found = result.comparison(target, best, rival) if rival in measured else None
         if found is not None:
-            points.append(_against(CONDITION_NAMES[rival], found))
+            points.append(_against(CONDITIONS[rival].label, found))
     if (saved := result.tokens_saved(target, best)) is not None:
         tokens, share = saved
         words = f"{100 * abs(share):.0f} % {'fewer' if share >= 0 else 'more'} tokens"
-        points.append(("note", f"Takes {words} than {CONDITION_NAMES[FEW_SHOT_5]}: {abs(tokens):.0f} for each answer."))
+        points.append(
+            ("note", f"Takes {words} than {CONDITIONS[FEW_SHOT_5].label}: {abs(tokens):.0f} for each answer.")
+        )
     return Verdict(headline, (*points, *_gaps(result, target)))
 
 
@@ -121,7 +116,7 @@ def portability_page(
         Path(__file__).with_suffix(".html.j2"),
         title=title,
         subtitle=" · ".join(([when] if when else []) + counts),
-        verdicts=summaries(result),
+        verdicts=[summary(result, target) for target in result.targets],
         figures=portability_figures(result),
         settings=settings or {},
         usage=usage or {},
@@ -137,7 +132,7 @@ def portability_page(
         places={task.name: place for place, task in enumerate(tasks, start=1)},
         num_tasks=num_tasks,
         metric_names=METRIC_NAMES,
-        condition_name=CONDITION_NAMES.__getitem__,
+        condition_name=lambda name: CONDITIONS[name].label,
         measure_name=measure_name,
         marks=_MARKS,
         SOFT_PROMPT=SOFT_PROMPT,

@@ -11,24 +11,14 @@ from pydantic import PositiveInt
 
 from softprompt_registry.config import settings
 from softprompt_registry.dod.task import Pair, Task, fill_template, seed_of, text_key
-from softprompt_registry.errors import ConfigError, DataError
+from softprompt_registry.errors import DataError
 from softprompt_registry.language_models.protocol import CompletionRequest
-from softprompt_registry.portability.answers import (
-    CONDITIONS,
-    FEW_SHOT_3,
-    FEW_SHOT_5,
-    FEW_SHOT_TRANSLATED,
-    NO_PROMPT,
-    SOFT_PROMPT,
-    Question,
-)
+from softprompt_registry.portability.answers import CONDITIONS, GROUND_TRUTH, SOFT_PROMPT, Question
 from softprompt_registry.portability.hard_prompts import HardPrompt
 from softprompt_registry.portability.templates import PromptTemplates
 from softprompt_registry.verbalization.held_out import split_pairs
 
-NUM_EXAMPLES = {FEW_SHOT_3: 3, FEW_SHOT_5: 5, FEW_SHOT_TRANSLATED: 3}
-"""Condition → few-shot examples; the others have none."""
-_WITHOUT_HARD_PROMPT = (NO_PROMPT, FEW_SHOT_3, FEW_SHOT_5)
+MAX_EXAMPLES = max(condition.num_examples for condition in CONDITIONS.values())
 
 
 @settings
@@ -38,7 +28,7 @@ class QuestionsConfig:
     max_items: PositiveInt | None = 50
     """Test pairs per task; the cost grows with it. None: all that the verifier did not rank on."""
     seed: int = 0
-    """Of the draw of few-shot examples."""
+    """Seed for the draw of few-shot examples."""
     stop_labels_at_newline: bool = True
     """End the answers of classification tasks at their first line break: a label has none, and what follows costs."""
 
@@ -81,7 +71,11 @@ def choose_items(task: Task, config: QuestionsConfig, *, split_seed: int) -> Tas
         )
     if task.kind == "classification":
         examples = _in_turn(examples)
-    return TaskItems(task, tuple(items.values())[: config.max_items], tuple(examples[: max(NUM_EXAMPLES.values())]))
+    return TaskItems(
+        task,
+        tuple(items.values())[: config.max_items],
+        tuple(examples[:MAX_EXAMPLES]),
+    )
 
 
 def _one_per_input(pairs: Sequence[Pair]) -> dict[str, Pair]:
@@ -112,32 +106,24 @@ def questions_for(
     """What one target LLM is asked about one task: condition by condition, each about the same items.
 
     A method that wrote nothing is asked with an empty hard prompt: the target then gets what it gets without one, and the
-    question says `hard_prompt=""` where the condition without one says None. A text that the evaluation held back is asked
+    question says `hard_prompt=""` where the condition without one says None. A text that the evaluation withheld is asked
     with like any other, and its questions say so. The condition `soft_prompt` is left to `soft_prompt_questions`, since
     another model answers it.
 
     Args:
         target: the target's name.
         hard_prompts: of this task, by condition (see `hard_prompts.hard_prompts`); a missing one counts as empty.
-
-    Raises:
-        ConfigError: a condition is unknown.
     """
-    if unknown := [condition for condition in conditions if condition not in CONDITIONS]:
-        raise ConfigError(
-            f"reading the portability settings: found the conditions {unknown}, expected some of {list(CONDITIONS)}. Correct "
-            "them."
-        )
     questions = []
     for condition in conditions:
         if condition == SOFT_PROMPT:
             continue
         hard_prompt, method, abstained = None, None, False
-        if condition not in _WITHOUT_HARD_PROMPT:
+        if condition == GROUND_TRUTH or CONDITIONS[condition].methods:
             found = hard_prompts.get(condition)
             hard_prompt = found.text if found else ""
             method, abstained = (found.method, found.abstained) if found else (None, False)
-        examples = chosen.examples[: NUM_EXAMPLES.get(condition, 0)]
+        examples = chosen.examples[: CONDITIONS[condition].num_examples]
         for number, pair in enumerate(chosen.items):
             prompt = templates.fill(pair.input, hard_prompt=hard_prompt, examples=examples)
             questions.append(

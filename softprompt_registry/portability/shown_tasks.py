@@ -7,13 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from softprompt_registry.portability.analysis import Measure, Portability
-from softprompt_registry.portability.answers import (
-    CONDITIONS,
-    FEW_SHOT_3,
-    FEW_SHOT_5,
-    FEW_SHOT_TRANSLATED,
-    Answer,
-)
+from softprompt_registry.portability.answers import CONDITIONS, FEW_SHOT_3, FEW_SHOT_5, Answer
 from softprompt_registry.portability.scoring import HEADLINES, ScoredAnswer
 
 MAX_INPUTS = 5
@@ -63,7 +57,7 @@ class ShownTask:
     hard_prompts: dict[str, str]
     """Condition → instruction, for conditions that have one; it may be empty."""
     held_back: tuple[str, ...]
-    """Conditions whose instruction the evaluation held back."""
+    """Conditions whose instruction the evaluation withheld."""
     prompts: dict[str, str]
     """Condition with examples → the whole prompt of the first shown input."""
     scores: dict[str, dict[str, float]]
@@ -117,7 +111,7 @@ def shown_tasks(result: Portability, answers: Iterable[Answer]) -> list[ShownTas
                 prompts={
                     q.condition: shortened(q.prompt, PROMPT_LETTERS)
                     for q in first
-                    if q.condition in (FEW_SHOT_3, FEW_SHOT_5, FEW_SHOT_TRANSLATED)
+                    if CONDITIONS[q.condition].num_examples
                 },
                 scores=scores,
                 inputs=tuple(

@@ -2,22 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import mlflow
-from mlflow.exceptions import MlflowException
 
 from softprompt_registry.base_models.reference import BaseModelRef
 from softprompt_registry.errors import ArtifactError, RegistryError
 from softprompt_registry.evaluation.record import FILES, EvaluationRecord
-from softprompt_registry.registry.lookup import REGISTRY_SCHEMES, find_by_uri, parse_model_uri, split_member
+from softprompt_registry.portability.analysis import Portability
+from softprompt_registry.portability.answers import Answer
+from softprompt_registry.registry.lookup import (
+    REGISTRY_SCHEMES,
+    find_by_uri,
+    model_id_of,
+    parse_model_uri,
+    run_id_of,
+    split_member,
+    version_by_uri,
+)
 from softprompt_registry.registry.store import STORE_FAILURES, in_one_line, require_store
 from softprompt_registry.soft_prompts.bank import SoftPromptBank
 from softprompt_registry.soft_prompts.soft_prompt import SoftPrompt
+from softprompt_registry.storage import complete_record, read_json
 from softprompt_registry.translators.translator import read_record
 
+ANSWERS, RESULT = "answers.json", "portability.json"
+"""Files of a portability run, from which all of its numbers and its page can be made again."""
 MARKERS = {
     "bank": "bank.json",
     "soft prompt": "soft_prompt.json",
@@ -49,7 +62,11 @@ def find_artifact(uri: str, kind: str) -> FoundArtifact:
     model_id = None
     if location.startswith(REGISTRY_SCHEMES):
         require_store(for_run=False)
-        model_id = model_id_of(location)
+        parts = parse_model_uri(location)
+        if parts is not None and parts.name is not None:
+            model_id = model_id_of(version_by_uri(location, parts))
+        else:
+            model_id = str(find_by_uri(location).model_id)
         try:
             root = _fetched(location, model_id, mlflow.get_tracking_uri())
         except (*STORE_FAILURES, OSError) as error:
@@ -93,44 +110,38 @@ def find_evaluation(run: str) -> EvaluationRecord:
     Raises:
         ArtifactError: the run is not there, or is not one of `evaluate`.
     """
-    run_id = run.removeprefix("runs:/").strip("/")
+    run_id = run_id_of(run)
     prefix = "evaluation."
-    try:
+    with TemporaryDirectory() as folder:
+        _fetch(run_id, "evaluate", "evaluation", FILES, folder)
         params = mlflow.get_run(run_id).data.params
         settings = {key.removeprefix(prefix): value for key, value in params.items() if key.startswith(prefix)}
-        with TemporaryDirectory() as folder:
-            for name in FILES:
-                mlflow.artifacts.download_artifacts(run_id=run_id, artifact_path=name, dst_path=folder)
-            return EvaluationRecord.load(Path(folder), settings)
-    except (*STORE_FAILURES, OSError) as error:
-        raise ArtifactError(
-            f"reading the evaluation of run {run_id!r}: {in_one_line(error)}. Expected a run of `softprompt evaluate` with "
-            f"the files {', '.join(FILES)}. Give the run id that the command printed."
-        ) from error
+        return EvaluationRecord.load(Path(folder), settings)
 
 
-def model_id_of(uri: str) -> str | None:
-    """The LoggedModel behind `models:/…` or `runs:/…`; None for a version that was not made from one.
+def find_portability(run: str) -> tuple[Portability, list[Answer]]:
+    """The result and the answers of a run of `portability`.
 
     Raises:
-        RegistryError: the URI is malformed, or the store has nothing of that name.
+        ArtifactError: the run is not there, or is not one of `portability`.
     """
-    client = mlflow.MlflowClient()
-    parts = parse_model_uri(uri)
-    if parts is None or parts.name is None:
-        return str(find_by_uri(client, uri).model_id)
+    what = "the answers of a portability run"
+    with TemporaryDirectory() as folder:
+        _fetch(run_id_of(run), "portability", "portability", (RESULT, ANSWERS), folder)
+        result, rows = (read_json(Path(folder) / name, what) for name in (RESULT, ANSWERS))
+    with complete_record(what):
+        return Portability.from_json(result), [Answer.from_json(row) for row in rows["answers"]]
+
+
+def _fetch(run_id: str, command: str, what: str, files: Sequence[str], folder: str) -> None:
     try:
-        if parts.alias is not None:
-            version = client.get_model_version_by_alias(parts.name, parts.alias)
-        else:
-            version = client.get_model_version(parts.name, str(parts.version))
-    except MlflowException as error:
-        raise RegistryError(
-            f"looking up {uri!r}: the registry has no such version ({in_one_line(error)}). "
-            "`softprompt list` shows what there is."
+        for name in files:
+            mlflow.artifacts.download_artifacts(run_id=run_id, artifact_path=name, dst_path=folder)
+    except (*STORE_FAILURES, OSError) as error:
+        raise ArtifactError(
+            f"reading the {what} of run {run_id!r}: {in_one_line(error)}. Expected a run of `softprompt {command}` with "
+            f"the files {', '.join(files)}. Give the run id that the command printed."
         ) from error
-    source = str(version.source)
-    return source.removeprefix("models:/") if source.startswith("models:/m-") else None
 
 
 def find_soft_prompts(uri: str) -> list[SoftPrompt]:

@@ -6,12 +6,9 @@ made it; the way down goes through searches for models whose params, and version
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
-from mlflow import MlflowClient
 from mlflow.entities import LoggedModel, Run
 from mlflow.entities.model_registry import ModelVersion
 
@@ -40,13 +37,16 @@ from softprompt_registry.registry.conventions import (
 from softprompt_registry.registry.lookup import (
     aliases_of,
     evaluation_metrics,
+    find_by_uri,
     find_logged_model,
     find_run,
-    find_version,
+    model_id_of,
     parse_model_uri,
     quoted,
+    run_by_id,
     search_logged_models,
     search_versions,
+    version_by_uri,
 )
 
 UNKNOWN = "(unknown)"
@@ -89,7 +89,7 @@ def lineage(uri: str) -> LineageGraph:
     Raises:
         RegistryError: there is no such model, version or run.
     """
-    walk = _Walk(MlflowClient())
+    walk = _Walk()
     focus = walk.start(uri)
     return LineageGraph(uri, focus, tuple(walk.nodes.values()), tuple(walk.edges.values()))
 
@@ -97,8 +97,7 @@ def lineage(uri: str) -> LineageGraph:
 class _Walk:
     """The graph while it is read."""
 
-    def __init__(self, client: MlflowClient) -> None:
-        self.client = client
+    def __init__(self) -> None:
         self.nodes: dict[str, LineageNode] = {}
         self.edges: dict[tuple[str, str], LineageEdge] = {}
 
@@ -110,43 +109,19 @@ class _Walk:
                 "'runs:/<run id>' or 'runs:/<run id>/<name>'. `softprompt list` shows the registered versions."
             )
         if parts.name is not None:
-            return self._start_at_version(uri, parts.name, parts.version, parts.alias)
-        if parts.model_id is not None:
-            models = [model] if (model := find_logged_model(self.client, parts.model_id)) else []
-        else:
-            assert parts.run_id is not None
-            run = find_run(self.client, parts.run_id)
-            models = [] if run is None else self._products(run)
-            if run is not None and parts.logged_name is None:
-                focus = self._add_run(run)
-                self._add_downstream(models)
-                return focus
-            models = [model for model in models if model.name == parts.logged_name]
-        if not models:
-            raise RegistryError(
-                f"tracing {uri!r}: it is not in this MLflow store. Check the id, and that MLFLOW_TRACKING_URI names the "
-                "store that it was logged to."
-            )
-        self._add_downstream(models[-1:])
-        return _node_id(models[-1])
-
-    def _start_at_version(self, uri: str, name: str, number: int | None, alias: str | None) -> str:
-        aliases = aliases_of(self.client, name)
-        if aliases is not None and alias is not None:
-            number = aliases.get(alias)
-        version = None if number is None or aliases is None else find_version(self.client, name, number)
-        if version is None:
-            if aliases is None:
-                found = "there is no registered model of this name; `softprompt list` shows those there are"
-            else:
-                held = ", ".join(f"@{alias} = {number}" for alias, number in aliases.items()) or "none"
-                found = f"{name!r} has no such {'version' if alias is None else 'alias'}; its aliases are: {held}"
-            raise RegistryError(f"tracing {uri!r}: {found}.")
-        model_id = _model_id_of(version)
-        model = find_logged_model(self.client, model_id) if model_id else None
-        if model is not None:
-            self._add_downstream([model])
-        return self._add_version(version)
+            version = version_by_uri(uri, parts)
+            model_id = model_id_of(version)
+            model = find_logged_model(model_id) if model_id else None
+            self._add_downstream([] if model is None else [model])
+            return self._add_version(version)
+        if parts.run_id is not None and parts.logged_name is None:
+            run = run_by_id(parts.run_id, f"tracing {uri!r}")
+            focus = self._add_run(run)
+            self._add_downstream(self._products(run))
+            return focus
+        model = find_by_uri(uri)
+        self._add_downstream([model])
+        return _node_id(model)
 
     def _add_downstream(self, models: list[LoggedModel]) -> None:
         waiting, seen = list(models), set[str]()
@@ -163,24 +138,24 @@ class _Walk:
     def _made_from(self, model: LoggedModel) -> list[LoggedModel]:
         if model.model_type == BASE_MODEL:
             param, value = PARAM_BASE_FINGERPRINT, model.params.get(PARAM_BASE_FINGERPRINT)
-            found = search_logged_models(self.client, f"params.{param} = {quoted(value)}") if value else []
+            found = search_logged_models(f"params.{param} = {quoted(value)}") if value else []
             return [other for other in found if other.model_type != BASE_MODEL]
         found = []
         for param, model_type in UPSTREAM_PARAMS.items():
             if model.model_type == model_type:
-                found += search_logged_models(self.client, f"params.{param} = {quoted(model.model_id)}")
+                found += search_logged_models(f"params.{param} = {quoted(model.model_id)}")
         return found
 
     def _versions_of(self, model: LoggedModel) -> list[ModelVersion]:
         # By tag: `register`'s versions and their copies. By source: what someone registered with MLflow alone.
-        by_tag = search_versions(self.client, f"tags.`{TAG_MODEL_ID}` = {quoted(model.model_id)}")
-        by_source = search_versions(self.client, f"source_path = {quoted(model.model_uri)}")
+        by_tag = search_versions(f"tags.`{TAG_MODEL_ID}` = {quoted(model.model_id)}")
+        by_source = search_versions(f"source_path = {quoted(model.model_uri)}")
         versions = {(version.name, int(version.version)): version for version in by_tag + by_source}
         return [versions[key] for key in sorted(versions)]
 
     def _products(self, run: Run) -> list[LoggedModel]:
         """What a run made, oldest first; a base model that it was the first to need is not made by it."""
-        made = search_logged_models(self.client, f"source_run_id = {quoted(run.info.run_id)}")
+        made = search_logged_models(f"source_run_id = {quoted(run.info.run_id)}")
         return [model for model in made if model.model_type != BASE_MODEL]
 
     # --- nodes ---
@@ -206,7 +181,7 @@ class _Walk:
         self._add(kind, node_id, f"{kind} {model.name!r} {model.model_id}", facts)
 
         target = node_id
-        run = find_run(self.client, model.source_run_id) if model.source_run_id else None
+        run = find_run(model.source_run_id) if model.source_run_id else None
         if run is not None:
             target = self._add_run(run)
             self._link(target, node_id, "made")
@@ -242,7 +217,7 @@ class _Walk:
                     self._link(self._add(kind, f"unknown:{kind}", f"{kind} {UNKNOWN}", {}), target, "input")
 
     def _add_upstream(self, model_id: str, model_type: str) -> str:
-        model = find_logged_model(self.client, model_id)
+        model = find_logged_model(model_id)
         if model is not None:
             return self._add_model(model)
         kind = _kind_of(model_type)
@@ -262,7 +237,7 @@ class _Walk:
         for item in (run.inputs.model_inputs if run.inputs else None) or []:
             if item.model_id in products:
                 continue
-            model = find_logged_model(self.client, item.model_id)
+            model = find_logged_model(item.model_id)
             if model is not None:
                 self._link(self._add_model(model), node_id, "input")
                 continue
@@ -283,9 +258,9 @@ class _Walk:
 
     def _add_evaluation(self, model_node: str, run_id: str) -> None:
         """An evaluation with its datasets; not with its other models, which are only what this one is compared with."""
-        run = find_run(self.client, run_id)
+        run = find_run(run_id)
         if run is not None and run.data.tags.get(STAGE_TAG) == STAGE_EVALUATE_METHOD:
-            run = find_run(self.client, run.data.tags.get(_PARENT_RUN_TAG, "")) or run
+            run = find_run(run.data.tags.get(_PARENT_RUN_TAG, "")) or run
         if run is None:
             node_id = self._add("run", f"run:{run_id}", f"run {run_id} {UNKNOWN}", {"run_id": run_id})
         else:
@@ -322,17 +297,15 @@ class _Walk:
         if node_id in self.nodes:
             return node_id
         aliases = [
-            f"@{alias}"
-            for alias, number in (aliases_of(self.client, version.name) or {}).items()
-            if number == int(version.version)
+            f"@{alias}" for alias, number in (aliases_of(version.name) or {}).items() if number == int(version.version)
         ]
         facts = {"name": version.name, "version": str(version.version), "aliases": " ".join(aliases)}
         facts.update({key: value for key, value in version.tags.items() if key.startswith(TAG_PREFIX)})
         title = " ".join([f"version {version.name}/{version.version}", *aliases])
         self._add("version", node_id, title, facts)
 
-        model_id = _model_id_of(version)
-        model = find_logged_model(self.client, model_id) if model_id else None
+        model_id = model_id_of(version)
+        model = find_logged_model(model_id) if model_id else None
         if model is not None:
             self._link(self._add_model(model), node_id, "registered")
             return node_id
@@ -344,7 +317,7 @@ class _Walk:
         self._link(gone, node_id, "registered")
         params = {param: version.tags[tag] for param, tag in TAG_OF_PARAM.items() if tag in version.tags}
         run_id = version.tags.get(TAG_RUN_ID) or version.run_id
-        run = find_run(self.client, run_id) if run_id else None
+        run = find_run(run_id) if run_id else None
         target = gone
         if run is not None:
             # First, because MLflow lists the gone model among the run's inputs (see `_add_run`).
@@ -370,19 +343,6 @@ def _node_id(model: LoggedModel) -> str:
 
 def _is_model(node_id: str) -> bool:
     return node_id.startswith("m-")
-
-
-def _model_id_of(version: ModelVersion) -> str | None:
-    if version.tags.get(TAG_MODEL_ID):
-        return version.tags[TAG_MODEL_ID]
-    source = parse_model_uri(version.source or "")
-    return source.model_id if source else None
-
-
-def to_json(graph: LineageGraph) -> dict[str, Any]:
-    """The graph as plain values for `json.dumps`."""
-    value: dict[str, Any] = json.loads(json.dumps(asdict(graph)))
-    return value
 
 
 _ROOTS_FIRST = ("DoD", "dataset", "base model")

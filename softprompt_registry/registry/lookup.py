@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -10,8 +11,9 @@ from typing import TypeVar
 from urllib.parse import unquote, urlsplit
 from urllib.request import url2pathname
 
+import mlflow
 from mlflow import MlflowClient
-from mlflow.entities import Experiment, LoggedModel, Run
+from mlflow.entities import LoggedModel, Run
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 
@@ -20,12 +22,12 @@ from softprompt_registry.registry.conventions import (
     EVALUATION_PREFIX,
     METRIC_TAG_PREFIX,
     PARAM_DOD_DIGEST,
+    TAG_MODEL_ID,
     dataset_digest,
 )
 
 # A malformed id counts as one that is not there.
 _NOT_THERE = ("RESOURCE_DOES_NOT_EXIST", "NOT_FOUND", "INVALID_PARAMETER_VALUE")
-_PAGE = 1000
 
 REGISTRY_SCHEMES = ("models:/", "runs:/")
 
@@ -83,25 +85,26 @@ def parse_model_uri(uri: str) -> ModelUri | None:
     return None
 
 
-def find_logged_model(client: MlflowClient, model_id: str) -> LoggedModel | None:
-    return _found(client.get_logged_model, model_id)
+def run_id_of(given: str) -> str:
+    """The run id in `runs:/<id>` or in itself."""
+    parts = parse_model_uri(given)
+    return parts.run_id if parts is not None and parts.run_id else given
 
 
-def find_run(client: MlflowClient, run_id: str) -> Run | None:
-    return _found(client.get_run, run_id)
+def find_logged_model(model_id: str) -> LoggedModel | None:
+    return get_or_none(MlflowClient().get_logged_model, model_id)
 
 
-def find_experiment(client: MlflowClient, experiment_id: str | None) -> Experiment | None:
-    """With any lifecycle stage; None also where what answered is no such experiment."""
-    found = None if experiment_id is None else _found(client.get_experiment, experiment_id)
-    return found if found is not None and found.experiment_id == experiment_id else None
+def find_run(run_id: str) -> Run | None:
+    return get_or_none(MlflowClient().get_run, run_id)
 
 
-def find_version(client: MlflowClient, name: str, version: int) -> ModelVersion | None:
-    return _found(client.get_model_version, name, str(version))
+def find_version(name: str, version: int) -> ModelVersion | None:
+    return get_or_none(MlflowClient().get_model_version, name, str(version))
 
 
-def _found(get: Callable[..., FoundT], *key: str) -> FoundT | None:
+def get_or_none(get: Callable[..., FoundT], *key: str) -> FoundT | None:
+    """What one of MLflow's getters returns for the key."""
     try:
         return get(*key)
     except MlflowException as error:
@@ -110,41 +113,37 @@ def _found(get: Callable[..., FoundT], *key: str) -> FoundT | None:
         raise
 
 
-def search_logged_models(client: MlflowClient, condition: str) -> list[LoggedModel]:
+def search_logged_models(condition: str) -> list[LoggedModel]:
     """All LoggedModels of all experiments that meet `condition`, oldest first."""
-    experiment_ids: list[str] = []
-    token: str | None = None
-    while True:
-        experiments = client.search_experiments(max_results=_PAGE, page_token=token)
-        experiment_ids += [experiment.experiment_id for experiment in experiments]
-        token = experiments.token
-        if not token:
-            break
-    models: list[LoggedModel] = []
-    while True:
-        page = client.search_logged_models(experiment_ids, filter_string=condition, page_token=token)
-        models += page
-        token = page.token
-        if not token:
-            return sorted(models, key=lambda model: (model.creation_timestamp, model.model_id))
+    experiments = [experiment.experiment_id for experiment in mlflow.search_experiments()]
+    models = mlflow.search_logged_models(experiments, filter_string=condition, output_format="list")
+    return sorted(models, key=lambda model: (model.creation_timestamp, model.model_id))
 
 
-def search_versions(client: MlflowClient, condition: str) -> list[ModelVersion]:
+def search_versions(condition: str) -> list[ModelVersion]:
     """All model versions that meet `condition`, by name and number. Their `aliases` are not filled in; see `aliases_of`."""
-    versions: list[ModelVersion] = []
-    token: str | None = None
-    while True:
-        page = client.search_model_versions(condition, max_results=_PAGE, page_token=token)
-        versions += page
-        token = page.token
-        if not token:
-            return sorted(versions, key=lambda version: (version.name, int(version.version)))
+    versions = mlflow.search_model_versions(filter_string=condition)
+    return sorted(versions, key=lambda version: (version.name, int(version.version)))
 
 
-def aliases_of(client: MlflowClient, name: str) -> dict[str, int] | None:
+def aliases_of(name: str) -> dict[str, int] | None:
     """Alias → version number of a registered model, or `None` where there is no such model."""
-    model = _found(client.get_registered_model, name)
+    model = get_or_none(MlflowClient().get_registered_model, name)
     return None if model is None else {alias: int(version) for alias, version in sorted(model.aliases.items())}
+
+
+def check_alias(alias: str, doing: str, *, ascii_only: bool = False) -> None:
+    """Refuse an alias that MLflow would only refuse when it moves, after all else is written.
+
+    Raises:
+        RegistryError: MLflow would refuse it, or keeps it for itself.
+    """
+    flags = re.ASCII if ascii_only else re.NOFLAG
+    if not re.fullmatch(r"[\w-]{1,255}", alias, flags) or re.fullmatch(r"latest|v\d+", alias, re.IGNORECASE):
+        raise RegistryError(
+            f"{doing} the alias {alias!r}: MLflow allows letters, digits, '_' and '-', and keeps 'latest' and 'v<number>' "
+            "for itself. Use for instance 'champion'."
+        )
 
 
 def quoted(value: str) -> str:
@@ -159,14 +158,45 @@ def quoted(value: str) -> str:
     raise RegistryError(f"searching MLflow for {value!r}: it holds both kinds of quotes. Use a name with one or none.")
 
 
-def find_by_uri(client: MlflowClient, uri: str) -> LoggedModel:
+def version_by_uri(uri: str, parts: ModelUri) -> ModelVersion:
+    """The registered version of `models:/<name>@<alias>` or `models:/<name>/<version>`.
+
+    Raises:
+        RegistryError: there is no such version; lists the aliases that there are.
+    """
+    assert parts.name is not None
+    aliases = aliases_of(parts.name)
+    if aliases is None:
+        raise RegistryError(
+            f"looking up {uri!r}: there is no registered model of this name; `softprompt list` shows those there are."
+        )
+    number = parts.version if parts.alias is None else aliases.get(parts.alias)
+    version = None if number is None else find_version(parts.name, number)
+    if version is None:
+        held = ", ".join(f"@{alias} = {number}" for alias, number in aliases.items()) or "none"
+        raise RegistryError(
+            f"looking up {uri!r}: {parts.name!r} has no such {'version' if parts.alias is None else 'alias'}; its aliases "
+            f"are: {held}. Name one of these, or a version that `softprompt list` shows."
+        )
+    return version
+
+
+def model_id_of(version: ModelVersion) -> str | None:
+    """Id of the LoggedModel that a version was made from; None for a version that was not made from one."""
+    if version.tags.get(TAG_MODEL_ID):
+        return version.tags[TAG_MODEL_ID]
+    source = parse_model_uri(version.source or "")
+    return source.model_id if source else None
+
+
+def find_by_uri(uri: str) -> LoggedModel:
     """The LoggedModel of `models:/m-<id>` or `runs:/<run>/<name>`; of several with one name in one run, the newest."""
     parts = parse_model_uri(uri)
     model: LoggedModel | None = None
     if parts is not None and parts.model_id:
-        model = find_logged_model(client, parts.model_id)
+        model = find_logged_model(parts.model_id)
     elif parts is not None and parts.run_id and parts.logged_name:
-        of_run = search_logged_models(client, f"source_run_id = {quoted(parts.run_id)}")
+        of_run = search_logged_models(f"source_run_id = {quoted(parts.run_id)}")
         model = next((model for model in reversed(of_run) if model.name == parts.logged_name), None)
     else:
         raise RegistryError(
@@ -174,11 +204,26 @@ def find_by_uri(client: MlflowClient, uri: str) -> LoggedModel:
             "Copy it from the run's page in the MLflow UI."
         )
     if model is None:
-        raise RegistryError(
-            f"looking for the logged model {uri!r}: it is not in this MLflow store. Check the id, and that "
-            "MLFLOW_TRACKING_URI names the store that it was logged to."
-        )
+        raise _not_in_store(f"looking for the logged model {uri!r}")
     return model
+
+
+def run_by_id(run_id: str, doing: str) -> Run:
+    """
+    Raises:
+        RegistryError: there is no such run.
+    """
+    run = find_run(run_id)
+    if run is None:
+        raise _not_in_store(doing)
+    return run
+
+
+def _not_in_store(doing: str) -> RegistryError:
+    return RegistryError(
+        f"{doing}: it is not in this MLflow store. Check the id, and that MLFLOW_TRACKING_URI names the store that it was "
+        "logged to."
+    )
 
 
 def evaluation_metrics(model: LoggedModel) -> dict[str, float]:
@@ -190,17 +235,17 @@ def evaluation_metrics(model: LoggedModel) -> dict[str, float]:
     MLflow keeps an infinite value as the largest float, which must not pass a minimum, so it is left out. It keeps a NaN of
     a LoggedModel as 0, which nothing can tell from a real one.
     """
-    found = [
+    measured = [
         metric
         for metric in sorted(model.metrics or [], key=lambda metric: (metric.timestamp, metric.step))
         if metric.key.startswith(EVALUATION_PREFIX) and abs(metric.value) < sys.float_info.max
     ]
     own = dataset_digest(model.params.get(PARAM_DOD_DIGEST, ""))
-    digests = [metric.dataset_digest for metric in found]
+    digests = [metric.dataset_digest for metric in measured]
     wanted = own if own in digests else next(reversed(digests), None)
     newest = {
         metric.key.removeprefix(EVALUATION_PREFIX): float(metric.value)
-        for metric in found
+        for metric in measured
         if metric.dataset_digest == wanted
     }
     return dict(sorted(newest.items()))

@@ -7,7 +7,6 @@ only afterwards, so a record that says so is true.
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,6 +31,7 @@ from softprompt_registry.registry.conventions import (
 )
 from softprompt_registry.registry.lookup import (
     aliases_of,
+    check_alias,
     evaluation_metrics,
     find_logged_model,
     find_version,
@@ -115,17 +115,17 @@ def promote(
     reason = (reason or "").strip() or None
     if force and reason is None:
         raise RegistryError(f"promoting {name!r} by force: no reason was given. Say why with --reason; it is recorded.")
-    _check_alias(name, alias)
+    check_alias(alias, f"promoting {name!r} to")
     client = MlflowClient()
-    aliases = aliases_of(client, name)
+    aliases = aliases_of(name)
     if aliases is None:
         raise RegistryError(
             f"promoting {name!r}: there is no registered model of this name. `softprompt list` shows those there are."
         )
-    candidate = _candidate(client, name, version)
+    candidate = _candidate(name, version)
     previous_version = aliases.get(alias)
-    previous = None if previous_version is None else find_version(client, name, previous_version)
-    metrics = _metrics_of(client, candidate)
+    previous = None if previous_version is None else find_version(name, previous_version)
+    metrics = _metrics_of(candidate)
     rules = _apply(policy, candidate, previous, metrics, allow_base_change)
     passed = all(rule.passed for rule in rules)
     number = int(candidate.version)
@@ -146,7 +146,7 @@ def promote(
         _record(client, decision, policy, metrics, candidate, allow_base_change)
         if decision.promoted:
             # Narrows the gap in which a second promotion could be lost; MLflow has no compare-and-set for aliases.
-            holder = (aliases_of(client, name) or {}).get(alias)
+            holder = (aliases_of(name) or {}).get(alias)
             if holder != previous_version:
                 raise RegistryError(
                     f"promoting {name!r} version {number} to {alias!r}: another promotion moved the alias from "
@@ -165,17 +165,8 @@ def promote(
     return decision
 
 
-def _check_alias(name: str, alias: str) -> None:
-    # MLflow keeps `latest` and `v1`, `v2`, … for itself and would only say so when the alias moves, after the record.
-    if not re.fullmatch(r"[\w-]+", alias) or re.fullmatch(r"latest|v\d+", alias, re.IGNORECASE):
-        raise RegistryError(
-            f"promoting {name!r} to the alias {alias!r}: MLflow allows letters, digits, '_' and '-', and keeps 'latest' "
-            "and 'v<number>' for itself. Use for instance 'champion'."
-        )
-
-
-def _candidate(client: MlflowClient, name: str, version: int | None) -> ModelVersion:
-    versions = search_versions(client, f"name = {quoted(name)}")
+def _candidate(name: str, version: int | None) -> ModelVersion:
+    versions = search_versions(f"name = {quoted(name)}")
     candidate = next((item for item in reversed(versions) if version in (None, int(item.version))), None)
     if candidate is None:
         known = ", ".join(str(item.version) for item in versions) or "none"
@@ -189,9 +180,9 @@ def _candidate(client: MlflowClient, name: str, version: int | None) -> ModelVer
     return candidate
 
 
-def _metrics_of(client: MlflowClient, version: ModelVersion) -> dict[str, float]:
+def _metrics_of(version: ModelVersion) -> dict[str, float]:
     """From the LoggedModel, where evaluations after the registration arrive too; the tags are a copy for when it is gone."""
-    model = find_logged_model(client, version.tags[TAG_MODEL_ID])
+    model = find_logged_model(version.tags[TAG_MODEL_ID])
     return metrics_of_tags(version.tags) if model is None else evaluation_metrics(model)
 
 
@@ -239,7 +230,7 @@ def _record(
         # Not mlflow.log_metric, which would log the value onto the active LoggedModel a second time.
         client.log_metric(decision.run_id, EVALUATION_PREFIX + metric, value)
     model_id = candidate.tags[TAG_MODEL_ID]
-    if find_logged_model(client, model_id) is not None:
+    if find_logged_model(model_id) is not None:
         mlflow.log_input(model=LoggedModelInput(model_id))
     mlflow.log_dict(
         {

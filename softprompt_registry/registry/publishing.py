@@ -17,10 +17,11 @@ from mlflow.exceptions import MlflowException
 
 from softprompt_registry.errors import ConfigError, RegistryError
 from softprompt_registry.fingerprints import digest_of_texts
+from softprompt_registry.portability.analysis import Measure, Portability
 from softprompt_registry.portability.templates import PromptTemplates
 from softprompt_registry.registry.conventions import TAG_PREFIX, TAG_TASK
-from softprompt_registry.registry.lookup import aliases_of, find_run
-from softprompt_registry.registry.store import STORE_FAILURES, in_one_line
+from softprompt_registry.registry.lookup import aliases_of, check_alias, get_or_none
+from softprompt_registry.registry.store import in_one_line
 
 SUFFIX = ".hard"
 TEMPLATE = PromptTemplates().prompt
@@ -31,8 +32,6 @@ TARGET_SCORE_TAG = f"{TAG_PREFIX}target_"
 """Before a metric, a dot and a target LLM's name: how good the prompt is there, on its own task."""
 SCORES = ("rouge_l", "accuracy_lenient")
 """Metrics of a portability run that become tags."""
-TASK_SCORES = "tasks.json"
-"""Table of a portability run: a row for each target, condition and task."""
 PORTABILITY_RUN_TAG = f"{TAG_PREFIX}portability_run_id"
 PORTABILITY_CONDITION_TAG = f"{TAG_PREFIX}portability_condition"
 
@@ -160,7 +159,7 @@ def draft(task: str, hard_prompt: str, *, frame: str = TEMPLATE, tags: Mapping[s
     name = prompt_name(task)
     client = MlflowClient()
     prompt = client.get_prompt(name)
-    if prompt is None and aliases_of(client, name) is not None:
+    if prompt is None and aliases_of(name) is not None:
         raise RegistryError(
             f"publishing the hard prompt of task {task!r} as {name!r}: a registered model has this name, and MLflow keeps "
             "prompts and models in one namespace. Rename the model."
@@ -171,18 +170,6 @@ def draft(task: str, hard_prompt: str, *, frame: str = TEMPLATE, tags: Mapping[s
             f"for this task (its tag {TAG_TASK!r} is {prompt.tags.get(TAG_TASK)!r}). Delete that prompt, or rename the task."
         )
     return PromptDraft(task, name, hard_prompt, prompt_template(hard_prompt, frame), {**(tags or {}), TAG_TASK: task})
-
-
-def check_prompt_alias(alias: str) -> None:
-    """
-    Raises:
-        RegistryError: MLflow would refuse the alias.
-    """
-    if not re.fullmatch(r"[\w-]{1,255}", alias, re.ASCII) or re.fullmatch(r"latest|v\d+", alias, re.IGNORECASE):
-        raise RegistryError(
-            f"publishing under the alias {alias!r}: MLflow allows letters, digits, '_' and '-', and keeps 'latest' and "
-            "'v<number>' for itself. Use for instance 'champion'."
-        )
 
 
 def publish_prompt(
@@ -199,7 +186,7 @@ def publish_prompt(
     Raises:
         RegistryError: MLflow refused.
     """
-    check_prompt_alias(alias)
+    check_alias(alias, "publishing under", ascii_only=True)
     client = MlflowClient()
     try:
         version = _version_with(client, prompt)
@@ -216,14 +203,23 @@ def publish_prompt(
         links_left_out = sum(not _link_to_run(client, version, run_id) for run_id in dict.fromkeys(runs))
         for model_id in dict.fromkeys(models):
             client.link_prompt_version_to_model(prompt.name, str(version.version), model_id)
-        previous = _holder(client, prompt.name, alias)
+        # Not from `search_prompt_versions`: its versions know no aliases.
+        holder = get_or_none(client.get_prompt_version_by_alias, prompt.name, alias)
         client.set_prompt_alias(prompt.name, alias, version.version)
     except MlflowException as error:
         raise RegistryError(
             f"publishing the hard prompt of task {prompt.task!r} as {prompt.name!r}: MLflow refused: {in_one_line(error)}"
         ) from error
     return PublishedPrompt(
-        prompt.task, prompt.name, version.version, is_new, alias, previous, version.uri, prompt.template, links_left_out
+        prompt.task,
+        prompt.name,
+        version.version,
+        is_new,
+        alias,
+        None if holder is None else int(holder.version),
+        version.uri,
+        prompt.template,
+        links_left_out,
     )
 
 
@@ -266,48 +262,24 @@ def _link_to_run(client: MlflowClient, version: PromptVersion, run_id: str) -> b
     return True
 
 
-def _holder(client: MlflowClient, name: str, alias: str) -> int | None:
-    # Not from `search_prompt_versions`: its versions know no aliases.
-    try:
-        return int(client.get_prompt_version_by_alias(name, alias).version)
-    except MlflowException as error:
-        if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE", "NOT_FOUND"):
-            return None
-        raise
-
-
-def target_scores(run_id: str, condition: str) -> dict[str, dict[tuple[str, str], float]]:
-    """Task → (metric, target LLM) → the task's score under a condition of a portability run, for the metrics of `SCORES`.
+def target_scores(result: Portability, condition: str) -> dict[str, dict[tuple[str, str], float]]:
+    """Task → (metric, target LLM) → the task's score under a condition, for the metrics of `SCORES`.
 
     Raises:
-        RegistryError: there is no such run, or it has no score of this condition.
+        RegistryError: there is no score of this condition.
     """
-    doing = f"reading the portability run {run_id!r}"
-    if find_run(MlflowClient(), run_id) is None:
+    scores: dict[str, dict[tuple[str, str], float]] = {}
+    for target, asked in result.places:
+        for metric in SCORES if asked == condition else ():
+            for task, score in result.task_means(target, condition, Measure(metric)).items():
+                scores.setdefault(task, {})[metric, target] = score
+    if not scores:
+        known = sorted({asked for _, asked in result.places})
         raise RegistryError(
-            f"{doing}: it is not in this MLflow store. Give the run id that `softprompt portability` printed."
+            f"reading the scores of a portability run: it has none of the condition {condition!r}; found {known}. Ask the "
+            "target LLMs under this condition, or publish without it."
         )
-    try:
-        table = mlflow.artifacts.load_dict(f"runs:/{run_id}/{TASK_SCORES}")
-        rows = [dict(zip(table["columns"], row, strict=True)) for row in table["data"]]
-    except (*STORE_FAILURES, OSError, KeyError) as error:
-        raise RegistryError(
-            f"{doing}: {in_one_line(error)}. "
-            f"Expected a run of `softprompt portability` with the file {TASK_SCORES}. Give the run id that "
-            "the command printed."
-        ) from error
-    found: dict[str, dict[tuple[str, str], float]] = {}
-    for row in rows:
-        scores = {(metric, row["target"]): row[metric] for metric in SCORES if row.get(metric) is not None}
-        if row["condition"] == condition and scores:
-            found.setdefault(row["task"], {}).update(scores)
-    if not found:
-        known = sorted({row["condition"] for row in rows})
-        raise RegistryError(
-            f"{doing}: it has no score of the condition {condition!r}; found {known}. Ask the target LLMs under this "
-            "condition, or publish without it."
-        )
-    return found
+    return scores
 
 
 def target_score_tags(scores: Mapping[tuple[str, str], float]) -> dict[str, str]:

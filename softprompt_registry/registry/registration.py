@@ -38,7 +38,6 @@ from softprompt_registry.registry.conventions import (
     TAG_MODEL_ID,
     TAG_MODEL_TYPE,
     TAG_OF_PARAM,
-    TAG_PREFIX,
     TAG_RUN_ID,
     TAG_TASK,
     UPSTREAM_PARAMS,
@@ -82,15 +81,14 @@ class ListedVersion:
     created: datetime
 
 
-def register(model_uri: str, name: str, *, tags: Mapping[str, str] | None = None) -> RegisteredVersion:
+def register(model_uri: str, name: str) -> RegisteredVersion:
     """The registered version of a logged model; the same artifact registered again gives the version it has.
 
-    Registering again also brings the version's metrics and `tags` up to date.
+    Registering again also brings the version's metrics up to date.
 
     Args:
         model_uri: `models:/m-<id>` or `runs:/<run>/<name>`.
         name: of the registered model, which is made if there is none.
-        tags: more tags for the version; the `softprompt.` tags are written here alone.
 
     Raises:
         RegistryError: the name cannot be used, or the model's lineage is incomplete; lists all that is missing.
@@ -98,27 +96,21 @@ def register(model_uri: str, name: str, *, tags: Mapping[str, str] | None = None
     """
     client = MlflowClient()
     _check_name(client, name)
-    ours = sorted(key for key in tags or {} if key.startswith(TAG_PREFIX))
-    if ours:
-        raise RegistryError(
-            f"registering {model_uri!r} as {name!r}: the tags {', '.join(map(repr, ours))} are written by `register` "
-            "itself. Choose names that do not start with 'softprompt.'."
-        )
-    model = find_by_uri(client, model_uri)
+    model = find_by_uri(model_uri)
     require_complete_lineage(model)
 
     facts = _tags_of(model)
-    version = _existing_version(client, name, facts)
+    version = _existing_version(name, facts)
     if version is None:
         try:
             # Not the client's create_model_version: this also writes the link from the LoggedModel that the UI shows.
-            version = mlflow.register_model(model.model_uri, name, tags={**(tags or {}), **facts})
+            version = mlflow.register_model(model.model_uri, name, tags=facts)
         except MlflowException as error:
             raise RegistryError(
                 f"registering {model_uri!r} as {name!r}: MLflow refused: {in_one_line(error)}"
             ) from error
     else:
-        for key, value in {**(tags or {}), **facts}.items():
+        for key, value in facts.items():
             if version.tags.get(key) != value:
                 client.set_model_version_tag(name, str(version.version), key, value)
     description = _description(model)
@@ -141,7 +133,7 @@ def _check_name(client: MlflowClient, name: str) -> None:
             f"Use for instance {re.sub('[/:#?]+', '-', name).strip(' -.') or 'translator'!r}."
         )
     # Prompts share the namespace, and MLflow would quietly add a model version to a prompt.
-    if aliases_of(client, name) is None and client.get_prompt(name) is not None:
+    if aliases_of(name) is None and client.get_prompt(name) is not None:
         raise RegistryError(f"registering under the name {name!r}: a prompt has this name. Choose another.")
 
 
@@ -170,9 +162,8 @@ def require_complete_lineage(model: LoggedModel) -> None:
         missing.append(f"no evaluation (metrics '{EVALUATION_PREFIX}*'): run `softprompt evaluate` on it")
     if missing:
         raise RegistryError(f"{what}: its lineage is incomplete.\n" + "\n".join(f"  - {item}" for item in missing))
-    client = MlflowClient()
     for param in UPSTREAM_PARAMS:
-        upstream = find_logged_model(client, model.params[param]) if model.params.get(param) else None
+        upstream = find_logged_model(model.params[param]) if model.params.get(param) else None
         fingerprint = upstream and upstream.params.get(PARAM_BASE_FINGERPRINT)
         if upstream is not None and fingerprint and fingerprint != model.params[PARAM_BASE_FINGERPRINT]:
             raise BaseModelMismatch(
@@ -195,9 +186,9 @@ def _tags_of(model: LoggedModel) -> dict[str, str]:
     return facts
 
 
-def _existing_version(client: MlflowClient, name: str, facts: Mapping[str, str]) -> ModelVersion | None:
+def _existing_version(name: str, facts: Mapping[str, str]) -> ModelVersion | None:
     same_model = f"name = {quoted(name)} AND tags.`{TAG_MODEL_ID}` = {quoted(facts[TAG_MODEL_ID])}"
-    for version in search_versions(client, same_model):
+    for version in search_versions(same_model):
         if version.tags.get(TAG_ARTIFACT_DIGEST) == facts.get(TAG_ARTIFACT_DIGEST):
             return version
     return None
@@ -233,29 +224,19 @@ def _cell(text: str) -> str:
 
 
 def list_models(
-    *,
-    base: str | None = None,
-    task: str | None = None,
-    model_type: str | None = None,
-    metric_filter: str | None = None,
+    *, base: str | None = None, task: str | None = None, metric_filter: str | None = None
 ) -> list[ListedVersion]:
     """The versions that `register` made, by name and number.
 
     Args:
         base: name of the base model, or the beginning of its fingerprint.
         task: what it was made from: the task of a soft prompt or portable prompt, else the name of the DoD.
-        model_type: as logged (`softprompt_translator`) or in words (`translator`).
         metric_filter: one comparison such as `label_f1>=0.3`; versions without the metric are left out.
     """
-    if model_type is not None:
-        model_type = {words: logged for logged, words in MODEL_WORDS.items()}.get(model_type, model_type)
-        if model_type not in MODEL_WORDS:
-            raise RegistryError(f"listing: unknown type {model_type!r}; known are {', '.join(MODEL_WORDS.values())}.")
     meets_metric = _comparison(metric_filter) if metric_filter is not None else None
-    client = MlflowClient()
     aliases: dict[str, dict[str, int]] = {}
     listed = []
-    for version in search_versions(client, f"tags.`{TAG_MODEL_ID}` != ''"):
+    for version in search_versions(f"tags.`{TAG_MODEL_ID}` != ''"):
         tags = version.tags
         metrics = metrics_of_tags(tags)
         if base is not None and base != tags.get(TAG_BASE_MODEL):
@@ -263,12 +244,10 @@ def list_models(
                 continue
         if task is not None and task != tags.get(TAG_TASK, tags.get(TAG_DOD_NAME)):
             continue
-        if model_type is not None and model_type != tags.get(TAG_MODEL_TYPE):
-            continue
         if meets_metric is not None and not meets_metric(metrics):
             continue
         if version.name not in aliases:
-            aliases[version.name] = aliases_of(client, version.name) or {}
+            aliases[version.name] = aliases_of(version.name) or {}
         listed.append(
             ListedVersion(
                 name=version.name,

@@ -21,7 +21,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from mlflow_plugins._compat import active_experiment_id, connect_to_database, knows_schema
 from softprompt_registry.errors import ConfigError, RegistryError
-from softprompt_registry.registry.lookup import find_experiment, find_run
+from softprompt_registry.registry.lookup import find_run, get_or_none
 
 TIMEOUT_VARIABLE = "SOFTPROMPT_STORE_TIMEOUT_S"
 DEFAULT_TIMEOUT_S = 15.0
@@ -75,7 +75,7 @@ def require_store(*, for_run: bool = True) -> None:
         client.search_experiments(max_results=1)
         if for_run:
             # Servers of MLflow 2 and some hosted ones know runs but no LoggedModels, which are logged when the work is done.
-            client.search_logged_models([_require_place_for_run(client)], max_results=1)
+            client.search_logged_models([_require_place_for_run()], max_results=1)
 
     def ask_registry() -> None:
         MlflowClient().search_registered_models(max_results=1)
@@ -185,11 +185,11 @@ def _probe(variable: str, uri: str, ask: Callable[[], object], *, write: bool) -
         if "too many 429" in text:  # it is alive, and MLflow's own retries deal with it
             return
         if "timed out" in text:
-            found = f"it did not answer within {seconds:g} s"
+            reason = f"it did not answer within {seconds:g} s"
         else:
-            found = re.split(r"(?<=[a-z)])\. (?=[A-Z])", in_one_line(error))[0]
+            reason = re.split(r"(?<=[a-z)])\. (?=[A-Z])", in_one_line(error))[0]
         doing = f"using the MLflow {_WORDS[variable]} {without_credentials(uri)!r}"
-        raise RegistryError(f"{doing}: {found}. {_hint(variable, uri, text)}") from error
+        raise RegistryError(f"{doing}: {reason}. {_hint(variable, uri, text)}") from error
 
 
 def _within(seconds: float, call: Callable[[], ResultT]) -> None:
@@ -227,14 +227,14 @@ def _hint(variable: str, uri: str, text: str) -> str:
     return f"Check that {variable} is the address of a running {place}{longer}."
 
 
-def _require_place_for_run(client: MlflowClient) -> str:
+def _require_place_for_run() -> str:
     """Id of the experiment that the next run goes to, or that the run of MLFLOW_RUN_ID is in; all of it checked."""
     store = without_credentials(mlflow.get_tracking_uri())
     experiment_id: str | None
     location: str | None = None
     run_id = os.environ.get("MLFLOW_RUN_ID")
     if run_id:
-        run = find_run(client, run_id)
+        run = find_run(run_id)
         if run is None or run.info.lifecycle_stage != "active":
             restore = f", or restore the run with `mlflow runs restore --run-id {run_id}`" if run else ""
             raise RegistryError(
@@ -244,7 +244,9 @@ def _require_place_for_run(client: MlflowClient) -> str:
         experiment_id, location = run.info.experiment_id, run.info.artifact_uri
     else:
         experiment_id = active_experiment_id()
-    experiment = find_experiment(client, experiment_id)
+    experiment = None if experiment_id is None else get_or_none(MlflowClient().get_experiment, experiment_id)
+    if experiment is not None and experiment.experiment_id != experiment_id:  # what answered is no MLflow server
+        experiment = None
     if experiment is None or experiment.lifecycle_stage != "active":
         name = repr(experiment.name) if experiment else f"with the id {experiment_id!r}"
         restore = f", or restore it with `mlflow experiments restore -x {experiment_id}`" if experiment else ""

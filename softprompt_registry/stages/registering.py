@@ -18,7 +18,7 @@ from softprompt_registry.stages.running import stage_run
 def register(model_uri: str, name: str, model_config: dict[str, Any] | None = None) -> registration.RegisteredVersion:
     """Register an evaluated artifact. A translator is wrapped as the servable portable prompt model first."""
     with stage_run("register"):
-        model = find_by_uri(mlflow.MlflowClient(), model_uri)
+        model = find_by_uri(model_uri)
         model_id = str(model.model_id)
         if model.model_type == conventions.TRANSLATOR:
             registration.require_complete_lineage(model)
@@ -36,7 +36,6 @@ def _wrap_as_portable_prompt(translator: Any, model_config: dict[str, Any] | Non
     """
     settings = digest_of_json(model_config or {})
     wrapped = search_logged_models(
-        mlflow.MlflowClient(),
         f"params.translator_model_id = {quoted(translator.model_id)} AND params.model_config_digest = {quoted(settings)}",
     )
     for model in wrapped:
