@@ -17,22 +17,21 @@ from __future__ import annotations
 import argparse
 import json
 import random
-import resource
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from measuring import in_own_process, medians, peak_mib, write_figures
+
 if TYPE_CHECKING:
     import torch
 
 READS = 100
 WHOLE_READS = 5
-"""Of a file that is read whole each time."""
+"""Reads of a file that is read whole each time."""
 EPOCHS = 20
 
 Shape = tuple[int, int, int]
@@ -148,7 +147,7 @@ def measure_writing(way: str, folder: Path, shape: Shape) -> dict[str, float]:
     return {
         "write_s": seconds,
         "write_mb_per_s": shape[0] * shape[1] * shape[2] * 4 / 1e6 / seconds,
-        "write_peak_mib": _peak_mib(),
+        "write_peak_mib": peak_mib(),
         "mib": sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / 2**20,
     }
 
@@ -172,16 +171,11 @@ def measure_reading(way: str, folder: Path, shape: Shape) -> dict[str, float]:
     first = once(lambda task: opened(folder)(task))
     read = opened(folder)
     figures = {"first_ms": first, "member_ms": statistics.median(once(read) for _ in range(count))}
-    figures["read_peak_mib"] = _peak_mib()
+    figures["read_peak_mib"] = peak_mib()
     if way == "torch.save":
         mapped = read_dict(folder, mmap=True)
         figures["mmap_member_ms"] = statistics.median(once(mapped) for _ in range(WHOLE_READS))
     return figures
-
-
-def _peak_mib() -> float:
-    # Right only because the process that starts this one is small: the peak of a parent is handed down.
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def main() -> None:
@@ -206,10 +200,7 @@ def main() -> None:
     for _ in range(arguments.runs):
         for way, taken in runs.items():
             taken.append(_in_own_processes(way, shape, arguments.folder))
-    results = {
-        way: {name: statistics.median(figures[name] for figures in taken) for name in taken[0]}
-        for way, taken in runs.items()
-    }
+    results = {way: medians(taken) for way, taken in runs.items()}
     small_shape = (max(members // 10, 10), *shape[1:])
     small = _in_own_processes("ours", small_shape, arguments.folder)
     columns = (
@@ -235,11 +226,10 @@ def main() -> None:
             f"{other['member_ms'] / ours['member_ms']:.2f} × as fast, takes {ours['mib'] / other['mib']:.2f} × the disk "
             f"and {ours['write_peak_mib'] / other['write_peak_mib']:.2f} × the memory"
         )
-    if arguments.json:
-        figures = {**ours, "write_peak_mib_tenth": small["write_peak_mib"]}
-        for way, prefix in (("PEFT folders", "peft_folders"), ("torch.save", "torch_save")):
-            figures |= {f"{prefix}_{name}": value for name, value in results[way].items()}
-        arguments.json.write_text(json.dumps({"figures": figures}, indent=2) + "\n")
+    figures = {**ours, "write_peak_mib_tenth": small["write_peak_mib"]}
+    for way, prefix in (("PEFT folders", "peft_folders"), ("torch.save", "torch_save")):
+        figures |= {f"{prefix}_{name}": value for name, value in results[way].items()}
+    write_figures(arguments.json, figures)
 
 
 def _in_own_processes(way: str, shape: Shape, parent: Path | None) -> dict[str, float]:
@@ -247,10 +237,9 @@ def _in_own_processes(way: str, shape: Shape, parent: Path | None) -> dict[str, 
     figures: dict[str, float] = {}
     with tempfile.TemporaryDirectory(dir=parent) as folder:
         sizes = ["--members", str(shape[0]), "--k", str(shape[1]), "--d", str(shape[2])]
-        command = [sys.executable, __file__, "--way", way, "--folder", f"{folder}/written", *sizes]
         for option in ([], ["--reading"]):
-            finished = subprocess.run([*command, *option], check=True, stdout=subprocess.PIPE, text=True)
-            figures |= json.loads(finished.stdout.splitlines()[-1])
+            given = ["--way", way, "--folder", f"{folder}/written", *sizes, *option]
+            figures |= in_own_process(__file__, *given)
     return figures
 
 

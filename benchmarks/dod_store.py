@@ -16,15 +16,14 @@ from __future__ import annotations
 import argparse
 import json
 import random
-import resource
 import sqlite3
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+
+from measuring import in_own_process, medians, peak_mib, write_figures
 
 PAIRS = 500
 LABELS = ("music", "films", "books", "art", "software")
@@ -185,7 +184,7 @@ def measure(way: str, num_tasks: int) -> dict[str, float]:
         return log_to_mlflow(num_tasks)
     with tempfile.TemporaryDirectory() as folder:
         figures = WAYS[way](Path(folder), num_tasks)
-    figures["peak_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    figures["peak_mib"] = peak_mib()
     figures["write_s"] -= seconds_to_make_rows(num_tasks)
     figures["rows_written_per_s"] = num_tasks * PAIRS / figures["write_s"]
     return figures
@@ -207,7 +206,7 @@ def main() -> None:
     for _ in range(arguments.runs):
         for way, taken in runs.items():
             taken.append(_in_own_process(way, num_tasks))
-    results = {way: _medians(taken) for way, taken in runs.items()}
+    results = {way: medians(taken) for way, taken in runs.items()}
     small = _in_own_process("ours", max(num_tasks // 10, 10))
     logged = _in_own_process("mlflow", num_tasks)
     columns = ("rows_written_per_s", "write_s", "task_read_ms", "peak_mib", "mib")
@@ -225,28 +224,20 @@ def main() -> None:
     print(f"logging the DoD to MLflow (SQLite store): {logged['mlflow_log_s']:.2f} s")
     for way in list(WAYS)[1:]:
         print(f"ours writes {ours['rows_written_per_s'] / results[way]['rows_written_per_s']:.2f} × as fast as {way}")
-    if arguments.json:
-        figures = {
-            name: ours[name]
-            for name in ("rows_written_per_s", "task_read_ms", "peak_mib", "manifest_s", "task_objects_s")
+    figures = {
+        name: ours[name] for name in ("rows_written_per_s", "task_read_ms", "peak_mib", "manifest_s", "task_objects_s")
+    }
+    figures["mlflow_log_s"] = logged["mlflow_log_s"]
+    figures["peak_mib_tenth"] = small["peak_mib"]
+    for way, prefix in (("sqlite3 loop", "sqlite_loop"), ("HF datasets", "hf_datasets")):
+        figures |= {
+            f"{prefix}_{name}": results[way][name] for name in ("rows_written_per_s", "task_read_ms", "peak_mib")
         }
-        figures["mlflow_log_s"] = logged["mlflow_log_s"]
-        figures["peak_mib_tenth"] = small["peak_mib"]
-        for way, prefix in (("sqlite3 loop", "sqlite_loop"), ("HF datasets", "hf_datasets")):
-            figures |= {
-                f"{prefix}_{name}": results[way][name] for name in ("rows_written_per_s", "task_read_ms", "peak_mib")
-            }
-        arguments.json.write_text(json.dumps({"figures": figures}, indent=2) + "\n")
-
-
-def _medians(runs: list[dict[str, float]]) -> dict[str, float]:
-    return {name: statistics.median(figures[name] for figures in runs) for name in runs[0]}
+    write_figures(arguments.json, figures)
 
 
 def _in_own_process(way: str, num_tasks: int) -> dict[str, float]:
-    command = [sys.executable, __file__, "--way", way, "--tasks", str(num_tasks)]
-    finished = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-    return dict(json.loads(finished.stdout.splitlines()[-1]))
+    return in_own_process(__file__, "--way", way, "--tasks", str(num_tasks))
 
 
 if __name__ == "__main__":

@@ -3,13 +3,13 @@
     python benchmarks/layer_grid.py
     python benchmarks/layer_grid.py --quick --json figures.json
 
-The plain ways, each measured on a few pairs and multiplied up to the forward passes of the whole grid:
+The plain ways, each measured on a few pairs and extrapolated to the forward passes of the whole grid:
 
 - naive: for every new token the whole text again, without a cache, with logits of the full vocabulary at all positions, as a
   direct reading of the method does it;
 - cached: transformers' own cache, and logits at the last position alone.
 
-Of the pairs that were sampled, all ways must say the same: rounding may decide between two tokens of nearly equal logits,
+All ways must give the same texts for the sampled pairs: rounding may decide between two tokens of nearly equal logits,
 nothing else may differ. The soft prompt is made of random vocabulary embeddings; its numbers do not matter for the speed.
 Each way runs in a process of its own, so that peak memory is its own.
 """
@@ -19,10 +19,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
-import resource
-import subprocess
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,6 +27,7 @@ from typing import Any
 
 import torch
 from matrix_products import flops_of_training, matrix_product_rate
+from measuring import clock, in_own_process, options_of, peak_mib, write_figures
 
 from softprompt_registry.base_models.frozen import BaseModel
 from softprompt_registry.base_models.layers import decoder_layers
@@ -80,7 +78,7 @@ def run_way(arguments: argparse.Namespace) -> dict[str, Any]:
             sizes.append(rows)
             _say(f"{sum(sizes)} of {len(pairs)} pairs")
 
-        started = time.perf_counter()
+        started = clock(base.device)
         found = read_patched(
             base,
             states,
@@ -90,7 +88,7 @@ def run_way(arguments: argparse.Namespace) -> dict[str, Any]:
             rows_per_batch=arguments.rows_per_batch,
             on_rows=note,
         )
-        figures = {"seconds": _elapsed(base, started), "rows_per_batch": max(sizes)}
+        figures = {"seconds": clock(base.device) - started, "rows_per_batch": max(sizes)}
         figures["needed_flops"] = _needed_flops(base, target, arguments.k, found)
         texts = dict(zip(pairs, found, strict=True))
         gaps: dict[LayerPair, list[float]] = {}
@@ -99,15 +97,13 @@ def run_way(arguments: argparse.Namespace) -> dict[str, Any]:
         count = arguments.naive_pairs if arguments.way == "naive" else arguments.cached_pairs
         for pair in sampled(pairs, count):
             read = _naive if arguments.way == "naive" else _cached
-            started = time.perf_counter()
+            started = clock(base.device)
             texts[pair], gaps[pair] = read(base, states[0], pair, target, arguments.new_tokens)
-            seconds += _elapsed(base, started)
+            seconds += clock(base.device) - started
             _say(f"{arguments.way}: source {pair.source}, target {pair.target}, {len(texts[pair])} tokens")
         figures = {"seconds": seconds}
     figures["forwards"] = sum(min(len(ids) + 1, arguments.new_tokens) for ids in texts.values())
-    figures["peak_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    if base.device.type == "cuda":
-        figures["peak_mib"] = torch.cuda.max_memory_allocated() / 2**20
+    figures["peak_mib"] = peak_mib(base.device)
     read_texts = [[pair, ids, gaps.get(pair, []), cut_description(base.decode(ids))] for pair, ids in texts.items()]
     return {"figures": figures, "texts": read_texts}
 
@@ -193,12 +189,6 @@ def _needed_flops(base: BaseModel, target: TargetPrompt, num_soft: int, found: S
     return flops_of_training(base.model.config, rows, sum(len(ids) + 1 for ids in found), backward=False)
 
 
-def _elapsed(base: BaseModel, started: float) -> float:
-    if base.device.type == "cuda":
-        torch.cuda.synchronize(base.device)
-    return time.perf_counter() - started
-
-
 def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
@@ -254,15 +244,14 @@ def report(arguments: argparse.Namespace) -> None:
     rate = matrix_product_rate(device, getattr(torch, arguments.dtype))
     share = grid["needed_flops"] / grid["seconds"] / rate
     print(f"matrix products: {rate / 1e9:,.0f} GFLOP/s measured; the grid needed {share:.0%} of them")
-    if arguments.json:
-        found = {
-            "speedup_vs_naive": vs_naive,
-            "speedup_vs_cached": vs_cached,
-            "seconds": seconds["grid"],
-            "peak_mib": grid["peak_mib"],
-            "matrix_product_share": share,
-        }
-        arguments.json.write_text(json.dumps({"figures": found, "ways": ways}, indent=2) + "\n")
+    found = {
+        "speedup_vs_naive": vs_naive,
+        "speedup_vs_cached": vs_cached,
+        "seconds": seconds["grid"],
+        "peak_mib": grid["peak_mib"],
+        "matrix_product_share": share,
+    }
+    write_figures(arguments.json, found, ways=ways)
 
 
 def _check_same(way: str, read: Sequence[Any], texts: dict[tuple[int, ...], Any]) -> int:
@@ -284,12 +273,7 @@ def _check_same(way: str, read: Sequence[Any], texts: dict[tuple[int, ...], Any]
 
 
 def _in_own_process(way: str, arguments: argparse.Namespace) -> dict[str, Any]:
-    given = [sys.executable, __file__, "--way", way]
-    for name, value in vars(arguments).items():
-        if name not in ("way", "json", "quick") and value is not None:
-            given += [f"--{name.replace('_', '-')}", str(value)]
-    finished = subprocess.run(given, check=True, stdout=subprocess.PIPE, text=True)
-    return dict(json.loads(finished.stdout.splitlines()[-1]))
+    return in_own_process(__file__, "--way", way, *options_of(arguments, left_out=("way", "json", "quick")))
 
 
 if __name__ == "__main__":

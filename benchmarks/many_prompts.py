@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import signal
 import socket
 import subprocess
@@ -31,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from measuring import in_own_process, peak_mib, write_figures
 
 from softprompt_registry.base_models.frozen import BaseModel
 from softprompt_registry.base_models.reference import BaseModelRef, reference_of
@@ -84,7 +84,7 @@ def tune_all(folder: Path) -> dict[str, float]:
         started = time.perf_counter()
         tune_soft_prompts(base, store.stored_tasks(), CONFIG, folder / "bank")
         seconds = time.perf_counter() - started
-    return {"seconds": seconds, "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
+    return {"seconds": seconds, "peak_mib": peak_mib()}
 
 
 def restart(folder: Path) -> dict[str, float]:
@@ -240,18 +240,15 @@ def main() -> None:
     print(f"restart with {arguments.tasks - 1} of {arguments.tasks} prompts finished: {rest['restart_s']:.1f} s")
     print(f"keeping {arguments.tasks} prompts on the disk: {rest['keep_s']:.1f} s")
     print(f"logging them to MLflow: {rest['log_s']:.1f} s, {rest['log_requests']:.0f} requests")
-    if arguments.json:
-        figures = {"peak_mib": large["peak_mib"], "peak_mib_eighth": small["peak_mib"], **rest}
-        arguments.json.write_text(json.dumps({"figures": figures}, indent=2) + "\n")
+    figures = {"peak_mib": large["peak_mib"], "peak_mib_eighth": small["peak_mib"], **rest}
+    write_figures(arguments.json, figures)
 
 
 def _in_own_process(question: str, num_tasks: int) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_dod(folder / "dod.sqlite", num_tasks)
-        command = [sys.executable, __file__, "--question", question, "--folder", name]
-        finished = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, cwd=name)
-        return dict(json.loads(finished.stdout.splitlines()[-1]))
+        return in_own_process(__file__, "--question", question, "--folder", name, folder=folder)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from measuring import clock
 
 SIZES = (256, 512, 1024, 2048, 4096, 8192)
 PRODUCTS = 5
@@ -38,13 +39,12 @@ def matrix_product_rate(device: torch.device | str, dtype: torch.dtype, *, budge
         product = torch.empty(size, size, device=device, dtype=dtype)
         fastest = math.inf
         for turn in range(PRODUCTS + 1):
-            _wait(device)
-            started = time.perf_counter()
+            started = clock(device)
             torch.mm(left, right, out=product)
-            _wait(device)
+            elapsed = clock(device) - started
             # The first one sets up the library.
             if turn:
-                fastest = min(fastest, time.perf_counter() - started)
+                fastest = min(fastest, elapsed)
         best = max(best, 2 * size**3 / fastest)
         expected_s = 8 * fastest * (PRODUCTS + 1)
     return best
@@ -92,8 +92,3 @@ def layer_weights(config: Any) -> int:
 
 def _head_size(config: Any) -> int:
     return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

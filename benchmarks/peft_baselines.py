@@ -14,13 +14,13 @@ from __future__ import annotations
 import copy
 import random
 import tempfile
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from measuring import clock
 from peft import PeftModel, PromptTuningConfig, get_peft_model
 from torch.utils.data import DataLoader, Sampler
 from transformers import (
@@ -183,9 +183,9 @@ def _tune_with_trainer(
         )
         # It prints what it logs where there is no progress bar.
         trainer.remove_callback(PrinterCallback)
-        started = _clock(model.device)
+        started = clock(model.device)
         trainer.train()
-        seconds = _clock(model.device) - started
+        seconds = clock(model.device) - started
         train_losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
         return BaselineResult(
             rows.name,
@@ -239,7 +239,7 @@ def _tune_with_loop(model: Any, pad_id: int, rows: Rows, settings: Settings) -> 
     train_loss = 0.0
     validation_losses = []
     with _prompt_tuned(model, rows.initial) as peft_model:
-        started = _clock(device)
+        started = clock(device)
         prompt = [parameter for parameter in peft_model.parameters() if parameter.requires_grad]
         optimizer = torch.optim.AdamW(prompt, lr=settings.learning_rate, weight_decay=0.0)
         for epoch in range(settings.epochs):
@@ -259,7 +259,7 @@ def _tune_with_loop(model: Any, pad_id: int, rows: Rows, settings: Settings) -> 
             train_loss = float(torch.stack(step_losses).mean())
             if batch_losses:
                 validation_losses.append(_mean_per_token(batch_losses))
-        seconds = _clock(device) - started
+        seconds = clock(device) - started
         embeddings = _embeddings_of(peft_model)
     return BaselineResult(rows.name, seconds, _train_tokens(rows, settings), train_loss, validation_losses, embeddings)
 
@@ -383,10 +383,3 @@ class _GivenOrders(Sampler[int]):
 def _train_tokens(rows: Rows, settings: Settings) -> int:
     text = sum(len(prompt) + len(target) for prompt, target in rows.train)
     return settings.epochs * (text + len(rows.train) * rows.initial.shape[0])
-
-
-def _clock(device: torch.device) -> float:
-    """Seconds, after all that the device was given is done."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()

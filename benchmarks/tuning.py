@@ -15,9 +15,7 @@ import argparse
 import json
 import math
 import random
-import resource
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -28,6 +26,7 @@ from typing import Any
 
 import torch
 from matrix_products import flops_of_training, matrix_product_rate
+from measuring import in_own_process, medians, options_of, peak_mib, write_figures
 from peft_baselines import Rows, Settings, check_same_loss, with_loop, with_trainer
 
 from softprompt_registry.base_models.frozen import BaseModel
@@ -93,9 +92,7 @@ def run_way(arguments: argparse.Namespace) -> dict[str, Any]:
         figures, prompts = _with_fleet(base, tasks, config)
     else:
         figures, prompts = _with_peft(base, tasks, config, way)
-    figures["peak_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    if base.device.type == "cuda":
-        figures["peak_mib"] = torch.cuda.max_memory_allocated() / 2**20
+    figures["peak_mib"] = peak_mib(base.device)
     figures["label_accuracy"] = _accuracy(base, tasks, prompts, arguments)
     return figures
 
@@ -214,9 +211,7 @@ def report(arguments: argparse.Namespace) -> None:
             started = time.perf_counter()
             runs[way].append(_in_own_process(way, arguments))
             print(f"{way}: {time.perf_counter() - started:.0f} s with loading", file=sys.stderr, flush=True)
-    results = {
-        way: {name: statistics.median(run[name] for run in taken) for name in taken[0]} for way, taken in runs.items()
-    }
+    results = {way: medians(taken) for way, taken in runs.items()}
     for figures in results.values():
         figures["tokens_per_s"] = figures["train_tokens"] / figures["seconds"]
         figures["s_per_prompt"] = figures["seconds"] / arguments.tasks
@@ -237,23 +232,18 @@ def report(arguments: argparse.Namespace) -> None:
         print(f"the fleet with {arguments.slots[-1]} slots is {ratio:.2f} × as fast as {way}")
     rate, used = share_of_rate(arguments, best)
     print(f"matrix products: {rate / 1e9:,.0f} GFLOP/s measured; training needed {used / 1e9:,.0f}, {used / rate:.0%}")
-    if arguments.json:
-        figures = {
-            **{f"speedup_vs_peft_{way}": ratio for way, ratio in ratios.items()},
-            "tokens_per_s": best["tokens_per_s"],
-            "peak_mib": best["peak_mib"],
-            "matrix_product_share": used / rate,
-        }
-        arguments.json.write_text(json.dumps({"figures": figures, "ways": results}, indent=2) + "\n")
+    figures = {
+        **{f"speedup_vs_peft_{way}": ratio for way, ratio in ratios.items()},
+        "tokens_per_s": best["tokens_per_s"],
+        "peak_mib": best["peak_mib"],
+        "matrix_product_share": used / rate,
+    }
+    write_figures(arguments.json, figures, ways=results)
 
 
 def _in_own_process(way: str, arguments: argparse.Namespace) -> dict[str, Any]:
-    given = [sys.executable, __file__, "--way", way]
-    for name, value in vars(arguments).items():
-        if name not in ("way", "json", "slots", "beside", "runs") and value is not None:
-            given += [f"--{name.replace('_', '-')}", str(value)]
-    finished = subprocess.run(given, check=True, stdout=subprocess.PIPE, text=True)
-    return dict(json.loads(finished.stdout.splitlines()[-1]))
+    left_out = ("way", "json", "slots", "beside", "runs")
+    return in_own_process(__file__, "--way", way, *options_of(arguments, left_out=left_out))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The verifier against scoring each row alone.
+"""Times the verifier, and scoring each row alone.
 
     python benchmarks/verifier.py
     python benchmarks/verifier.py --quick --json figures.json
@@ -15,11 +15,9 @@ is made of vocabulary embeddings: its numbers do not change the speed. Without `
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -28,6 +26,7 @@ from typing import Any
 
 import torch
 from matrix_products import layer_weights, matrix_product_rate
+from measuring import clock, write_figures
 from torch.profiler import ProfilerActivity, profile
 
 from softprompt_registry.base_models.frozen import BaseModel
@@ -112,16 +111,10 @@ def scores_of(found: Verification, texts: Sequence[str]) -> list[float]:
 
 
 def seconds_of(call: Callable[[], Any]) -> tuple[Any, float]:
-    _wait()
-    started = time.perf_counter()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    started = clock(device)
     result = call()
-    _wait()
-    return result, time.perf_counter() - started
-
-
-def _wait() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+    return result, clock(device) - started
 
 
 def matrix_product_share(call: Callable[[], Any]) -> float:
@@ -198,8 +191,7 @@ def report(arguments: argparse.Namespace) -> None:
         f"{figures['matrix_product_rate_share']:.0%} at the measured {rate / 1e9:,.0f} GFLOP/s; "
         f"{figures['padding_share']:.1%} of {counted.padded_tokens:,} tokens are padding"
     )
-    if arguments.json:
-        arguments.json.write_text(json.dumps({"figures": figures}, indent=2) + "\n")
+    write_figures(arguments.json, figures)
     tolerance = 1e-3 if arguments.dtype == "float32" else 5e-2
     if difference > tolerance:
         raise SystemExit(f"the scores of the two ways differ by {difference:.1e}, more than {tolerance:.0e}")

@@ -73,7 +73,7 @@ class ServingConfig:
     serving starts (`SERVING_MODEL_CONFIG='{"max_rows": 4}' mlflow models serve …`)."""
 
     base_model: str | None = None
-    """Where to load the base model from. None: `SOFTPROMPT_BASE_MODEL`, else the name that the translator records."""
+    """Name or folder of the base model. None: `SOFTPROMPT_BASE_MODEL`, else the name that the translator records."""
     dtype: Literal["float32", "bfloat16"] | None = None
     """Number format of the base model in memory. None: as the translator records it."""
     engine: Literal["transformers", "vllm"] = "transformers"

@@ -25,7 +25,7 @@ class Processes:
 
     count: int = 1
     index: int = 0
-    """Of this process, from 0; the main process has 0."""
+    """Rank of this process, from 0; the main process has 0."""
     device: str = "cpu"
     """Where tensors that are summed must lie."""
 
@@ -79,7 +79,7 @@ def launched_processes() -> Iterator[Processes]:
     """For the block, the processes that `accelerate launch` or `torchrun` started; `ALONE` where none did.
 
     From here on `cuda` is the GPU of this process. When the block fails in the main process, that error is the one to be
-    shown, and the launcher ends the others. An error of another process is therefore held back for `SECONDS_FOR_MAIN`:
+    shown, and the launcher ends the others. An error of another process is therefore delayed by `SECONDS_FOR_MAIN`:
     most are the main process's own or follow from its end; what is left after that time is raised, and ends the launch.
     """
     if int(os.environ.get("WORLD_SIZE") or 1) == 1 or "LOCAL_RANK" not in os.environ:

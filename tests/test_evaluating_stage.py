@@ -177,7 +177,7 @@ def test_people_read_tables_differences_and_a_verdict(trained: list[str]) -> Non
     out = run("evaluate", *trained, *SETTINGS, "-s", "abstention.min_faithfulness=0.25").stdout
     assert "left out: bare" in out and "Texts with a faithfulness below 0.25 are withheld; this threshold was" in out
     assert "translator with the verifier minus without" in out and "The verifier's choice" in out
-    assert "control prompts: " in out and "of 6 refused" in out and "a faithfulness of 0: " in out
+    assert "control prompts: " in out and "of 6 refused" in out and "a threshold of 0: " in out
 
 
 def test_categories_come_from_a_file(trained: list[str], tmp_path: Path) -> None:

@@ -89,7 +89,9 @@ def test_some_requests_fail_for_good(llm_server: LlmServer, tmp_path: Path, undi
     with pytest.raises(LanguageModelError) as caught:
         build(llm_server, out)
     assert str(caught.value).startswith(f"asking for sentences: {failing} of 36 requests failed; all other answers are")
-    assert "HTTP 400 (no)" in str(caught.value) and "set skip_failed_requests=true to go on" in str(caught.value)
+    assert "HTTP 400 (no)" in str(caught.value) and "set skip_failed_requests=true to leave them out" in str(
+        caught.value
+    )
     assert len(llm_server.received) == 42 and not out.exists()
 
     # Without them: the task is asked 10 more times for its label, two at a time, and is then given up.

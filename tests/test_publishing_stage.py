@@ -192,7 +192,7 @@ def test_all_publishes_what_was_not_held_back_and_names_the_rest(evaluated: str)
 
     again = run("publish", evaluated, "--all").stdout
     assert again.count("same text: no new version") == 3
-    assert "held back: heats (the verifier abstained: faithfulness 0.10 is below 0.50)" in again
+    assert "withheld: heats (the verifier abstained: faithfulness 0.10 is below 0.50)" in again
 
 
 def test_a_held_back_text_is_published_only_on_purpose_and_marked(evaluated: str) -> None:

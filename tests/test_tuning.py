@@ -1,4 +1,4 @@
-"""Tuning: only soft prompts learn, tasks do not disturb each other, and a killed run goes on where it was."""
+"""Tuning: only soft prompts learn, tasks do not disturb each other, and a killed run resumes."""
 
 from __future__ import annotations
 

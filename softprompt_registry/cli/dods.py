@@ -88,7 +88,7 @@ def with_out(command: CommandT) -> CommandT:
 
 def with_generator(command: CommandT) -> CommandT:
     """--engine, --model and --base-url: the LLM that writes."""
-    command = click.option("--base-url", help="Where the server's API starts, for instance http://127.0.0.1:8000/v1.")(
+    command = click.option("--base-url", help="Base URL of the server's API, for instance http://127.0.0.1:8000/v1.")(
         command
     )
     command = click.option(
@@ -97,7 +97,8 @@ def with_generator(command: CommandT) -> CommandT:
     return click.option(
         "--engine",
         type=click.Choice(["openai", "vllm", "transformers"]),
-        help="What writes: a server that speaks OpenAI's API (its key in OPENAI_API_KEY), or a model in this process.",
+        help="Engine of the LLM that writes: a server that speaks OpenAI's API (its key in OPENAI_API_KEY), or a model in "
+        "this process.",
     )(command)
 
 
@@ -160,11 +161,9 @@ def _show_files(report: FilesReport) -> None:
     type=click.Path(path_type=Path),
     help="CSV or JSONL of seed words with the columns word, pos, count. Default: the Brown corpus of NLTK.",
 )
-@click.option("--unrelated-labels", is_flag=True, help="Labels that have nothing in common: the Preliminary DoD.")
+@click.option("--unrelated-labels", is_flag=True, help="Write unrelated labels: the paper's Preliminary DoD.")
 @with_generator
-@click.option(
-    "--dry-run", is_flag=True, help="Only print how many requests and tokens it takes if no answer is refused."
-)
+@click.option("--dry-run", is_flag=True, help="Only print the number of requests and tokens if no answer is rejected.")
 @with_given
 def build_dod_classification_command(
     given: Given,
@@ -175,7 +174,7 @@ def build_dod_classification_command(
     base_url: str | None,
     dry_run: bool,
 ) -> None:
-    """Classification tasks written by an LLM. Stopped or killed, it resumes.
+    """Classification tasks written by an LLM. A build that was stopped or killed resumes.
 
     \b
     Example:
@@ -323,7 +322,7 @@ def audit_dod_command(
     overrides: tuple[str, ...],
     as_json: bool,
 ) -> None:
-    """Look for what makes results too good or too bad: duplicates, leaks, imbalance, held-out labels, lengths.
+    """Look for faults that bias results: duplicates, leaks, imbalance, held-out labels, lengths.
 
     \b
     Example:
@@ -370,7 +369,7 @@ def paraphrase_dod_command(
     base_url: str | None,
     base_model: str | None,
 ) -> None:
-    """Add shorter wordings of the training tasks' hard prompts, written by an LLM. Stopped, it resumes.
+    """Add shorter wordings of the training tasks' hard prompts, written by an LLM. A run that was stopped resumes.
 
     \b
     Example:

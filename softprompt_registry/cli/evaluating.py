@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     default="evaluation.work",
     show_default=True,
     type=click.Path(path_type=Path),
-    help="Folder that keeps what is done; a second start resumes from it. It is removed at the end.",
+    help="Folder for finished parts, from which a second start resumes. It is removed at the end.",
 )
 @with_base_model
 @with_settings
@@ -54,7 +54,7 @@ def evaluate(
     """Score methods of verbalization on the DoD's test tasks, each without and with the verifier.
 
     The run gets a report to read (report.html). Texts that do not make the base model act like their soft prompt are
-    withheld by a rule that is chosen on training tasks. Stopped or killed, it resumes.
+    withheld by a rule that is chosen on training tasks. A run that was stopped or killed resumes.
 
     \b
     Example:
@@ -98,8 +98,8 @@ def evaluate(
         )
         lowest = controls.curve[0]
         click.echo(
-            f"with no more asked of a text than a faithfulness of {lowest.threshold:.0f}: {lowest.garbage_refused:.0%} of "
-            f"the control prompts refused, {lowest.real_passed:.0%} of the real ones' texts given; report.html has the curve"
+            f"with a threshold of {lowest.threshold:.0f}: {lowest.garbage_refused:.0%} of "
+            f"control prompts refused, {lowest.real_passed:.0%} of the real ones' texts given; report.html has the curve"
         )
     click.echo(f"run {result.run_id}, with report.html")
 
@@ -157,7 +157,7 @@ def inspect_grid(
     overrides: tuple[str, ...],
     as_json: bool,
 ) -> None:
-    """Find InSPEcT's best pair of layers on training tasks. Stopped or killed, it resumes.
+    """Find InSPEcT's best pair of layers on training tasks. A run that was stopped or killed resumes.
 
     \b
     Example:

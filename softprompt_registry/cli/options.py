@@ -79,7 +79,7 @@ class StageGroup(click.Group):
 def main() -> None:
     """Tune soft prompts, translate them into plain language, register and serve them with MLflow.
 
-    Where runs and models go is MLflow's matter: set MLFLOW_TRACKING_URI, or take its default, ./mlflow.db. Keys of target
+    Runs and models are stored at MLFLOW_TRACKING_URI; MLflow's default is ./mlflow.db. Keys of target
     LLMs come from the environment only.
     """
     # MLflow prints links to runs on stdout, where `--json` promises JSON alone.
@@ -104,12 +104,12 @@ def with_base_model(command: CommandT) -> CommandT:
     command = click.option(
         "--dtype",
         type=click.Choice(["float32", "bfloat16"]),
-        help="Weights' type. Default: that of the bank or translator that is read, else float32.",
+        help="Type of the weights. Default: that of the bank or translator that is read, else float32.",
     )(command)
     return click.option(
         "--base-model",
-        help="packaged:NAME, a folder, or a Hub name with @revision. Default: $SOFTPROMPT_BASE_MODEL, else that of the "
-        "bank or translator that is read, else packaged:smollm2-135m-instruct.",
+        help="Base model: packaged:NAME, a folder, or a Hub name with @revision. Default: $SOFTPROMPT_BASE_MODEL, else that "
+        "of the bank or translator that is read, else packaged:smollm2-135m-instruct.",
     )(command)
 
 

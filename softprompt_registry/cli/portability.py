@@ -47,18 +47,18 @@ MISSING_SHOWN = 5
     default="portability.answers",
     show_default=True,
     type=click.Path(path_type=Path),
-    help="SQLite file that keeps every answer; a second start asks only for what it lacks.",
+    help="SQLite file that keeps every answer; a second start requests only what is missing.",
 )
-@click.option("--target", "models", multiple=True, help="Target LLM by its name; several times for several.")
+@click.option("--target", "models", multiple=True, help="Name of a target LLM; may be given several times.")
 @click.option(
     "--engine",
     type=click.Choice(["openai", "vllm", "transformers"]),
     default="openai",
     show_default=True,
-    help="What reaches the models of --target: a server, or this process.",
+    help="Engine of the models of --target: a server, or a model in this process.",
 )
 @click.option("--base-url", help="Server of the models of --target. Default: $OPENAI_BASE_URL, else OpenAI.")
-@click.option("--dry-run", is_flag=True, help="Print what it would ask for and cost at most; ask nothing.")
+@click.option("--dry-run", is_flag=True, help="Print the number of requests and the largest cost; send nothing.")
 @with_base_model
 @with_settings
 @with_json
@@ -80,7 +80,7 @@ def portability(
     """Ask target LLMs about held-out pairs with an evaluation's texts as prompts, beside no prompt, examples and the truth.
 
     EVALUATION is a run of `softprompt evaluate`. Keys come from the environment (OPENAI_API_KEY). Every answer is kept at
-    once; stopped or killed, it goes on where it was. Several targets with settings of their own stand in the settings, under
+    once; a run that was stopped or killed resumes. Several targets, each with its own settings, go into the settings, under
     `targets`.
 
     \b

@@ -11,14 +11,14 @@ from softprompt_registry.printing import print_json, print_table
 @main.command()
 @click.argument("evaluation")
 @click.option("--task", "tasks", multiple=True, help="Task whose text is published; may be given several times.")
-@click.option("--all", "all_tasks", is_flag=True, help="Publish every task whose text was not held back.")
+@click.option("--all", "all_tasks", is_flag=True, help="Publish every task whose text was not withheld.")
 @click.option(
     "--method", default="all+verifier", show_default=True, help="Method of the evaluation that wrote the text."
 )
 @click.option("--alias", default="champion", show_default=True, help="Alias that moves to the version.")
 @click.option("--portability", help="Run of `softprompt portability`, whose scores on target LLMs become tags.")
 @click.option(
-    "--template", help="Prompt with the places {hard_prompt} and {input}. Default: that which portability asks with."
+    "--template", help="Prompt with the places {hard_prompt} and {input}. Default: the template of portability."
 )
 @click.option("--allow-abstained", is_flag=True, help="Publish a text that the verifier abstained on; its tags say so.")
 @with_json
@@ -74,7 +74,7 @@ def publish(
         )
     for reason in dict.fromkeys(result.held_back.values()):
         tasks_of = [task for task, why in result.held_back.items() if why == reason]
-        click.echo(f"held back: {', '.join(tasks_of)} ({reason})")
+        click.echo(f"withheld: {', '.join(tasks_of)} ({reason})")
     unlinked = sum(item.links_left_out > 0 for item in result.published)
     if unlinked:
         click.echo(f"{unlinked} prompts are missing on the pages of runs: MLflow stores no longer list there")

@@ -42,9 +42,9 @@ def register(model_uri: str, name: str, model_config: Path | None, as_json: bool
 @click.option("--version", type=int, help="Version to promote; default: the latest.")
 @click.option("--alias", default="champion", show_default=True, help="Alias that moves.")
 @click.option("--policy", type=click.Path(path_type=Path), help="YAML with the policy (minimum: metric → value).")
-@click.option("--allow-base-change", is_flag=True, help="Let the champion's base model differ from the new one's.")
+@click.option("--allow-base-change", is_flag=True, help="Allow another base model than the champion's.")
 @click.option("--force", is_flag=True, help="Promote although a rule failed; needs --reason, which is recorded.")
-@click.option("--reason", help="Why.")
+@click.option("--reason", help="Reason for --force.")
 @with_json
 def promote(
     name: str,

@@ -35,9 +35,13 @@ if TYPE_CHECKING:
     show_default=True,
     help="Tune in this process, or on a Ray cluster (needs the extra `ray`).",
 )
-@click.option("--workers", type=int, default=1, show_default=True, help="Ray: actors, with a base model each.")
-@click.option("--gpus-per-worker", type=float, help="Ray: GPUs of each actor. Default: the most that all can have.")
-@click.option("--ray-address", help="Ray: the cluster. Default: $RAY_ADDRESS, else a new one on this machine.")
+@click.option(
+    "--workers", type=int, default=1, show_default=True, help="Ray: number of actors, each with a base model."
+)
+@click.option("--gpus-per-worker", type=float, help="Ray: GPUs of each actor. Default: the largest equal share.")
+@click.option(
+    "--ray-address", help="Ray: address of the cluster. Default: $RAY_ADDRESS, else a new one on this machine."
+)
 @with_base_model
 @with_settings
 @with_json
@@ -56,7 +60,7 @@ def tune(
     overrides: tuple[str, ...],
     as_json: bool,
 ) -> None:
-    """Tune one soft prompt per task of a DoD. Stopped or killed, it goes on where it was.
+    """Tune one soft prompt per task of a DoD. A run that was stopped or killed resumes.
 
     \b
     Example:
@@ -100,11 +104,11 @@ def tune(
 @click.option("--task", required=True, help="Name of the task that it was tuned on.")
 @click.option("--template", default="{x}", show_default=True, help="Frame of the inputs, with {x} for the input.")
 @click.option("--label", "labels", multiple=True, help="A label of the task; may be given several times.")
-@click.option("--ground-truth", default="", help="What a perfect verbalization says, where known.")
+@click.option("--ground-truth", default="", help="Text of a perfect verbalization, if known.")
 @click.option(
     "--layout",
     type=click.Choice(["bos", "no-bos"]),
-    help="Whether it was trained with a BOS behind the soft tokens. Default: as the base model's tokenizer writes texts.",
+    help="Whether a BOS follows the soft tokens, as in training. Default: what the base model's tokenizer does.",
 )
 @with_base_model
 @with_json

@@ -39,7 +39,7 @@ SHOWN = {
 @click.option("--bank", required=True, help="Bank of the DoD: a folder, models:/… or runs:/….")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder of the study.")
 @click.option(
-    "--translator", help="For prefill, accuracy and out-of-domain. Default: one is trained on --dod and --bank."
+    "--translator", help="Translator for prefill, accuracy and out-of-domain. Default: train one on --dod and --bank."
 )
 @click.option(
     "--other",
@@ -66,7 +66,7 @@ def study(
     overrides: tuple[str, ...],
     as_json: bool,
 ) -> None:
-    """Vary one thing and see what it does to the verbalizations. Stopped or killed, it resumes.
+    """Vary one thing and measure its effect on the verbalizations. A study that was stopped or killed resumes.
 
     \b
     dod-size           translators trained on shares of the training tasks

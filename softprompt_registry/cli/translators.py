@@ -42,7 +42,7 @@ def train_translator_command(
     overrides: tuple[str, ...],
     as_json: bool,
 ) -> None:
-    """Train a translator on the bank's training tasks. Stopped or killed, it resumes at its last epoch.
+    """Train a translator on the bank's training tasks. A run that was stopped or killed resumes at its last epoch.
 
     Under `accelerate launch` several processes divide each step among them.
 
@@ -77,21 +77,19 @@ def train_translator_command(
 @main.command()
 @click.argument("soft_prompts", nargs=-1, required=True)
 @click.option("--translator", required=True, help="Translator: a folder, models:/… or runs:/….")
-@click.option(
-    "--dod", type=click.Path(path_type=Path), help="Try texts on the test pairs that this DoD has of each task."
-)
+@click.option("--dod", type=click.Path(path_type=Path), help="Verify texts on each task's test pairs in this DoD.")
 @click.option(
     "--pairs",
     type=click.Path(path_type=Path),
-    help="Try texts on these pairs: a file with input and output in each row, as import-dod reads.",
+    help="Verify texts on these pairs: a file that build-dod files reads.",
 )
 @click.option(
-    "--inputs", type=click.Path(path_type=Path), help="Try texts on these inputs: a file with one on each line."
+    "--inputs", type=click.Path(path_type=Path), help="Verify texts on these inputs: a file with one on each line."
 )
 @click.option(
     "--labels",
     type=click.Choice(["from-data"]),
-    help="Try lists of the labels too, which are the outputs in --dod or --pairs.",
+    help="Add lists of the labels, which are the outputs in --dod or --pairs, to the candidates.",
 )
 @click.option(
     "--min-faithfulness",

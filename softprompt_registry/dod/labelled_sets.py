@@ -133,9 +133,9 @@ class InspectConfig:
     max_train_pairs: PositiveInt | None = 5000
     """Draw at most this many train pairs of each set by `seed`, keeping the balance of labels; None keeps all."""
     max_validation_pairs: PositiveInt | None = 1000
-    """The same for validation pairs."""
+    """Draw at most this many validation pairs of each set by `seed`, keeping the balance of labels; None keeps all."""
     max_test_pairs: PositiveInt | None = None
-    """The same for test pairs; with all of them the scores are those of the published test sets."""
+    """Draw at most this many test pairs of each set; with all of them the scores are those of the published sets."""
     validation_share: InnerShare = 0.1
     """Share of the train pairs that becomes the validation pairs of a set that has none, cut by `seed`."""
     hub: dict[str, str] = field(default_factory=dict)
@@ -172,9 +172,9 @@ class OodConfig:
     max_train_pairs: PositiveInt | None = 5000
     """Draw at most this many train pairs of each set by `seed`, keeping the balance of labels; None keeps all."""
     max_validation_pairs: PositiveInt | None = 1000
-    """The same for validation pairs."""
+    """Draw at most this many validation pairs of each set by `seed`, keeping the balance of labels; None keeps all."""
     max_test_pairs: PositiveInt | None = 1000
-    """The same for test pairs."""
+    """Draw at most this many test pairs of each set by `seed`, keeping the balance of labels; None keeps all."""
     test_share: InnerShare = 0.2
     """Share of all pairs that becomes the test pairs of a set without folds, cut by `seed`."""
     validation_share: InnerShare = 0.1

@@ -50,7 +50,7 @@ def share_of_english(text: str) -> float:
 
 
 def _is_english(word: str) -> bool:
-    """The same with an apostrophe: "farmer's" as farmer, "isn't" as is, "won't" as won."""
+    """Whether the word is English, also with an apostrophe: "farmer's" as farmer, "isn't" as is, "won't" as won."""
     head, _, tail = word.partition("'")
     return is_english_word(head) or (tail == "t" and head.endswith("n") and is_english_word(head[:-1]))
 

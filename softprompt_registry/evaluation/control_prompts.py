@@ -1,4 +1,4 @@
-"""Control prompts: does the abstention rule refuse soft prompts that nobody tuned?
+"""Control prompts: does the abstention rule refuse soft prompts that were not tuned?
 
 Three kinds take the place of the real soft prompts of the same tasks: vectors drawn at random, noise with the mean and spread
 of a real soft prompt, and a real one with its tokens shuffled. The last may still do some of what the real one does, so the
@@ -24,7 +24,7 @@ THRESHOLDS = tuple(step / 20 for step in range(21))
 
 @dataclass(frozen=True)
 class ControlPrompt:
-    """A soft prompt that nobody tuned, in the place of one that was."""
+    """A soft prompt that was not tuned, in the place of one that was."""
 
     kind: str
     """One of `KINDS`."""
@@ -85,9 +85,9 @@ class ControlPoint(NamedTuple):
     noise_refused: float | None
     shuffled_tokens_refused: float | None
     good_passed: float | None
-    """Of the real soft prompts whose text is good; None where there is no such text."""
+    """Share of the real soft prompts with a good text that pass; None where there is no such text."""
     real_passed: float
-    """Of all real soft prompts."""
+    """Share of all real soft prompts that pass."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ class ControlResult:
     """garbage_refused_share over all and per kind (`garbage_refused_share_noise`); good_passed_share of the real soft prompts
     whose text is good, where there is one; real_passed_share of all real ones; how many of each."""
     curve: tuple[ControlPoint, ...]
-    """The same for thresholds from 0 to 1, whichever the rule has."""
+    """The same shares for thresholds from 0 to 1, independent of the rule."""
 
     @property
     def curve_table(self) -> dict[str, list[Any]]:

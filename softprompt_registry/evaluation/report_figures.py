@@ -113,7 +113,7 @@ def _controls(data: ReportData) -> PageFigure:
         title,
         figures.shares_by_threshold(title, shares, x="required faithfulness"),
         " ".join(lines),
-        "Soft prompts that nobody tuned, and the translator's texts of real ones, by the faithfulness that is asked for.",
+        "Control prompts, and the translator's texts of real soft prompts, by the required faithfulness.",
     )
 
 

@@ -32,7 +32,7 @@ class Truth(NamedTuple):
 
     text: str
     labels: tuple[str, ...] = ()
-    """Of a classification; other tasks have none."""
+    """Labels of a classification; empty for other tasks."""
     references: tuple[str, ...] = ()
     """Other hard prompts that would be right."""
 

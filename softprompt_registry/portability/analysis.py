@@ -88,7 +88,7 @@ class Portability:
     prices: Mapping[str, Prices] = field(default_factory=dict)
     """By target; those without have no cost."""
     seed: int = 0
-    """Of the bootstraps."""
+    """Seed for the bootstraps."""
     draws: int = 10_000
 
     def __post_init__(self) -> None:

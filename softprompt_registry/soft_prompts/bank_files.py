@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 INDEX_FILE = "bank.sqlite"
 HEADER_BYTES = 1024
-"""Of each shard, JSON padded with spaces, so that rows can be written before it is known how many there will be."""
+"""Bytes of each shard's header: JSON padded with spaces, so that rows can be written before their number is known."""
 BYTES_PER_NUMBER = 4
 TABLES = {"embeddings": "members", "initial_embeddings": "initial_rows"}
 """Tensor name → the table whose `row` counts its rows."""
@@ -54,9 +54,9 @@ class Entry:
     """A member as the index knows it."""
 
     row: int
-    """Of its tuned numbers, counted over all shards."""
+    """Row of its tuned numbers, counted over all shards."""
     initial_row: int | None
-    """Of the numbers that its tuning started from; members may share one."""
+    """Row of the numbers that its tuning started from; members may share one."""
     record: dict[str, Any]
     """Keys of soft_prompt.json, without the base model."""
 

@@ -29,7 +29,7 @@ class EncodedPair:
 
     @property
     def num_tokens(self) -> int:
-        """Of prompt and target together, without soft tokens."""
+        """Number of tokens of prompt and target together, without soft tokens."""
         return len(self.prompt) + len(self.target)
 
 
@@ -43,7 +43,7 @@ class RowEncoder:
 
     base_model: BaseModel
     layout: str
-    """Of the soft prompt's record, as is the encoding."""
+    """Layout in the soft prompt's record; `encoding` is from there too."""
     encoding: int
 
     @classmethod

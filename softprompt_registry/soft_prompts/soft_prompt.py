@@ -28,7 +28,7 @@ LAYOUTS = (SEQUENCE_LAYOUT, LAYOUT_WITHOUT_BOS)
 ENCODED_APART, AS_ONE_TEXT = 1, 2
 """Encodings: the ids of the filled template and those of the target, or the ids of both as one text."""
 MAX_TEMPLATE_CHARACTERS = 500
-"""Of a payload's template; a longer one is left out."""
+"""Most characters of a payload's template; a longer one is left out."""
 TENSORS_FILE = "soft_prompt.safetensors"
 RECORD_FILE = "soft_prompt.json"
 

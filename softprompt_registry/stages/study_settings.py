@@ -23,7 +23,7 @@ class StudyConfig:
     """What a study compares. Each study reads its own points; all read the last three sections."""
 
     method: str = "translator"
-    """Whose numbers are the study's: one of evaluation.methods, also with `+verifier` behind it, or `all+verifier`."""
+    """Method that the study reports: one of evaluation.methods, also with `+verifier` behind it, or `all+verifier`."""
     shares: Distinct[PositiveShare] = (0.12, 0.25, 0.5, 1.0)
     """dod-size: shares of the training tasks (paper, Table 6: these)."""
     factors: Distinct[PositiveInt] = (1, 10, 100)

@@ -40,7 +40,7 @@ class StudyResult:
     run_id: str
     table: StudyTable
     correlations: dict[str, dict[str, RankCorrelation]]
-    """Of how good soft prompts are with how good their verbalizations are; only of the study `accuracy`."""
+    """Rank correlations between the quality of soft prompts and of their verbalizations; only in the study `accuracy`."""
 
 
 def run_study(base_model: BaseModel, plan: StudyPlan, out: Path) -> StudyResult:
@@ -169,7 +169,7 @@ def _skills(record: EvaluationRecord, bank: SoftPromptBank) -> dict[str, dict[st
 
 
 def _log_point(result: PointResult, method: str) -> None:
-    """The same names in every child, so that MLflow's comparison view lays the points side by side."""
+    """Metrics with the same names in every child, so that MLflow's comparison view lays the points side by side."""
     value = {} if result.value is None else {"value": result.value}
     mlflow.log_params({"method": method, **value, **result.facts})
     metrics = result.metrics.get(method, {})

@@ -69,15 +69,15 @@ class TranslatorConfig:
     """Train on this share of the training tasks only, drawn by the seed (paper, section 5.1.1: 12, 25 and 50 %). A smaller
     share lies within a larger one, and the tasks held out for validation are the same at every share."""
     max_hard_prompts: PositiveInt | None = None
-    """Of a task with more hard prompts than this, only the first ones are learned. None takes all."""
+    """Hard prompts of each task that are learned, the first ones. None takes all."""
     validation_share: Annotated[float, Field(ge=0, lt=1)] = 0.1
     """Share of the training tasks whose loss is measured each epoch and never trained on (paper: 10 % of all)."""
     keep_best: bool = False
     """Keep the epoch with the lowest validation loss instead of the last."""
     checkpoint_every_epochs: PositiveInt = 1
-    """How often a checkpoint is written, from which a killed run resumes."""
+    """Epochs between two checkpoints, from which a killed run resumes."""
     seed: int = 0
-    """Of adapter initialisation, order, label shuffling, noise and dropout."""
+    """Seed for adapter initialisation, order, label shuffling, noise and dropout."""
 
     @property
     def identity(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The same texts and targets after different beginnings: no prompt, a soft prompt, candidate texts.
+"""Scores equal texts and targets after different beginnings: no prompt, a soft prompt, candidate texts.
 
 The keys and values of a beginning, and of the first text tokens that all rows have in common, are worked out once; rows of
 all conditions then share forward passes, sorted by length. In a pass the shorter beginnings are filled up on the right, and

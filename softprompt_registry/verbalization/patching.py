@@ -37,11 +37,11 @@ MAX_NEW_TOKENS = 60
 PLACEHOLDER = " x"
 STOPS = "\n$.|"
 LEAST_SHARE = 0.2
-"""Of a text that must be left when it is cut at one of the stops."""
+"""Share of a text that must be left when it is cut at one of the stops."""
 CACHE_BYTES = 5 << 28
-"""Of keys and values in one batch on a CPU: some 200 rows of a model of 135 M parameters in float32."""
+"""Bytes of keys and values in one batch on a CPU: some 200 rows of a model of 135 M parameters in float32."""
 FREE_MEMORY_SHARE = 0.5
-"""Of a GPU's free memory, for keys and values."""
+"""Share of a GPU's free memory for keys and values."""
 OWN_FOLDER = Path(__file__).with_name("example_descriptions")
 
 

@@ -1,4 +1,4 @@
-"""The same text for every soft prompt: what can be had without reading any of them."""
+"""A baseline that gives every soft prompt one text, without reading any of them."""
 
 from __future__ import annotations
 
