@@ -6,12 +6,13 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, NamedTuple
 
+from softprompt_registry.verbalization.proposing import METHODS
+
 NO_PROMPT = "no_prompt"
 TRANSLATED = "translated"
 TRANSLATED_VERIFIED = "translated_verified"
 VERIFIED_BEST = "verified_best"
 INSPECT = "inspect"
-NEAREST_TOKENS = "nearest_tokens"
 INSTRUCTION_INDUCTION = "instruction_induction"
 FEW_SHOT_3 = "few_shot_3"
 FEW_SHOT_5 = "few_shot_5"
@@ -38,9 +39,11 @@ CONDITIONS = {
     TRANSLATED: Condition("translated", ("translator",), group="translation"),
     TRANSLATED_VERIFIED: Condition("translated, verified", ("translator+verifier",), group="translation"),
     VERIFIED_BEST: Condition("verified best of all", ("all+verifier",), group="other text"),
-    INSPECT: Condition("InSPEcT", ("inspect",), group="other text"),
-    NEAREST_TOKENS: Condition("nearest tokens", ("nearest_tokens",), group="other text"),
-    INSTRUCTION_INDUCTION: Condition("instruction induction", ("instruction_induction",), group="other text"),
+    **{
+        name: Condition(method.label, (name,), group="other text")
+        for name, method in METHODS.items()
+        if method.portability
+    },
     FEW_SHOT_3: Condition("3 examples", num_examples=3, group="examples"),
     FEW_SHOT_5: Condition("5 examples", num_examples=5, group="examples"),
     FEW_SHOT_TRANSLATED: Condition(

@@ -69,7 +69,7 @@ class Method:
     negative_control: bool = False
     """Whether it ignores what the soft prompt does. It takes no part in `all+verifier`."""
     portability: bool = False
-    """Whether `softprompt portability` has a condition of the method's name, which asks with the method's text."""
+    """Whether `softprompt portability` has a condition of the method's name, with the method's text and label."""
 
 
 def make_proposers(methods: Sequence[str], sources: Sources) -> list[Proposer]:
@@ -126,6 +126,12 @@ def _most_frequent_target(sources: Sources) -> Proposer:
 METHODS = {
     "translator": Method("translator", _translator),
     "inspect": Method("InSPEcT", _inspect, portability=True),
+    "nearest_tokens": Method(
+        "nearest tokens",
+        lambda sources: NearestTokensProposer(sources.translator.base_model),
+        negative_control=True,
+        portability=True,
+    ),
     "behaviour": Method("behaviour", _behaviour),
     "instruction_induction": Method(
         "instruction induction",
@@ -136,12 +142,6 @@ METHODS = {
     ),
     "label_list": Method(
         "label list", lambda sources: LabelListProposer(sources.translator, sources.tasks), privileged=True
-    ),
-    "nearest_tokens": Method(
-        "nearest tokens",
-        lambda sources: NearestTokensProposer(sources.translator.base_model),
-        negative_control=True,
-        portability=True,
     ),
     "most_frequent_target": Method("most frequent target", _most_frequent_target, negative_control=True),
 }
