@@ -13,7 +13,7 @@ import pytest
 from html_page import Page
 
 from softprompt_registry.dod.audit import AuditConfig, audit_dod
-from softprompt_registry.dod.audit_findings import FINDING_KINDS, SEVERITIES, Audit, Example, excerpt
+from softprompt_registry.dod.audit_findings import FINDING_KINDS, SEVERITIES, Audit, Example
 from softprompt_registry.dod.audit_page import audit_figures, write_audit_page
 from softprompt_registry.dod.audit_texts import SameRoots
 from softprompt_registry.dod.store import DodStore, note_in_dod
@@ -498,12 +498,6 @@ def test_memory_holds_one_task_and_not_the_dod(tmp_path: Path) -> None:
         tracemalloc.stop()
     assert audit.sizes.pairs == 1_000
     assert peak < 1_500_000
-
-
-def test_excerpts() -> None:
-    assert excerpt(" a\n\tb\u2028c\x00\u202e ") == "a b c\N{REPLACEMENT CHARACTER}\N{REPLACEMENT CHARACTER}"
-    assert excerpt("x" * 200) == "x" * 200
-    assert excerpt("x" * 201) == "x" * 199 + "…"
 
 
 def test_a_dod_without_tasks(tmp_path: Path) -> None:

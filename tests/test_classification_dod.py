@@ -19,7 +19,6 @@ from small_builds import SMALL, build, build_undisturbed, names_in, tasks_of
 from writing_llm import LABELS, SEED_WORDS, Answer, Asked, WritingLlm, client_of, sentence
 
 from softprompt_registry.dod.classification import (
-    ClassificationConfig,
     ClassificationReport,
     build_dod_classification,
 )
@@ -135,17 +134,6 @@ def test_the_digest_does_not_depend_on_the_order_of_answers(
     assert tasks_of(tmp_path / "b.dod") == tasks_of(undisturbed.path)  # in the same order, too
     other = build(llm_server, tmp_path / "c.dod", dataclasses.replace(SMALL, seed=1))
     assert other.digest != undisturbed.digest
-
-
-def test_the_test_side(llm_server: LlmServer, tmp_path: Path) -> None:
-    llm_server.reply_to_body = WritingLlm()
-    config = ClassificationConfig(num_tasks=30, labels_per_task=3, sentences_per_label=1, sentences_per_call=1)
-    for share, least, most in ((0.5, 8, 22), (0.0, 0, 0), (1.0, 30, 30)):
-        build(llm_server, tmp_path / "a.dod", dataclasses.replace(config, test_share=share), overwrite=True)
-        with DodStore.open(tmp_path / "a.dod") as store:
-            assert least <= len(store.task_names("test")) <= most
-            assert len(store.task_names()) == 30
-    assert len(llm_server.received) == 30 + 90
 
 
 def test_prompts_of_your_own(llm_server: LlmServer, tmp_path: Path) -> None:
@@ -287,22 +275,6 @@ def test_refused_sentences_are_counted_and_asked_for_again(llm_server: LlmServer
         "farmer": {farmer[3], "He tends the cows.", *[sentence(number) for number in range(200, 208)]},
         "sailor": {*sailor[1:], extra[0]},
     }
-
-
-def test_refused_answers_are_counted_and_asked_for_again(llm_server: LlmServer, tmp_path: Path) -> None:
-    faulty: list[tuple[Answer, str]] = [
-        ("I cannot help with that.", "answer: not JSON"),
-        ('{"sentences": [["one"]]}', "answer: not one list of strings"),
-        ([], "answer: not one list of strings"),
-        (Reply(body=chat(None, finish_reason="content_filter")), "answer: empty (content_filter)"),
-        (Reply(body=chat('{"sentences": ["She te', finish_reason="length")), "answer: cut off at max_tokens"),
-    ]
-    llm_server.reply_to_body = farmer_and_sailor(
-        lambda asked, answer: faulty[asked.call][0] if asked.label == "farmer" and asked.call < 5 else answer
-    )
-    report = build(llm_server, tmp_path / "a.dod", TWO)
-    assert report.refused == Counter(fault for _, fault in faulty)
-    assert report.answers == 1 + 2 + 5 and report.given_up == {}
 
 
 def test_tries_are_bounded_and_the_task_is_given_up(llm_server: LlmServer, tmp_path: Path) -> None:

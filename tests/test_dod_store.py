@@ -50,32 +50,13 @@ def test_round_trip(tmp_path: Path) -> None:
         assert store.task_names("train") == ["shout"]
         assert [task.name for task in store.tasks("test")] == ["moods"]
         assert store.digest == digest
-        assert store.manifest() == {
-            "format_version": 1,
-            "name": "small",
-            "digest": digest,
-            "num_tasks": 2,
-            "metadata": {},
-            "num_pairs": 5,
-            "tasks": [
-                {
-                    "name": "moods",
-                    "kind": "classification",
-                    "split": "test",
-                    "num_pairs": 3,
-                    "digest": MOODS.digest,
-                    "source": "written here",
-                },
-                {
-                    "name": "shout",
-                    "kind": "generation",
-                    "split": "train",
-                    "num_pairs": 2,
-                    "digest": SHOUT.digest,
-                    "source": "",
-                },
-            ],
-        }
+        tasks = [
+            {"name": task.name, "kind": task.kind, "split": task.split, "num_pairs": len(task.pairs)}
+            | {"digest": task.digest, "source": task.source}
+            for task in (MOODS, SHOUT)
+        ]
+        about = {"format_version": 1, "name": "small", "digest": digest, "metadata": {}}
+        assert store.manifest() == {**about, "num_tasks": 2, "num_pairs": 5, "tasks": tasks}
 
 
 def test_digest_does_not_depend_on_the_order_of_tasks_and_pairs(tmp_path: Path) -> None:

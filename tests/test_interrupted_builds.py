@@ -111,15 +111,6 @@ def test_some_requests_fail_for_good(llm_server: LlmServer, tmp_path: Path, undi
     assert report.digest == undisturbed.digest
 
 
-def test_failed_label_sets_are_skipped(llm_server: LlmServer, tmp_path: Path) -> None:
-    refuse = Reply(400, body=error_body("no"))
-    llm_server.reply_to_body = WritingLlm(
-        lambda asked, answer: refuse if not asked.label and asked.call < 2 else answer
-    )
-    report = build(llm_server, tmp_path / "a.dod", dataclasses.replace(SMALL, skip_failed_requests=True))
-    assert (report.tasks, report.refused) == (6, {"labels: the request failed": 2})
-
-
 # --- Builds that are stopped ---
 
 PROGRAM = """

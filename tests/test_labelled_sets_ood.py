@@ -75,17 +75,9 @@ def test_reviews_are_split_by_fold(tmp_path: Path, name: str) -> None:
     assert note["builder"] == "ood" and note["settings"]["reviews_test_fold"] == 5
     assert note["sets"]["hotel_reviews"]["train"] == 6
     assert report.table()["set"] == ["hotel_reviews"] and report.table()["test"] == [2]
-
-
-def test_other_folds(tmp_path: Path) -> None:
-    source = written(tmp_path / "r.jsonl", jsonl_bytes(REVIEWS))
     config = OodConfig(reviews_test_fold=1, reviews_validation_fold=5)
-    _, tasks, _ = build(tmp_path / "out.dod", config, reviews=source)
+    _, tasks, _ = build(tmp_path / "other.dod", config, reviews=tmp_path / name)
     assert [text for text, _ in pairs_of(tasks["hotel_reviews"], "test")] == ["stay 1 truthful", "stay 1 deceptive"]
-    assert [text for text, _ in pairs_of(tasks["hotel_reviews"], "validation")] == [
-        "stay 5 truthful",
-        "stay 5 deceptive",
-    ]
 
 
 def corpus(folder: Path) -> Path:
@@ -134,8 +126,6 @@ def test_reviews_without_folds_are_cut_by_shares(tmp_path: Path) -> None:
         ("test", "deceptive"): 10,
     }
     assert len({pair.input for pair in tasks["hotel_reviews"].pairs}) == 100
-    again, _, _ = build(tmp_path / "b.dod", reviews=source)
-    assert again.digest == report.digest
     other, _, _ = build(tmp_path / "c.dod", OodConfig(seed=1), reviews=source)
     assert other.digest != report.digest
 
@@ -209,15 +199,6 @@ def test_essay_columns_and_labels_can_be_configured(tmp_path: Path) -> None:
     _, tasks, note = build(tmp_path / "out.dod", build_config(OodConfig, settings), essays=source)
     assert is_right(tasks["essays"])
     assert note["settings"]["essays_labels.1"] == "human"
-
-
-def test_configured_labels_come_before_the_known_ones(tmp_path: Path) -> None:
-    source = written(tmp_path / "e.jsonl", jsonl_bytes(essay_rows(1, 0)))
-    _, tasks, _ = build(tmp_path / "a.dod", essays=source)
-    assert not is_right(tasks["essays"])
-    config = OodConfig(essays_labels={"0": "generated", "1": "human"})
-    _, tasks, _ = build(tmp_path / "b.dod", config, essays=source)
-    assert is_right(tasks["essays"])
 
 
 @pytest.mark.parametrize(

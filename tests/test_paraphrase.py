@@ -489,17 +489,6 @@ def test_after_an_error_only_what_is_missing_is_asked_for(llm_server: LlmServer,
     assert len(rewriter.wanted) == 20
 
 
-def test_failed_requests_may_be_skipped(llm_server: LlmServer, dod: Path, tmp_path: Path) -> None:
-    broken = Reply(status=400, body=error_body("no"))
-    faulty: dict[tuple[str, int, int], Reply | str] = {("You", 2, attempt): broken for attempt in range(3)}
-    faulty |= {("You", 0, 0): broken}
-    report, tasks, _ = paraphrase(llm_server, dod, tmp_path / "out.sqlite", instead(faulty), skip_failed_requests=True)
-    assert report.refused == {"the request failed": 4}
-    assert (report.asked.requests, report.asked.failed) == (6 - 2 + 1, 4)
-    assert (report.failed_by_task, report.failed_share) == ({"verdict": 1}, 1 / 6)
-    assert len(tasks["verdict"].hard_prompts) == 1 + 2
-
-
 def test_the_digest_does_not_depend_on_the_order_of_the_answers(
     llm_server: LlmServer, dod: Path, tmp_path: Path
 ) -> None:

@@ -67,8 +67,6 @@ def audit_dod(path: Path, *, config: AuditConfig, tokenizer: Any = None, recorde
     single spaces.
 
     Args:
-        path: the DoD; it is not changed.
-        config: see `AuditConfig`.
         tokenizer: a Hugging Face tokenizer, for pairs without a token count and for hard prompts.
         recorder: gets the progress, and the numbers of errors, warnings and notes.
 

@@ -373,7 +373,7 @@ class ClassificationRequests:
             "count": config.sentences_per_call,
             "label": label,
             "other_labels": ", ".join(other for other in labels if other != label),
-            # All labels of a task go through the same styles: a style must not tell the label.
+            # All labels of a task go through the same styles: a style must not reveal the label.
             "style": self._styles[(seed_of("style", config.seed, name) + call) % len(self._styles)],
         }
         return CompletionRequest(

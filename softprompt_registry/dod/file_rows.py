@@ -42,7 +42,7 @@ Rows = Iterator[tuple[int, "dict[str, Any] | Fault"]]
 
 
 def ending_of(name: str) -> str | None:
-    """The part of a file's name that tells its format, as written; None if it is not a task file."""
+    """The ending of a file's name that names its format, as written; None if it is not a task file."""
     for ending in ENDINGS:
         if name.lower().endswith(ending) and len(name) > len(ending):
             return name[-len(ending) :]

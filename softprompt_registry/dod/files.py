@@ -110,13 +110,6 @@ def build_dod_from_files(
     The DoD grows in `<out>.building` and takes its name in one step at the end; an existing `out` stays as it is until
     then. Subfolders and files without a known ending are left out and listed in the report; hidden ones are ignored.
 
-    Args:
-        folder: the task files and, optionally, `tasks.jsonl`.
-        out: the DoD to write; its folder is made where missing.
-        config: see `FilesConfig`.
-        overwrite: replace `out` if it exists.
-        recorder: is told the progress.
-
     Raises:
         DataError: `out` exists, or the files have problems; the first 20 are listed, each with its file and line.
     """

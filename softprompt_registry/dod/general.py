@@ -55,7 +55,7 @@ class GeneralConfig:
     """Shares of train, validation and test pairs in a task."""
     language: str | None = "English"
     """Keep tasks whose input, output and instruction are all in this language alone; None keeps all. Flat and Hub copies
-    do not tell languages and are not filtered: there the lists decide."""
+    name no languages and are not filtered: there the lists decide."""
     split_lists: str | None = None
     """Folder with the benchmark's train_tasks.txt, test_tasks.txt and excluded_tasks.txt; None takes what the source says
     itself, or the lists beside it."""
@@ -147,11 +147,7 @@ def build_dod_general(
         source: a folder with the benchmark's repository (tasks/*.json, splits/default/), a flat copy (tasks.jsonl,
             pairs.jsonl, each also with .gz) or a Hub copy (JSON Lines or Parquet); or `hub:NAME[@revision]`, `hub` for
             the usual one, which is read from the Hub as it comes and needs the extra `hub`.
-        out: the DoD to write; its folder is made where missing.
         tokenizer: the base model's, to count tokens.
-        config: see `GeneralConfig`.
-        overwrite: replace `out` if it exists.
-        recorder: is told the progress.
 
     Raises:
         DataError: `out` exists, the source is in none of the layouts or has no task to keep, or, with `strict`, something

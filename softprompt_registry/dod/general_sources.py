@@ -37,7 +37,7 @@ class TaskContent:
     definitions: tuple[str, ...]
     """At least one; each of them alone describes the whole task."""
     languages: Mapping[str, tuple[str, ...]] | None = None
-    """Language key → languages; None where the layout tells none."""
+    """Language key → languages; None where the layout has none."""
     source: str = CORPUS
 
 
@@ -49,7 +49,7 @@ class SourceTask:
     file: str
     """Where it was found, relative to the source."""
     side: str | None
-    """The side of the benchmark that the source itself puts it on: train, test or excluded; None if it tells none."""
+    """The side of the benchmark that the source itself puts it on: train, test or excluded; None if it has none."""
     read: Callable[[], TaskContent]
     """Raises `DamagedTask`. Call it before the next task is asked for."""
 

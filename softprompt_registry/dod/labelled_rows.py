@@ -227,7 +227,7 @@ def _column(wanted: Sequence[str], row: Mapping[str, Any], where: str) -> str:
 
 
 def _labelled_rows(known: LabelledSet, found: Iterable[Row]) -> SplitRows:
-    """The rows of a split with our words for their labels; the first row tells which columns have text and label.
+    """The rows of a split with our words for their labels; the columns of text and label are those of the first row.
 
     A label that is -1 or empty was not published. That may be so for a whole split, not for some of its rows.
     """

@@ -254,10 +254,6 @@ def build_dod_inspect(
             a task file) with the columns `text` and `label`, or those of the Hub; a label is the paper's word, the Hub's or
             the Hub's number. A set without such files may have a subfolder `<set>`, saved by `datasets` or downloaded
             from the Hub.
-        out: the DoD to write; its folder is made where missing.
-        config: see `InspectConfig`.
-        overwrite: replace `out` if it exists.
-        recorder: hears of the progress.
 
     Raises:
         DataError: `out` exists, a set or a split of it is missing, a file or label cannot be used, or the Hub cannot be read.
@@ -293,14 +289,10 @@ def build_dod_ood(
     Texts are cleaned as in `build_dod_inspect`.
 
     Args:
-        out: the DoD to write; its folder is made where missing.
         reviews: the Deceptive Opinion Spam Corpus: its own folder, with a text file for each review in
             `…/deceptive_from_MTurk/fold1` and the like, or a CSV, JSON Lines or Parquet file with text, label and
             optionally `fold`. Without folds the splits are cut by shares.
         essays: a CSV, JSON Lines or Parquet file of essays with text and label.
-        config: see `OodConfig`.
-        overwrite: replace `out` if it exists.
-        recorder: hears of the progress.
 
     Raises:
         DataError: `out` exists, no set is given, or a file or label cannot be used.

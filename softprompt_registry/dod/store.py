@@ -94,7 +94,7 @@ class DodStore:
         """A new, empty DoD at `path`, which must not exist yet.
 
         Args:
-            throwaway: nobody will want the file if its writer dies, so it needs no journal on the disk; that is faster.
+            throwaway: the file is of no use if its writer dies, so it needs no journal on the disk, which is faster.
         """
         if path.exists():
             raise DataError(f"creating DoD {str(path)!r}: the file exists already. Choose another name or remove it.")

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class BuildReport(Protocol):
-    """What every builder tells."""
+    """What every builder reports."""
 
     @property
     def path(self) -> Path: ...
