@@ -179,20 +179,14 @@ class _Reading:
                 self._note("near_duplicates", task.name, detail, first, len(keys), count=len(keys))
 
     def _read_lengths(self, task: Task) -> None:
-        lengths = [pair.num_tokens for pair in task.pairs]
-        missing = [position for position, length in enumerate(lengths) if length is None]
-        pairs = [task.pairs[position] for position in missing]
+        uncounted = [pair for pair in task.pairs if pair.num_tokens is None]
         if self._tokenizer is None:
-            self._counted_in_words += len(pairs)
-            counted = [len(pair.input.split()) + len(pair.output.split()) for pair in pairs]
+            self._counted_in_words += len(uncounted)
+            counted = iter([len(pair.input.split()) + len(pair.output.split()) for pair in uncounted])
         else:
-            parts = zip(
-                *(self._num_tokens([getattr(p, part) for p in pairs]) for part in ("input", "output")), strict=True
-            )
-            counted = [sum(part) for part in parts]
-        for position, length in zip(missing, counted, strict=True):
-            lengths[position] = length
-        measured = [length for length in lengths if length is not None]
+            inputs, outputs = (self._num_tokens([getattr(p, part) for p in uncounted]) for part in ("input", "output"))
+            counted = map(sum, zip(inputs, outputs, strict=True))
+        measured = [next(counted) if pair.num_tokens is None else pair.num_tokens for pair in task.pairs]
         self._lengths[task.split].update(measured)
         self._rows[-1]["longest"] = max(measured)
         limit = self._config.max_pair_tokens
@@ -339,12 +333,13 @@ class _Reading:
         for row in rows:
             kinds = Counter(f.kind.severity for f in findings if row["name"] in self._tasks[f.code])
             row |= {"errors": kinds["error"], "warnings": kinds["warning"]}
-        off = "the settings switch it off"
-        not_checked = {} if self._config.max_pair_tokens is not None else {"long_pairs": off}
-        if self._config.max_hard_prompt_tokens is None or (self._tokenizer is None and self._num_hard_prompts):
-            not_checked["long_hard_prompts"] = (
-                off if self._config.max_hard_prompt_tokens is None else "it needs a tokenizer"
-            )
+        off, not_checked = "the settings switch it off", {}
+        if self._config.max_pair_tokens is None:
+            not_checked["long_pairs"] = off
+        if self._config.max_hard_prompt_tokens is None:
+            not_checked["long_hard_prompts"] = off
+        elif self._tokenizer is None and self._num_hard_prompts:
+            not_checked["long_hard_prompts"] = "it needs a tokenizer"
         if len({row["side"] for row in rows}) == 1:
             both_sides = (code for code in FINDING_KINDS if code.endswith("_on_both_sides"))
             not_checked |= dict.fromkeys(both_sides, f"all tasks are {rows[0]['side']} tasks")
