@@ -502,7 +502,9 @@ def test_an_audit_that_fails(tmp_path: Path, mlflow_store: str, tiny_folder: Pat
     assert "there is no such file" in one_message(run("audit-dod", tmp_path / "no.sqlite", code=1))
     empty = by_hand(tmp_path / "empty.sqlite")
     assert "found no tasks" in one_message(run("audit-dod", empty, code=1))
-    assert "expected a share" in one_message(run("audit-dod", empty, "-s", "min_label_balance=2", code=1))
+    assert "balance is 2, expected 1 or less" in one_message(
+        run("audit-dod", empty, "-s", "min_label_balance=2", code=1)
+    )
     assert [found.info.status for found in all_runs()] == ["FAILED", "FAILED"]
     assert not list(tmp_path.glob("*.html"))
 

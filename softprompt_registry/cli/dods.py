@@ -235,15 +235,8 @@ def build_dod_general_command(given: Given, source: str, base_model: str | None)
 
     settings = given.settings(GeneralConfig, "general")
     require_store()
-    tokenizer = _tokenizer(base_model)
-    given.build(
-        "build-dod-general",
-        settings,
-        lambda recorder: build_dod_general(
-            source, given.out, tokenizer=tokenizer, config=settings, overwrite=given.overwrite, recorder=recorder
-        ),
-        _show_general,
-    )
+    build = partial(build_dod_general, source, given.out, tokenizer=_tokenizer(base_model))
+    given.build("build-dod-general", settings, build, _show_general)
 
 
 def _show_general(report: GeneralReport) -> None:
