@@ -281,20 +281,6 @@ def test_a_damaged_grid_is_refused(tmp_path: Path) -> None:
             LayerGrid.load(path)
 
 
-def test_the_table_has_a_row_for_each_task_and_pair() -> None:
-    table = made_up().table()
-    assert {name: column[6] for name, column in table.items()} == {
-        "task": "b",
-        "kind": "classification",
-        "split": "train",
-        "source": 0,
-        "target": -1,
-        "text": "b 2",
-        "score": 0.4,
-    }
-    assert {len(column) for column in table.values()} == {20}
-
-
 def test_the_heatmap_shows_every_pair_and_rings_the_best() -> None:
     values = made_up().mean_scores("train", "classification")
     figure = heatmap("Layer pairs", values)

@@ -428,7 +428,6 @@ REFUSALS: list[tuple[list[str], list[str], str]] = [
     (["labels"], [], "found no other DoD with a bank (--other), expected at least one"),
     (["prefill", "OTHER"], [], "found 1 other DoDs with a bank (--other), expected none"),
     (["dod-size"], ["translator.train_share=0.5"], "translator.train_share is 0.5, but that is what the study varies"),
-    (["paraphrase-factor"], [], "the factors [10, 100] ask for more hard prompts than any training task"),
     (
         ["paraphrase-factor"],
         [],

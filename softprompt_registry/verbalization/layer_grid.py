@@ -127,18 +127,6 @@ class LayerGrid:
         """Kinds of the training tasks; a pair is chosen for each."""
         return sorted({item.kind for item in self.tasks if item.split == "train"})
 
-    def table(self) -> dict[str, list[Any]]:
-        """Columns for people: a row for each task and pair."""
-        columns: dict[str, list[Any]] = {
-            name: [] for name in ("task", "kind", "split", "source", "target", "text", "score")
-        }
-        for item in self.tasks:
-            for pair, text, score in zip(self.pairs, item.texts, item.scores, strict=True):
-                values = (item.task, item.kind, item.split, pair.source, pair.target, text, round(score, 4))
-                for name, value in zip(columns, values, strict=True):
-                    columns[name].append(value)
-        return columns
-
     def save(self, path: Path) -> None:
         """Write the file whole or not at all."""
         write_json(
