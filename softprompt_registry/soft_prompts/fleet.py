@@ -12,9 +12,11 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
+
+import torch
 
 from softprompt_registry.base_models.compiling import compile_parts
 from softprompt_registry.base_models.frozen import BaseModel
@@ -26,8 +28,6 @@ from softprompt_registry.soft_prompts.progress import EncodedTask, Progress, beg
 from softprompt_registry.soft_prompts.token_budget import TokenBudget, pieces, tokens_that_fit
 
 if TYPE_CHECKING:
-    import torch
-
     from softprompt_registry.soft_prompts.tuning import TuningConfig
 
 PREPARED_AHEAD = 2
@@ -55,51 +55,6 @@ class FleetStatistics:
         return self.train_tokens / self.seconds if self.seconds else 0.0
 
 
-@dataclass
-class _Slot:
-    """One task on its way."""
-
-    progress: Progress
-    epoch: int = 0
-    """Epochs that have ended."""
-    batches: deque[list[EncodedPair]] = field(default_factory=deque)
-    """What is left of the epoch."""
-    losses: list[float] = field(default_factory=list)
-    """Of the epoch's steps."""
-    stopped: bool = False
-
-    def begin_epoch(self, config: TuningConfig) -> None:
-        rows = list(self.progress.train)
-        self.progress.order.shuffle(rows)
-        self.batches.extend(rows[i : i + config.batch_size] for i in range(0, len(rows), config.batch_size))
-        rate = config.learning_rate
-        if config.schedule == "cosine":
-            rate *= 0.5 * (1 + math.cos(math.pi * self.epoch / config.epochs))
-        for settings in self.progress.optimizer.param_groups:
-            settings["lr"] = rate
-
-    def end_epoch(self, validation_loss: float | None, config: TuningConfig) -> None:
-        """Keep the best epoch; stop a task that has not improved for long enough, or whose loss is no number."""
-        progress = self.progress
-        self.epoch += 1
-        progress.train_losses.append(sum(self.losses) / len(self.losses))
-        self.losses.clear()
-        loss = progress.train_losses[-1] if validation_loss is None else validation_loss
-        if not math.isfinite(loss):
-            progress.failure = f"its validation loss became {loss} in epoch {self.epoch}"
-            return
-        if not bool(progress.prompt.isfinite().all()):
-            progress.failure = f"its soft prompt became NaN or infinite in epoch {self.epoch}"
-            return
-        progress.validation_losses.append(loss)
-        if loss < progress.best_loss:
-            progress.best_loss, progress.best_epoch = loss, self.epoch
-            progress.best = progress.prompt.detach().float().cpu().clone()
-        elif config.patience_epochs is not None and self.epoch - progress.best_epoch >= config.patience_epochs:
-            self.stopped = True
-        self.stopped = self.stopped or self.epoch == config.epochs
-
-
 class Fleet:
     """Tunes tasks on one base model in this process.
 
@@ -125,28 +80,23 @@ class Fleet:
 
         Args:
             tasks: drawn from when a slot is free, so they need not be in memory all at once.
-            on_epoch: told the name of a task and how many epochs it has behind it.
+            on_epoch: called with the name of a task and how many epochs it has behind it.
         """
-        import torch
-
         encoded = _ahead(partial(encode_task, self.base_model, task, self.config) for task in tasks)
-        slots: list[_Slot] = []
+        slots: list[Progress] = []
         done: list[Progress] = []
         waiting_since = 0.0
         while True:
             while len(slots) < self.config.slots and (next_task := next(encoded, None)) is not None:
                 progress = begin(self.base_model, next_task, self.config)
-                if progress.failure:
-                    done.append(progress)
-                else:
-                    slots.append(_Slot(progress))
+                (done if progress.ended else slots).append(progress)
             started = time.perf_counter()
             if slots:
                 self._step(slots)
                 for slot in self._end_epochs(slots):
-                    on_epoch(slot.progress.task.name, slot.epoch)
-                done += [slot.progress for slot in slots if slot.stopped or slot.progress.failure]
-                slots = [slot for slot in slots if not (slot.stopped or slot.progress.failure)]
+                    on_epoch(slot.task.name, slot.epoch)
+                done += [slot for slot in slots if slot.ended]
+                slots = [slot for slot in slots if not slot.ended]
             # Tests of several prompts together cost less; but what is done should soon be on the disk.
             finished: list[tuple[Progress, dict[str, float]]] = []
             if not done:
@@ -163,12 +113,12 @@ class Fleet:
             if not slots and not done and not finished:
                 return
 
-    def _step(self, slots: Sequence[_Slot]) -> None:
+    def _step(self, slots: Sequence[Progress]) -> None:
         """One batch of every slot."""
         for slot in slots:
             if not slot.batches:
                 slot.begin_epoch(self.config)
-        prompts = [slot.progress.prompt for slot in slots]
+        prompts = [slot.prompt for slot in slots]
         batches = [slot.batches[0] for slot in slots]
 
         def forget_gradients() -> None:
@@ -182,18 +132,17 @@ class Fleet:
             batch = slot.batches.popleft()
             self.statistics.train_tokens += sum(pair.num_tokens + self.config.num_virtual_tokens for pair in batch)
             if not math.isfinite(loss):
-                slot.progress.failure = f"its train loss became {loss} in epoch {slot.epoch + 1}"
+                slot.failure = f"its train loss became {loss} in epoch {slot.epoch + 1}"
                 continue
-            slot.losses.append(loss)
-            slot.progress.optimizer.step()
-            slot.progress.optimizer.zero_grad(set_to_none=True)
+            slot.step_losses.append(loss)
+            slot.optimizer.step()
+            slot.optimizer.zero_grad(set_to_none=True)
 
-    def _end_epochs(self, slots: Sequence[_Slot]) -> list[_Slot]:
+    def _end_epochs(self, slots: Sequence[Progress]) -> list[Progress]:
         """Validate the slots that have used up their batches; returns them."""
-        ended = [slot for slot in slots if not slot.batches and slot.progress.failure is None]
+        ended = [slot for slot in slots if not slot.batches and slot.failure is None]
         if ended:
-            progresses = [slot.progress for slot in ended]
-            losses = self._budget.run(lambda tokens: validation_losses(self.base_model, progresses, tokens))
+            losses = self._budget.run(lambda tokens: validation_losses(self.base_model, ended, tokens))
             for slot, loss in zip(ended, losses, strict=True):
                 slot.end_epoch(loss, self.config)
         return ended
@@ -234,8 +183,6 @@ def train_step(
         prompts: G of (K, D).
         batches: the rows of each.
     """
-    import torch
-
     num_soft = prompts[0].shape[0]
     groups = math.ceil(len(prompts) * num_soft / max(tokens_per_forward, num_soft))
     if groups > 1:  # what is kept of the soft prompts themselves must fit too
@@ -267,8 +214,6 @@ def validation_losses(
     base_model: BaseModel, progresses: Sequence[Progress], tokens_per_forward: int
 ) -> list[float | None]:
     """Mean -log p per target token of each task's validation pairs; None for a task without any."""
-    import torch
-
     rows = [(i, pair) for i, progress in enumerate(progresses) for pair in progress.validation]
     totals, counts = [0.0] * len(progresses), [0] * len(progresses)
     with torch.no_grad():

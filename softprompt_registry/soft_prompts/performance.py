@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+
+import torch
 
 from softprompt_registry.base_models.frozen import BaseModel
 from softprompt_registry.base_models.prefixes import PrefixRows, shared_lead
@@ -16,8 +17,8 @@ from softprompt_registry.soft_prompts.encoding import RowEncoder
 from softprompt_registry.soft_prompts.token_budget import pieces
 from softprompt_registry.text_matching import exact_match
 
-if TYPE_CHECKING:
-    import torch
+LabelIds = list[list[tuple[int, list[int]]]]
+"""For each trial and label, how many tokens at the end of a prompt give way to it, and its token ids."""
 
 
 @dataclass(frozen=True)
@@ -55,8 +56,11 @@ def measure(
     Paper: its "73.73 %" is teacher-forced token accuracy. Here `label_accuracy` is the share of pairs whose own label has
     the highest log-likelihood among the task's labels, and `exact_match` that of generated answers that say the output.
     """
-    choices = choose_labels(base_model, trials, tokens_per_forward)
-    answers = generate_answers(base_model, trials, max_new_tokens=max_new_tokens, tokens_per_forward=tokens_per_forward)
+    label_ids = _label_ids(base_model, trials)
+    choices = choose_labels(base_model, trials, tokens_per_forward, label_ids)
+    answers = generate_answers(
+        base_model, trials, max_new_tokens=max_new_tokens, tokens_per_forward=tokens_per_forward, label_ids=label_ids
+    )
     results = []
     for trial, chosen, texts in zip(trials, choices, answers, strict=True):
         scores: dict[str, float] = {}
@@ -69,11 +73,15 @@ def measure(
 
 
 def generate_answers(
-    base_model: BaseModel, trials: Sequence[Trial], *, max_new_tokens: int, tokens_per_forward: int
+    base_model: BaseModel,
+    trials: Sequence[Trial],
+    *,
+    max_new_tokens: int,
+    tokens_per_forward: int,
+    label_ids: LabelIds | None = None,
 ) -> list[list[str]]:
     """Greedy answers per trial, in the order of its prompts. Label answers are cut a little past the task's longest label."""
-    import torch
-
+    label_ids = label_ids or _label_ids(base_model, trials)
     num_soft = _num_soft(trials)
     answers = [[""] * len(trial.prompts) for trial in trials]
     with torch.no_grad():
@@ -82,7 +90,7 @@ def generate_answers(
         chosen = [index for index, trial in enumerate(trials) if trial.task.kind == kind and trial.prompts]
         if not chosen:
             continue
-        caps = {index: _answer_cap(base_model, trials[index].task, max_new_tokens) for index in chosen}
+        caps = {index: _answer_cap(label_ids[index], max_new_tokens) for index in chosen}
         longest = max(caps.values())
         rows = _rows(trials, chosen)
         for piece in pieces(rows, _length(num_soft + longest), tokens_per_forward):
@@ -93,17 +101,17 @@ def generate_answers(
     return answers
 
 
-def choose_labels(base_model: BaseModel, trials: Sequence[Trial], tokens_per_forward: int) -> list[list[str]]:
+def choose_labels(
+    base_model: BaseModel, trials: Sequence[Trial], tokens_per_forward: int, label_ids: LabelIds | None = None
+) -> list[list[str]]:
     """The label with the highest log-likelihood after each prompt, per trial; empty for generation tasks.
 
     Labels of one token each are read off one forward pass, far cheaper than a pass per label; otherwise each label is a
     row of its own, scored with its end token so that a label that begins another one stays distinct.
     """
-    import torch
-
     num_soft = _num_soft(trials)
     choices = [[""] * len(trial.prompts) if trial.task.kind == "classification" else [] for trial in trials]
-    label_ids = [_label_ids(base_model, trial.task) for trial in trials]
+    label_ids = label_ids or _label_ids(base_model, trials)
     single: list[int] = []
     several: list[int] = []
     for index, trial in enumerate(trials):
@@ -157,19 +165,22 @@ def _length(beside: int) -> Callable[[_Row], int]:
     return lambda row: len(row.prompt) + beside
 
 
-def _answer_cap(base_model: BaseModel, task: Task, max_new_tokens: int) -> int:
-    if task.kind != "classification":
-        return max_new_tokens
-    return min(max_new_tokens, 2 + max(len(ids) for _, ids in _label_ids(base_model, task)))
+def _answer_cap(label_ids: Sequence[tuple[int, list[int]]], max_new_tokens: int) -> int:
+    """Of the answers to one task; a generation task has no labels."""
+    return min(max_new_tokens, 2 + max(len(ids) for _, ids in label_ids)) if label_ids else max_new_tokens
 
 
-def _label_ids(base_model: BaseModel, task: Task) -> list[tuple[int, list[int]]]:
-    """Of each label how many tokens at the end of a prompt give way to it, and its token ids."""
+def _label_ids(base_model: BaseModel, trials: Sequence[Trial]) -> LabelIds:
     encoder = RowEncoder.of_new_prompts(base_model)
-    return [encoder.label(task.template, label) for label in task.labels]
+    return [
+        [encoder.label(trial.task.template, label) for label in trial.task.labels]
+        if trial.task.kind == "classification"
+        else []
+        for trial in trials
+    ]
 
 
-SoftOf = Callable[[Sequence[int]], "torch.Tensor | PrefixRows | None"]
+SoftOf = Callable[[Sequence[int]], torch.Tensor | PrefixRows | None]
 """From the numbers of the prompts that rows begin with to what a forward pass takes."""
 
 
@@ -181,8 +192,6 @@ def soft_rows(base_model: BaseModel, prompts: Sequence[torch.Tensor | None], tex
     Args:
         texts: token ids of all rows that will begin with these prompts.
     """
-    import torch
-
     present = [prompt for prompt in prompts if prompt is not None]
     if not present:
         return lambda owners: None

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import math
 import random
+from collections import deque
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Literal
+
+import torch
 
 from softprompt_registry.base_models.frozen import BaseModel
 from softprompt_registry.dod.task import Pair, PairSplit, Task
@@ -14,8 +17,6 @@ from softprompt_registry.soft_prompts.encoding import EncodedPair, RowEncoder, c
 from softprompt_registry.soft_prompts.soft_prompt import SoftPrompt, SoftPromptRecord
 
 if TYPE_CHECKING:
-    import torch
-
     from softprompt_registry.soft_prompts.tuning import TuningConfig
 
 
@@ -44,7 +45,7 @@ class EncodedTask:
 
 @dataclass
 class Progress(EncodedTask):
-    """A task while it is being tuned."""
+    """A task while it is being tuned, in a slot of a fleet."""
 
     prompt: torch.nn.Parameter
     initial: torch.Tensor
@@ -55,6 +56,44 @@ class Progress(EncodedTask):
     best_epoch: int = 0
     train_losses: list[float] = field(default_factory=list)
     validation_losses: list[float] = field(default_factory=list)
+    epoch: int = 0
+    """Epochs that have ended."""
+    batches: deque[list[EncodedPair]] = field(default_factory=deque)
+    """What is left of the epoch."""
+    step_losses: list[float] = field(default_factory=list)
+    """Train losses of the epoch's steps."""
+    stopped: bool = False
+
+    @property
+    def ended(self) -> bool:
+        return self.stopped or self.failure is not None
+
+    def begin_epoch(self, config: TuningConfig) -> None:
+        rows = list(self.train)
+        self.order.shuffle(rows)
+        self.batches.extend(rows[i : i + config.batch_size] for i in range(0, len(rows), config.batch_size))
+        for settings in self.optimizer.param_groups:
+            settings["lr"] = scheduled_rate(config.learning_rate, config.schedule, self.epoch, config.epochs)
+
+    def end_epoch(self, validation_loss: float | None, config: TuningConfig) -> None:
+        """Keep the best epoch; stop a task that has not improved for long enough, or whose loss is no number."""
+        self.epoch += 1
+        self.train_losses.append(sum(self.step_losses) / len(self.step_losses))
+        self.step_losses.clear()
+        loss = self.train_losses[-1] if validation_loss is None else validation_loss
+        if not math.isfinite(loss):
+            self.failure = f"its validation loss became {loss} in epoch {self.epoch}"
+            return
+        if not bool(self.prompt.isfinite().all()):
+            self.failure = f"its soft prompt became NaN or infinite in epoch {self.epoch}"
+            return
+        self.validation_losses.append(loss)
+        if loss < self.best_loss:
+            self.best_loss, self.best_epoch = loss, self.epoch
+            self.best = self.prompt.detach().float().cpu().clone()
+        elif config.patience_epochs is not None and self.epoch - self.best_epoch >= config.patience_epochs:
+            self.stopped = True
+        self.stopped = self.stopped or self.epoch == config.epochs
 
 
 def prepare(base_model: BaseModel, task: Task, config: TuningConfig) -> Progress:
@@ -97,8 +136,6 @@ def encode_task(base_model: BaseModel, task: Task, config: TuningConfig) -> Enco
 
 def begin(base_model: BaseModel, encoded: EncodedTask, config: TuningConfig) -> Progress:
     """The soft prompt at its start, with an optimizer of its own."""
-    import torch
-
     initial = initial_embeddings(base_model, config, encoded.task)
     precision = torch.promote_types(torch.float32, base_model.dtype)
     prompt = torch.nn.Parameter(initial.to(base_model.device, precision, copy=True))
@@ -117,8 +154,6 @@ def initial_embeddings(base_model: BaseModel, config: TuningConfig, task: Task) 
 
     Special tokens are left out, and so are rows of the matrix that belong to no token: many models pad it with those.
     """
-    import torch
-
     seed = config.seed
     if config.init == "own_vocabulary":
         seed = int(digest_of_json([config.seed, task.name])[:8], 16)

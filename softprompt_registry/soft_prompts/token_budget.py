@@ -6,6 +6,8 @@ import gc
 from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
+import torch
+
 from softprompt_registry.base_models.frozen import BaseModel
 
 ResultT = TypeVar("ResultT")
@@ -59,8 +61,6 @@ class TokenBudget:
 
 def is_out_of_memory(error: Exception) -> bool:
     """Whether a GPU or the machine had no memory left."""
-    import torch
-
     said = ("can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDA error: out of memory")
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(text in str(error) for text in said)
 
@@ -86,8 +86,6 @@ def tokens_that_fit(base_model: BaseModel, num_virtual_tokens: int, memory_share
 
 
 def _measured_tokens(base_model: BaseModel, num_virtual_tokens: int, memory_share: float) -> int:
-    import torch
-
     _free_memory()
     before = torch.cuda.memory_allocated(base_model.device)
     torch.cuda.reset_peak_memory_stats(base_model.device)
@@ -102,8 +100,6 @@ def _measured_tokens(base_model: BaseModel, num_virtual_tokens: int, memory_shar
 
 
 def _free_memory() -> None:
-    import torch
-
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -7,8 +7,9 @@ that was killed goes on where it was.
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Literal
 
@@ -28,7 +29,7 @@ from softprompt_registry.soft_prompts.progress import DodOrigin
 from softprompt_registry.storage import forget, locked, require_same_origin
 
 RECORD_EVERY_S = 30.0
-"""How often a run that goes on reports its speed."""
+"""How often a run reports its speed."""
 
 
 @settings
@@ -64,13 +65,13 @@ class TuningConfig:
     max_train_pairs: PositiveInt | None = None
     """Use at most so many train pairs of a task, balanced over labels. None takes all."""
     max_validation_pairs: int | None = None
-    """The same for validation pairs."""
+    """Use at most so many validation pairs of a task. None takes all."""
     max_test_pairs: int | None = None
-    """The same for test pairs, which measure the finished prompt."""
+    """Use at most so many test pairs of a task, which measure the finished prompt. None takes all."""
     max_new_tokens: int = 48
     """Length cap when test answers are generated."""
     seed: int = 0
-    """Of initialisation, example order and choice of pairs."""
+    """Seed for initialisation, example order and choice of pairs."""
 
     def __post_init__(self) -> None:
         if self.max_sequence_tokens < self.num_virtual_tokens + 8:
@@ -93,7 +94,7 @@ def tune_soft_prompts(
     """Tune one soft prompt per task and write the bank to `out`.
 
     Each prompt is on the disk, in `<out>.tuning`, as soon as it is finished; a second start with the same tasks, settings
-    and base model goes on from there, and takes a finished bank as it is. A task whose loss becomes NaN or infinite is left
+    and base model resumes from there, and takes a finished bank as it is. A task whose loss becomes NaN or infinite is left
     out, with the reason in the bank's `failures`. Curves (means over prompts by epoch) go to the recorder.
 
     Args:
@@ -107,8 +108,8 @@ def tune_soft_prompts(
     """
     recorder = recorder or NullRecorder()
     engine = InThisProcess(base_model) if isinstance(base_model, BaseModel) else base_model
-    outlines = _outlines(tasks)
-    made_from = _key(engine.ref, outlines, config, dod_digest)
+    names, digests, mean_characters = _overview(tasks)
+    made_from = _key(engine.ref, digests, config, dod_digest)
     work = out.with_name(f"{out.name}.tuning")
     if out.exists():
         return _take_over(out, made_from, recorder)
@@ -117,15 +118,13 @@ def tune_soft_prompts(
             forget(work)
             return _take_over(out, made_from, recorder)
         growing = work / made_from
-        with BankWriter(growing) as writer, recorder.progress("tune soft prompts", len(outlines)) as bar:
+        with BankWriter(growing) as writer, recorder.progress("tune soft prompts", len(names)) as bar:
             done = writer.done()
             if done:
                 bar.advance(len(done), "taken from an earlier start")
             # Longest first: what does not fit into memory shows at once.
-            waiting = sorted(
-                set(range(len(outlines))) - done, key=lambda i: (-outlines[i].mean_characters, outlines[i].name)
-            )
-            position_of = {outline.name: position for position, outline in enumerate(outlines)}
+            waiting = sorted(set(range(len(names))) - done, key=lambda i: (-mean_characters[i], names[i]))
+            position_of = {name: position for position, name in enumerate(names)}
             num_finished, next_record = len(done), time.monotonic() + RECORD_EVERY_S
             for tuned in engine.tune(
                 (tasks[position] for position in waiting),
@@ -143,20 +142,20 @@ def tune_soft_prompts(
                     _record_statistics(engine.statistics, recorder, num_finished)
                     next_record = time.monotonic() + RECORD_EVERY_S
             failures = writer.failures()
-            if len(failures) < len(outlines):
+            if len(failures) < len(names):
                 writer.finish(made_from)
-        if len(failures) == len(outlines):
+        if len(failures) == len(names):
             forget(growing)
             name, reason = next(iter(failures.items()))
             raise ArtifactError(
-                f"tuning {len(outlines)} soft prompts: none could be tuned; of task {name!r}, {reason}. If a number became "
+                f"tuning {len(names)} soft prompts: none could be tuned; of task {name!r}, {reason}. If a number became "
                 "infinite or NaN, lower the learning rate."
             )
         growing.rename(out)
         forget(work)
     bank = SoftPromptBank(out)
     _record_curves(bank, recorder)
-    _record_statistics(engine.statistics, recorder, len(outlines))
+    _record_statistics(engine.statistics, recorder, len(names))
     return bank
 
 
@@ -167,49 +166,39 @@ def _take_over(out: Path, made_from: str, recorder: Recorder) -> SoftPromptBank:
     return bank
 
 
-@dataclass(frozen=True)
-class _Outline:
-    """What must be known of every task before the first one is tuned."""
-
-    name: str
-    digest: str
-    mean_characters: float
-
-
-def _outlines(tasks: Sequence[Task]) -> list[_Outline]:
-    outlines = []
-    seen: set[str] = set()
-    doubled: list[str] = []
+def _overview(tasks: Sequence[Task]) -> tuple[list[str], list[str], list[float]]:
+    """What must be known of every task before the first one is tuned: name, digest, mean characters of a train pair."""
+    names: list[str] = []
+    digests: list[str] = []
+    mean_characters: list[float] = []
     for task in tasks:
         pairs = task.pairs_of("train")
         if not pairs:
             raise DataError(
                 f"tuning task {task.name!r}: it has no train pairs; at least one is needed. Check its splits."
             )
-        if task.name in seen:
-            doubled.append(task.name)
-        seen.add(task.name)
-        mean = sum(len(pair.input) + len(pair.output) for pair in pairs) / len(pairs)
-        outlines.append(_Outline(task.name, task.digest, mean))
-    if not outlines or doubled:
+        names.append(task.name)
+        digests.append(task.digest)
+        mean_characters.append(sum(len(pair.input) + len(pair.output) for pair in pairs) / len(pairs))
+    doubled = [name for name, times in Counter(names).items() if times > 1]
+    if not names or doubled:
         found = f"the names {doubled[:5]} occur twice" if doubled else "there are no tasks"
         raise DataError(
             f"tuning soft prompts: {found}; expected tasks with distinct names. Correct the choice of tasks."
         )
-    return outlines
+    return names, digests, mean_characters
 
 
 SPEED_SETTINGS = ("slots", "tokens_per_forward", "compile")
 """Settings that change a soft prompt by rounding only: work that was begun with others is taken over."""
 
 
-def _key(ref: BaseModelRef, outlines: Sequence[_Outline], config: TuningConfig, dod_digest: str | None) -> str:
+def _key(ref: BaseModelRef, digests: Sequence[str], config: TuningConfig, dod_digest: str | None) -> str:
     """What stored work must agree on to be taken over.
 
     The DoD's digest is part of it: a bank names the one DoD that it was tuned on, and is used with no other.
     """
     settings = {name: value for name, value in asdict(config).items() if name not in SPEED_SETTINGS}
-    digests = [outline.digest for outline in outlines]
     return digest_of_json([ref.fingerprint, ref.dtype, dod_digest, settings, digests])[:SHORT]
 
 

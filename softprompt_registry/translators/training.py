@@ -47,9 +47,9 @@ class TranslatorConfig:
     """Names of the layers that get an adapter. None takes all linear layers but the head: of a Llama `q_proj`, `k_proj`,
     `v_proj`, `o_proj`, `gate_proj`, `up_proj` and `down_proj` (paper: these seven)."""
     learning_rate: float = 1e-4
-    """AdamW's (paper: 1e-4)."""
+    """Learning rate of AdamW (paper: 1e-4)."""
     weight_decay: float = 0.1
-    """AdamW's (paper: 0.1)."""
+    """Weight decay of AdamW (paper: 0.1)."""
     schedule: Literal["constant", "cosine"] = "constant"
     """`constant`, or `cosine`: falling to zero over the epochs."""
     epochs: PositiveInt = 5
