@@ -40,7 +40,8 @@ from softprompt_registry.soft_prompts.engines import InThisProcess, Tuned
 from softprompt_registry.soft_prompts.fleet import FleetStatistics
 from softprompt_registry.soft_prompts.progress import DodOrigin
 from softprompt_registry.soft_prompts.soft_prompt import SoftPrompt, SoftPromptRecord
-from softprompt_registry.soft_prompts.tuning import TuningConfig, tune_soft_prompts
+from softprompt_registry.soft_prompts.tuning import tune_soft_prompts
+from softprompt_registry.soft_prompts.tuning_settings import TuningConfig
 
 PAIRS = 500
 LABELS = ("music", "films", "books", "art", "software")

@@ -36,7 +36,7 @@ from softprompt_registry.dod.task import Task
 from softprompt_registry.soft_prompts.fleet import Fleet
 from softprompt_registry.soft_prompts.performance import Trial, measure
 from softprompt_registry.soft_prompts.progress import prepare
-from softprompt_registry.soft_prompts.tuning import TuningConfig
+from softprompt_registry.soft_prompts.tuning_settings import TuningConfig
 
 TEST_PAIRS = 16
 

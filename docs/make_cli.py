@@ -70,7 +70,7 @@ SETTINGS = [
     (
         "engine openai",
         "section `options` inside `generator`",
-        "softprompt_registry/language_models/openai_compatible.py",
+        "softprompt_registry/language_models/openai_settings.py",
         "OpenAICompatibleConfig",
     ),
     (
@@ -91,7 +91,7 @@ SETTINGS = [
         "softprompt_registry/language_models/on_transformers.py",
         "TransformersConfig",
     ),
-    ("tune", "section `tuning`", "softprompt_registry/soft_prompts/tuning.py", "TuningConfig"),
+    ("tune", "section `tuning`", "softprompt_registry/soft_prompts/tuning_settings.py", "TuningConfig"),
     ("train-translator", "section `translator`", "softprompt_registry/translators/training.py", "TranslatorConfig"),
     (
         "verbalize",

@@ -11,7 +11,8 @@ from dataclasses import fields
 from mlflow_plugins.serving_requests import RequestRefused, ServingConfig
 from mlflow_plugins.target_traces import record_target_call
 from softprompt_registry.errors import LanguageModelError
-from softprompt_registry.language_models.openai_compatible import OpenAICompatible, OpenAICompatibleConfig
+from softprompt_registry.language_models.openai_compatible import OpenAICompatible
+from softprompt_registry.language_models.openai_settings import OpenAICompatibleConfig
 from softprompt_registry.language_models.protocol import Completion, CompletionRequest
 from softprompt_registry.portability.templates import fill
 

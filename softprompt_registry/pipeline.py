@@ -23,7 +23,7 @@ from softprompt_registry.registry.promotion import Decision, Policy, promote
 from softprompt_registry.registry.registration import RegisteredVersion
 from softprompt_registry.registry.store import open_run
 from softprompt_registry.soft_prompts.bank import SoftPromptBank
-from softprompt_registry.soft_prompts.tuning import TuningConfig
+from softprompt_registry.soft_prompts.tuning_settings import TuningConfig
 from softprompt_registry.stages.evaluating import evaluate
 from softprompt_registry.stages.registering import register
 from softprompt_registry.stages.training import train

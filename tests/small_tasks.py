@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from softprompt_registry.dod.task import Pair, PairSplit, Task
-from softprompt_registry.soft_prompts.tuning import TuningConfig
+from softprompt_registry.soft_prompts.tuning_settings import TuningConfig
 
 CONFIG = TuningConfig(
     num_virtual_tokens=4,

@@ -12,7 +12,8 @@ from llm_server import LlmServer, Reply, chat, error_body
 
 from softprompt_registry.errors import LanguageModelError
 from softprompt_registry.language_models.answer_cache import AnswerCache
-from softprompt_registry.language_models.openai_compatible import OpenAICompatible, OpenAICompatibleConfig
+from softprompt_registry.language_models.openai_compatible import OpenAICompatible
+from softprompt_registry.language_models.openai_settings import OpenAICompatibleConfig
 from softprompt_registry.language_models.protocol import Completion, CompletionRequest
 from softprompt_registry.portability.answers import Answer, Question
 from softprompt_registry.portability.asking import ask_targets

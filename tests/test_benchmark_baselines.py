@@ -16,7 +16,8 @@ from softprompt_registry.base_models.frozen import BaseModel
 from softprompt_registry.dod.task import Pair, Task
 from softprompt_registry.soft_prompts.encoding import RowEncoder
 from softprompt_registry.soft_prompts.progress import initial_embeddings
-from softprompt_registry.soft_prompts.tuning import TuningConfig, tune_soft_prompts
+from softprompt_registry.soft_prompts.tuning import tune_soft_prompts
+from softprompt_registry.soft_prompts.tuning_settings import TuningConfig
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 CONFIG = TuningConfig(

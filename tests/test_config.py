@@ -18,9 +18,9 @@ from softprompt_registry.dod.general import GeneralConfig
 from softprompt_registry.dod.labelled_sets import InspectConfig, OodConfig
 from softprompt_registry.errors import ConfigError
 from softprompt_registry.language_models.on_vllm import VllmConfig
-from softprompt_registry.language_models.openai_compatible import OpenAICompatibleConfig
+from softprompt_registry.language_models.openai_settings import OpenAICompatibleConfig
 from softprompt_registry.portability.budget import Budget
-from softprompt_registry.soft_prompts.tuning import TuningConfig
+from softprompt_registry.soft_prompts.tuning_settings import TuningConfig
 from softprompt_registry.translators.training import TranslatorConfig
 from softprompt_registry.verbalization.verbalizer import VerbalizationConfig
 

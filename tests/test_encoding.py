@@ -24,7 +24,8 @@ from softprompt_registry.soft_prompts.soft_prompt import (
     SoftPromptRecord,
     soft_prompt_from_bytes,
 )
-from softprompt_registry.soft_prompts.tuning import TuningConfig, tune_soft_prompts
+from softprompt_registry.soft_prompts.tuning import tune_soft_prompts
+from softprompt_registry.soft_prompts.tuning_settings import TuningConfig
 from softprompt_registry.verbalization.patching import target_prompt
 from softprompt_registry.verbalization.proposers.instruction_induction import (
     InductionConfig,

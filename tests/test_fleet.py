@@ -25,7 +25,8 @@ from softprompt_registry.soft_prompts import progress as progress_module
 from softprompt_registry.soft_prompts.fleet import Fleet, train_step
 from softprompt_registry.soft_prompts.progress import EncodedTask, Progress, begin, initial_embeddings, prepare
 from softprompt_registry.soft_prompts.token_budget import TokenBudget, pieces
-from softprompt_registry.soft_prompts.tuning import TuningConfig, tune_soft_prompts
+from softprompt_registry.soft_prompts.tuning import tune_soft_prompts
+from softprompt_registry.soft_prompts.tuning_settings import TuningConfig
 
 
 def tiny_double() -> BaseModel:

@@ -120,7 +120,8 @@ sys.path.insert(0, sys.argv[1])
 from small_builds import SMALL
 from writing_llm import SEED_WORDS
 from softprompt_registry.dod.classification import build_dod_classification
-from softprompt_registry.language_models.openai_compatible import OpenAICompatible, OpenAICompatibleConfig
+from softprompt_registry.language_models.openai_compatible import OpenAICompatible
+from softprompt_registry.language_models.openai_settings import OpenAICompatibleConfig
 with OpenAICompatible(OpenAICompatibleConfig("writer", sys.argv[2])) as model:
     build_dod_classification(SEED_WORDS, Path(sys.argv[3]), model, config=SMALL)
 """

@@ -16,7 +16,8 @@ import pytest
 from llm_server import KEY, LlmServer, Reply, chat, error_body
 
 from softprompt_registry.errors import ConfigError, LanguageModelError
-from softprompt_registry.language_models.openai_compatible import OpenAICompatible, OpenAICompatibleConfig
+from softprompt_registry.language_models.openai_compatible import OpenAICompatible
+from softprompt_registry.language_models.openai_settings import OpenAICompatibleConfig
 from softprompt_registry.language_models.protocol import Completion, CompletionRequest, Prices, Usage, usage_of
 from softprompt_registry.language_models.provider_failures import retry_after_s
 

@@ -19,7 +19,8 @@ from softprompt_registry.sample import build_sample_dod
 from softprompt_registry.soft_prompts.encoding import RowEncoder, encode_inside
 from softprompt_registry.soft_prompts.performance import Trial, measure
 from softprompt_registry.soft_prompts.soft_prompt import AS_ONE_TEXT, ENCODED_APART
-from softprompt_registry.soft_prompts.tuning import TuningConfig, tune_soft_prompts
+from softprompt_registry.soft_prompts.tuning import tune_soft_prompts
+from softprompt_registry.soft_prompts.tuning_settings import TuningConfig
 
 pytestmark = pytest.mark.slow
 

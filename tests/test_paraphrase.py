@@ -34,7 +34,8 @@ from softprompt_registry.dod.store import DodStore
 from softprompt_registry.dod.task import Pair, PairSplit, Task
 from softprompt_registry.errors import ConfigError, DataError, LanguageModelError
 from softprompt_registry.language_models.answer_cache import AnswerCache
-from softprompt_registry.language_models.openai_compatible import OpenAICompatible, OpenAICompatibleConfig
+from softprompt_registry.language_models.openai_compatible import OpenAICompatible
+from softprompt_registry.language_models.openai_settings import OpenAICompatibleConfig
 from softprompt_registry.recording import NullRecorder
 
 BENCHMARK = Path(__file__).parents[2] / "shared" / "data" / "super_natural"

@@ -10,7 +10,8 @@ import pytest
 from llm_server import LlmServer, Reply
 
 from softprompt_registry.errors import LanguageModelError
-from softprompt_registry.language_models.openai_compatible import OpenAICompatible, OpenAICompatibleConfig
+from softprompt_registry.language_models.openai_compatible import OpenAICompatible
+from softprompt_registry.language_models.openai_settings import OpenAICompatibleConfig
 from softprompt_registry.language_models.protocol import Completion, CompletionRequest
 
 ELSEWHERE = "http://model.invalid/v1"

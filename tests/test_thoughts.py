@@ -13,7 +13,8 @@ from tiny_llm import tiny_base_model
 from softprompt_registry.errors import LanguageModelError
 from softprompt_registry.language_models.answer_cache import AnswerCache, _key
 from softprompt_registry.language_models.on_transformers import OnTransformers, TransformersConfig
-from softprompt_registry.language_models.openai_compatible import OpenAICompatible, OpenAICompatibleConfig
+from softprompt_registry.language_models.openai_compatible import OpenAICompatible
+from softprompt_registry.language_models.openai_settings import OpenAICompatibleConfig
 from softprompt_registry.language_models.protocol import Completion, CompletionRequest
 from softprompt_registry.language_models.replies import read_answer, without_thoughts
 

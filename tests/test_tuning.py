@@ -35,7 +35,8 @@ from softprompt_registry.soft_prompts.fleet import train_step
 from softprompt_registry.soft_prompts.performance import Trial, choose_labels, generate_answers, measure
 from softprompt_registry.soft_prompts.progress import initial_embeddings
 from softprompt_registry.soft_prompts.soft_prompt import SoftPrompt
-from softprompt_registry.soft_prompts.tuning import TuningConfig, mean_curves, tune_soft_prompts
+from softprompt_registry.soft_prompts.tuning import mean_curves, tune_soft_prompts
+from softprompt_registry.soft_prompts.tuning_settings import TuningConfig
 
 CONFIG = replace(small_tasks.CONFIG, slots=2, tokens_per_forward=160)
 CLOSE = {"rtol": 1e-4, "atol": 1e-6}

@@ -19,7 +19,7 @@ from softprompt_registry.dod.task import Task
 from softprompt_registry.soft_prompts import fleet as fleet_module
 from softprompt_registry.soft_prompts.bank import SoftPromptBank
 from softprompt_registry.soft_prompts.progress import EncodedTask, Progress, begin
-from softprompt_registry.soft_prompts.tuning import TuningConfig
+from softprompt_registry.soft_prompts.tuning_settings import TuningConfig
 from softprompt_registry.stages import tuning as stage
 
 

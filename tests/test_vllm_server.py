@@ -19,7 +19,8 @@ from pathlib import Path
 import pytest
 from small_dod import GREEDY, MODEL, check_small_dod, texts
 
-from softprompt_registry.language_models.openai_compatible import OpenAICompatible, OpenAICompatibleConfig
+from softprompt_registry.language_models.openai_compatible import OpenAICompatible
+from softprompt_registry.language_models.openai_settings import OpenAICompatibleConfig
 from softprompt_registry.language_models.protocol import Completion
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]

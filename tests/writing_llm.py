@@ -15,7 +15,8 @@ from typing import Any
 
 from llm_server import LlmServer, Reply, chat
 
-from softprompt_registry.language_models.openai_compatible import OpenAICompatible, OpenAICompatibleConfig
+from softprompt_registry.language_models.openai_compatible import OpenAICompatible
+from softprompt_registry.language_models.openai_settings import OpenAICompatibleConfig
 
 SEED_WORDS = tuple("river stone garden market winter letter bridge mountain teacher morning harbour forest".split())
 LABELS = tuple(

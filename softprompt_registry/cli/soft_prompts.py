@@ -69,7 +69,7 @@ def tune(
     """
     from softprompt_registry.base_models.loading import default_reference
     from softprompt_registry.config import build_config
-    from softprompt_registry.soft_prompts.tuning import TuningConfig
+    from softprompt_registry.soft_prompts.tuning_settings import TuningConfig
 
     settings = build_config(TuningConfig, section_of("tuning", config, overrides))
     require_store()

@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 if TYPE_CHECKING:
     import openai
 
-    from softprompt_registry.language_models.openai_compatible import OpenAICompatibleConfig
-    from softprompt_registry.language_models.protocol import CompletionRequest
+    from softprompt_registry.language_models.openai_settings import OpenAICompatibleConfig
+from softprompt_registry.language_models.protocol import CompletionRequest
 
 _log = logging.getLogger(__name__)
 

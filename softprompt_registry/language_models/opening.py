@@ -11,7 +11,8 @@ from softprompt_registry.config import build_config, settings
 from softprompt_registry.errors import ConfigError
 from softprompt_registry.language_models.on_transformers import OnTransformers, TransformersConfig
 from softprompt_registry.language_models.on_vllm import OnVllm, VllmConfig
-from softprompt_registry.language_models.openai_compatible import OpenAICompatible, OpenAICompatibleConfig
+from softprompt_registry.language_models.openai_compatible import OpenAICompatible
+from softprompt_registry.language_models.openai_settings import OpenAICompatibleConfig
 from softprompt_registry.language_models.protocol import LanguageModel
 
 

@@ -10,12 +10,12 @@ from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING
 
 from softprompt_registry.errors import LanguageModelError
+from softprompt_registry.language_models.openai_settings import OpenAICompatibleConfig
 from softprompt_registry.language_models.replies import BadReply, provider_message
 
 if TYPE_CHECKING:
     import openai
 
-    from softprompt_registry.language_models.openai_compatible import OpenAICompatibleConfig
 
 _MIN_SECRET = 12
 """Characters of a key that no answer holds by chance; keys of local servers are shorter, "EMPTY" for instance."""

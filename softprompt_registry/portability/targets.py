@@ -11,6 +11,7 @@ from pydantic import PositiveInt
 
 from softprompt_registry.config import settings
 from softprompt_registry.errors import ConfigError
+from softprompt_registry.language_models.openai_settings import OpenAICompatibleConfig
 from softprompt_registry.language_models.opening import LanguageModelConfig, engine_config
 from softprompt_registry.language_models.protocol import PriceConfig, without_folders
 
@@ -55,8 +56,6 @@ class TargetConfig(PriceConfig, LanguageModelConfig):
         Two servers may call different weights by one name, and a comparison of targets must not mix them up; so a server that
         has moved to another address is asked again. None in this process, where the loaded weights say it.
         """
-        from softprompt_registry.language_models.openai_compatible import OpenAICompatibleConfig
-
         settings = engine_config(self)
         if not isinstance(settings, OpenAICompatibleConfig):
             return None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 from softprompt_registry.base_models.frozen import BaseModel
 from softprompt_registry.base_models.reference import BaseModelRef
@@ -12,9 +12,7 @@ from softprompt_registry.dod.task import Task
 from softprompt_registry.soft_prompts.fleet import Fleet, FleetStatistics
 from softprompt_registry.soft_prompts.progress import DodOrigin, finished_prompt
 from softprompt_registry.soft_prompts.soft_prompt import SoftPrompt
-
-if TYPE_CHECKING:
-    from softprompt_registry.soft_prompts.tuning import TuningConfig
+from softprompt_registry.soft_prompts.tuning_settings import TuningConfig
 
 
 @dataclass(frozen=True)

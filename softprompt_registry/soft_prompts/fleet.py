@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -26,9 +25,7 @@ from softprompt_registry.soft_prompts.encoding import EncodedPair
 from softprompt_registry.soft_prompts.performance import Trial, measure, soft_rows
 from softprompt_registry.soft_prompts.progress import EncodedTask, Progress, begin, encode_task
 from softprompt_registry.soft_prompts.token_budget import TokenBudget, pieces, tokens_that_fit
-
-if TYPE_CHECKING:
-    from softprompt_registry.soft_prompts.tuning import TuningConfig
+from softprompt_registry.soft_prompts.tuning_settings import TuningConfig
 
 PREPARED_AHEAD = 2
 """Tasks whose text is made into token ids while others are tuned."""

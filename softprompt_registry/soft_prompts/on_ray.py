@@ -26,10 +26,10 @@ from softprompt_registry.errors import ConfigError, SoftPromptError
 from softprompt_registry.soft_prompts.engines import InThisProcess, Tuned
 from softprompt_registry.soft_prompts.fleet import PREPARED_AHEAD, FleetStatistics
 from softprompt_registry.soft_prompts.progress import DodOrigin
+from softprompt_registry.soft_prompts.tuning_settings import TuningConfig
 
 if TYPE_CHECKING:
     from softprompt_registry.base_models.loading import DType
-    from softprompt_registry.soft_prompts.tuning import TuningConfig
 
 MAX_LOST_ACTORS_IN_A_ROW = 10
 """Without a finished task between them: then it is not the machines that fail."""

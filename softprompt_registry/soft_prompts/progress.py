@@ -6,7 +6,7 @@ import math
 import random
 from collections import deque
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 
@@ -15,9 +15,7 @@ from softprompt_registry.dod.task import Pair, PairSplit, Task
 from softprompt_registry.fingerprints import digest_of_json
 from softprompt_registry.soft_prompts.encoding import EncodedPair, RowEncoder, choose_pairs
 from softprompt_registry.soft_prompts.soft_prompt import SoftPrompt, SoftPromptRecord
-
-if TYPE_CHECKING:
-    from softprompt_registry.soft_prompts.tuning import TuningConfig
+from softprompt_registry.soft_prompts.tuning_settings import TuningConfig
 
 
 @dataclass(frozen=True)

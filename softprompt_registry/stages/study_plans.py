@@ -14,7 +14,8 @@ from softprompt_registry.evaluation.evaluating import EvaluationConfig, settings
 from softprompt_registry.fingerprints import digest_of_directory, digest_of_json
 from softprompt_registry.registry.artifacts import find_artifact
 from softprompt_registry.soft_prompts.bank import SoftPromptBank
-from softprompt_registry.soft_prompts.tuning import SPEED_SETTINGS, TuningConfig
+from softprompt_registry.soft_prompts.tuning import SPEED_SETTINGS
+from softprompt_registry.soft_prompts.tuning_settings import TuningConfig
 from softprompt_registry.stages.running import require_same_dod
 from softprompt_registry.stages.study_settings import StudyConfig
 from softprompt_registry.translators.training import TranslatorConfig

@@ -10,7 +10,7 @@ from pydantic import PositiveInt
 
 from softprompt_registry.config import Distinct, PositiveShare, build_config, settings
 from softprompt_registry.evaluation.evaluating import EvaluationConfig
-from softprompt_registry.soft_prompts.tuning import TuningConfig
+from softprompt_registry.soft_prompts.tuning_settings import TuningConfig
 from softprompt_registry.translators.training import TranslatorConfig
 from softprompt_registry.verbalization.methods import ALL, WITH_VERIFIER
 

@@ -18,7 +18,8 @@ from softprompt_registry.config import flatten
 from softprompt_registry.registry import conventions
 from softprompt_registry.soft_prompts.bank import SoftPromptBank
 from softprompt_registry.soft_prompts.engines import TuningEngine
-from softprompt_registry.soft_prompts.tuning import TuningConfig, tune_soft_prompts
+from softprompt_registry.soft_prompts.tuning import tune_soft_prompts
+from softprompt_registry.soft_prompts.tuning_settings import TuningConfig
 from softprompt_registry.stages.running import StageResult, dod_stage, lineage_params, logged_model
 
 METRICS = ("validation_loss", "label_accuracy", "exact_match")
