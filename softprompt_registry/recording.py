@@ -5,13 +5,15 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-    from rich.progress import Progress
+    from matplotlib.figure import Figure  # takes a third of a second
 
 
 class ProgressBar(Protocol):
@@ -26,54 +28,38 @@ class Recorder(Protocol):
 
     def params(self, prefix: str, values: Mapping[str, Any]) -> None:
         """Settings, kept under `prefix.key`."""
+        return None
 
     def metric(self, name: str, value: float, step: int = 0) -> None:
         """One point of a curve."""
+        return None
 
     def figure(self, name: str, figure: Figure) -> None:
         """A matplotlib figure; `name` ends in .png or .svg."""
+        return None
 
     def table(self, name: str, columns: Mapping[str, Sequence[Any]]) -> None:
         """Rows for people; `name` ends in .json."""
+        return None
 
     def artifact(self, path: Path) -> None:
         """A file, or a folder with all it holds."""
+        return None
 
     def progress(self, title: str, total: int) -> AbstractContextManager[ProgressBar]:
         """A progress bar that lives as long as the block."""
 
 
-class _SilentBar:
+class _SilentBar(ProgressBar):
     def advance(self, steps: int = 1, note: str = "") -> None:
         return None
 
-    def __enter__(self) -> _SilentBar:
-        return self
 
-    def __exit__(self, *error: object) -> None:
-        return None
-
-
-class NullRecorder:
+class NullRecorder(Recorder):
     """Forgets everything; the default in library use."""
 
-    def params(self, prefix: str, values: Mapping[str, Any]) -> None:
-        return None
-
-    def metric(self, name: str, value: float, step: int = 0) -> None:
-        return None
-
-    def figure(self, name: str, figure: Figure) -> None:
-        return None
-
-    def table(self, name: str, columns: Mapping[str, Sequence[Any]]) -> None:
-        return None
-
-    def artifact(self, path: Path) -> None:
-        return None
-
     def progress(self, title: str, total: int) -> AbstractContextManager[ProgressBar]:
-        return _SilentBar()
+        return nullcontext(_SilentBar())
 
 
 class _RichBar:
@@ -126,9 +112,6 @@ class ConsoleRecorder(NullRecorder):
     def progress(self, title: str, total: int) -> AbstractContextManager[ProgressBar]:
         if not sys.stderr.isatty():
             return _LineBar(title, total)
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
         progress = Progress(
             TextColumn("{task.description}", markup=False),
             BarColumn(),

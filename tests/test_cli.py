@@ -110,7 +110,7 @@ def _soft_prompt(bank: str, task: str) -> bytes:
         (["tune", "--dod", "none.sqlite", "--out", "bank"], 1, "none.sqlite"),
         (["tune", "--out", "bank"], 2, "Missing option '--dod'"),
         (["tune", "--dod", "x", "--out", "y", "-s", "epoch=3"], 1, "unknown 'epoch'; known are num_virtual_tokens"),
-        (["tune", "--dod", "x", "--out", "y", "-s", "epochs=many"], 1, "found 'many', expected int"),
+        (["tune", "--dod", "x", "--out", "y", "-s", "epochs=many"], 1, "epochs is 'many', expected a whole number"),
         (["tune", "--dod", "x", "--out", "y", "--config", "missing.yaml"], 1, "missing.yaml"),
         (["verbalize", "nowhere", "--translator", "nowhere"], 1, "nowhere"),
         (["register", "models:/m-0", "--name", "a"], 1, "m-0"),

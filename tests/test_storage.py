@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import json
 import os
 import signal
 import subprocess
@@ -33,7 +32,7 @@ def test_a_file_is_written_with_its_folders_and_leaves_nothing_beside_it(tmp_pat
 def test_json_keeps_its_characters_and_comes_back_equal(tmp_path: Path) -> None:
     value = {"name": "été 東京", "numbers": [1, 0.1, None]}
     storage.write_json(tmp_path / "a.json", value)
-    assert "été 東京" in (tmp_path / "a.json").read_text(encoding="utf-8")
+    assert (tmp_path / "a.json").read_text(encoding="utf-8").startswith('{\n  "name": "été 東京",\n')
     assert storage.read_json(tmp_path / "a.json", "a test") == value
 
 
@@ -87,13 +86,6 @@ def test_an_error_leaves_the_old_folder_and_no_other(tmp_path: Path) -> None:
         raise RuntimeError("disk full")
     assert names_in(tmp_path) == ["artifact"]
     assert (folder / "a.txt").read_text() == "old"
-
-
-def test_an_error_before_anything_was_there_leaves_nothing(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError), storage.folder_written_whole(tmp_path / "artifact") as partial:
-        (partial / "a.txt").write_text("half")
-        raise RuntimeError
-    assert names_in(tmp_path) == []
 
 
 def test_a_rest_of_a_killed_write_does_not_get_into_the_next_one(tmp_path: Path) -> None:
@@ -173,9 +165,3 @@ def test_the_lock_is_freed_by_an_error_inside(tmp_path: Path) -> None:
         raise ValueError("inside")
     with storage.locked(tmp_path):
         pass
-
-
-def test_json_is_written_for_people(tmp_path: Path) -> None:
-    storage.write_json(tmp_path / "a.json", {"b": 1})
-    text = (tmp_path / "a.json").read_text()
-    assert text == '{\n  "b": 1\n}\n' and json.loads(text) == {"b": 1}

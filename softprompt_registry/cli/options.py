@@ -86,9 +86,10 @@ def main() -> None:
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
 
 
-def with_json(command: CommandT) -> CommandT:
-    """--json: machine output on stdout."""
-    return click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")(command)
+with_json = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+"""--json: machine output on stdout."""
+
+dod_option = click.option("--dod", required=True, type=click.Path(path_type=Path), help="DoD file (.sqlite).")
 
 
 def with_settings(command: CommandT) -> CommandT:
@@ -111,11 +112,6 @@ def with_base_model(command: CommandT) -> CommandT:
         help="Base model: packaged:NAME, a folder, or a Hub name with @revision. Default: $SOFTPROMPT_BASE_MODEL, else that "
         "of the bank or translator that is read, else packaged:smollm2-135m-instruct.",
     )(command)
-
-
-def dod_option(command: CommandT) -> CommandT:
-    """--dod."""
-    return click.option("--dod", required=True, type=click.Path(path_type=Path), help="DoD file (.sqlite).")(command)
 
 
 def require_store(*, for_run: bool = True) -> None:

@@ -8,6 +8,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
 from softprompt_registry.figures import PALETTE
 from softprompt_registry.pages import formatting
 from softprompt_registry.pages.svg import PageFigure, inline_svg
@@ -45,9 +48,6 @@ def render_page(
         script: JavaScript for what the page can do without only with less comfort.
         content: what the template uses beside the above, functions too.
     """
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-    from markupsafe import Markup
-
     environment = Environment(
         loader=FileSystemLoader([template.parent, Path(__file__).parent]),
         autoescape=True,
@@ -55,14 +55,10 @@ def render_page(
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(
-        shown=formatting.shown_text,
-        number=formatting.number,
-        signed=formatting.signed,
-        integer=formatting.integer,
-        percent=formatting.percent,
-    )
-    environment.globals.update(plural=formatting.plural)
+    environment.filters["shown"] = formatting.shown_text
+    for form in (formatting.number, formatting.signed, formatting.integer, formatting.percent):
+        environment.filters[form.__name__] = form
+    environment.globals["plural"] = formatting.plural
     return environment.get_template(template.name).render(
         title=title,
         subtitle=subtitle,

@@ -7,13 +7,12 @@ import io
 import re
 import warnings
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+
+import matplotlib
+from matplotlib.figure import Figure
 
 from softprompt_registry.figures import PALETTE
 from softprompt_registry.pages.formatting import shown_text
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 LIMIT = "#b3261e"
 """Colour of a limit that values should keep to."""
@@ -42,8 +41,6 @@ class PageFigure:
 
 def inline_svg(drawn: PageFigure) -> str:
     """The figure as SVG without its title, which stands in the page; the same figure gives the same SVG."""
-    import matplotlib
-
     drawn.figure.axes[0].set_title("")
     file = io.StringIO()
     nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
