@@ -103,7 +103,7 @@ def _epochs(axes: Axes, values: Sequence[float], label: str) -> Any:
     return line.get_color()
 
 
-def _with_legend(figure: Figure, loc: str = "best") -> Figure:
+def _with_legend(figure: Figure, loc: Literal["best", "lower right"] = "best") -> Figure:
     figure.axes[0].legend(loc=loc)
     return figure
 
