@@ -7,10 +7,8 @@ import os
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    import torch
+import torch
 
 SECONDS_FOR_MAIN = 30.0
 """How long a failed process waits for the launcher to end it because the main process failed too."""
@@ -41,8 +39,6 @@ class Processes:
         """Each value summed over the processes, in float64; all get the same numbers."""
         if self.count == 1:
             return list(values)
-        import torch
-
         sums = torch.tensor(values, dtype=torch.float64, device=self.device)
         torch.distributed.all_reduce(sums)
         return [float(value) for value in sums.tolist()]
@@ -59,8 +55,6 @@ class Processes:
         """Put the sum over the processes, not their mean, in place of each gradient; a missing one counts as zeros."""
         if self.count == 1:
             return
-        import torch
-
         parameters = list(parameters)
         gradients = [torch.zeros_like(item) if item.grad is None else item.grad for item in parameters]
         # One message for all of them: an adapter has hundreds of small matrices.
@@ -85,7 +79,6 @@ def launched_processes() -> Iterator[Processes]:
     if int(os.environ.get("WORLD_SIZE") or 1) == 1 or "LOCAL_RANK" not in os.environ:
         yield ALONE
         return
-    import torch
     from accelerate import PartialState
 
     state = PartialState(cpu=not torch.cuda.is_available())
