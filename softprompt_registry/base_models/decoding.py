@@ -3,17 +3,41 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
 
 from softprompt_registry.errors import BaseModelError
 
 if TYPE_CHECKING:
     import torch
 
-    from softprompt_registry.base_models.frozen import BaseModel, JoinedBatch
-
 ENDED_SHARE = 1 / 8
 """Share of a batch's rows that must have ended before they are removed, which copies the keys and values of the others."""
+
+
+class Decodable(Protocol):
+    """What a `RowDecoder` needs of a `BaseModel`."""
+
+    model: Any
+
+    @property
+    def end_ids(self) -> tuple[int, ...]: ...
+
+
+@dataclass(frozen=True)
+class JoinedBatch:
+    """Soft tokens and text of B rows, ready for a forward pass. N = K + T, padded."""
+
+    inputs_embeds: torch.Tensor
+    """(B, N, D) in the base model's dtype."""
+    attention_mask: torch.Tensor
+    """(B, N) int64; 0 on padding."""
+    position_ids: torch.Tensor
+    """(B, N) int64; padding does not move the positions of real tokens."""
+    cache: Any = None
+    """Keys and values of what stands before these columns (soft tokens and L first tokens of the text), where that is not
+    among `inputs_embeds`: then N = T - L there and in `position_ids`, and N = K + T in `attention_mask`. A forward pass adds
+    to it: use it once."""
 
 
 class RowDecoder:
@@ -24,7 +48,7 @@ class RowDecoder:
 
     logits: torch.Tensor
 
-    def __init__(self, base_model: BaseModel, joined: JoinedBatch) -> None:
+    def __init__(self, base_model: Decodable, joined: JoinedBatch) -> None:
         """Reads the rows, which are padded on the left, up to where they are to be continued."""
         self._model = base_model.model
         self._end_ids = frozenset(base_model.end_ids)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
-from softprompt_registry.base_models.decoding import RowDecoder, at_least_float32
+from softprompt_registry.base_models.decoding import JoinedBatch, RowDecoder, at_least_float32
 from softprompt_registry.base_models.prefixes import Prefixes, PrefixRows, prefixes_in
 from softprompt_registry.base_models.reference import BaseModelRef
 from softprompt_registry.errors import BaseModelError
@@ -20,22 +20,6 @@ SEQUENCE_LAYOUT = "[soft tokens][BOS][text][EOS]"
 LAYOUT_WITHOUT_BOS = "[soft tokens][text][EOS]"
 _POSITIONS_BY_COLUMN = ("mpt", "gpt_neo")
 """Model types that count distances in columns, padding included, whatever `position_ids` say."""
-
-
-@dataclass(frozen=True)
-class JoinedBatch:
-    """Soft tokens and text of B rows, ready for a forward pass. N = K + T, padded."""
-
-    inputs_embeds: torch.Tensor
-    """(B, N, D) in the base model's dtype."""
-    attention_mask: torch.Tensor
-    """(B, N) int64; 0 on padding."""
-    position_ids: torch.Tensor
-    """(B, N) int64; padding does not move the positions of real tokens."""
-    cache: Any = None
-    """Keys and values of what stands before these columns (soft tokens and L first tokens of the text), where that is not
-    among `inputs_embeds`: then N = T - L there and in `position_ids`, and N = K + T in `attention_mask`. A forward pass adds
-    to it: use it once."""
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,8 @@ from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import TYPE_CHECKING, NamedTuple
 
-from softprompt_registry.base_models.frozen import BaseModel, JoinedBatch
+from softprompt_registry.base_models.decoding import JoinedBatch
+from softprompt_registry.base_models.frozen import BaseModel
 from softprompt_registry.base_models.prefixes import Prefixes, shared_lead
 from softprompt_registry.soft_prompts.token_budget import pieces
 

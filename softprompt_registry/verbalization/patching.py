@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from softprompt_registry.base_models.decoding import RowDecoder
-from softprompt_registry.base_models.frozen import BaseModel, JoinedBatch
+from softprompt_registry.base_models.decoding import JoinedBatch, RowDecoder
+from softprompt_registry.base_models.frozen import BaseModel
 from softprompt_registry.base_models.grouped_attention import grouped_attention
 from softprompt_registry.base_models.growing_cache import growing_cache
 from softprompt_registry.base_models.layers import decoder_layers, hidden_of, with_hidden
