@@ -8,7 +8,7 @@ import pytest
 from small_tasks import free_task, make_task
 
 from softprompt_registry.errors import ConfigError
-from softprompt_registry.portability.answers import (
+from softprompt_registry.portability.conditions import (
     FEW_SHOT_TRANSLATED,
     GROUND_TRUTH,
     INSPECT,

@@ -14,15 +14,14 @@ from softprompt_registry.errors import ArtifactError, DataError
 from softprompt_registry.evaluation.statistics import bootstrap_mean, paired_bootstrap
 from softprompt_registry.language_models.protocol import Prices
 from softprompt_registry.portability.analysis import ALL_TASKS, Measure, Portability
-from softprompt_registry.portability.answers import (
+from softprompt_registry.portability.answers import Answer, Question
+from softprompt_registry.portability.conditions import (
     FEW_SHOT_3,
     FEW_SHOT_5,
     NO_PROMPT,
     SOFT_PROMPT,
     TRANSLATED,
     TRANSLATED_VERIFIED,
-    Answer,
-    Question,
 )
 from softprompt_registry.portability.scoring import score_answers
 

@@ -16,7 +16,8 @@ from softprompt_registry.dod.task import Pair, Task
 from softprompt_registry.language_models.protocol import Prices, Usage
 from softprompt_registry.pages.svg import inline_svg
 from softprompt_registry.portability.analysis import Portability
-from softprompt_registry.portability.answers import (
+from softprompt_registry.portability.answers import Answer, Question
+from softprompt_registry.portability.conditions import (
     CONDITIONS,
     FEW_SHOT_3,
     FEW_SHOT_5,
@@ -25,8 +26,6 @@ from softprompt_registry.portability.answers import (
     SOFT_PROMPT,
     TRANSLATED,
     TRANSLATED_VERIFIED,
-    Answer,
-    Question,
 )
 from softprompt_registry.portability.figures import portability_figures
 from softprompt_registry.portability.page import portability_page, summary

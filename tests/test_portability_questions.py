@@ -10,7 +10,8 @@ from small_tasks import free_task, make_task
 from softprompt_registry.dod.task import Pair, PairSplit, Task
 from softprompt_registry.errors import ConfigError, DataError
 from softprompt_registry.language_models.protocol import CompletionRequest
-from softprompt_registry.portability.answers import CONDITIONS, SOFT_PROMPT, Question
+from softprompt_registry.portability.answers import Question
+from softprompt_registry.portability.conditions import CONDITIONS, SOFT_PROMPT
 from softprompt_registry.portability.hard_prompts import HardPrompt
 from softprompt_registry.portability.questions import (
     QuestionsConfig,

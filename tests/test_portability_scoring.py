@@ -6,7 +6,8 @@ import pytest
 
 from softprompt_registry.dod.task import Pair, Task
 from softprompt_registry.errors import DataError
-from softprompt_registry.portability.answers import NO_PROMPT, TRANSLATED, Answer, Question
+from softprompt_registry.portability.answers import Answer, Question
+from softprompt_registry.portability.conditions import NO_PROMPT, TRANSLATED
 from softprompt_registry.portability.scoring import HEADLINE, HEADLINES, ScoredAnswer, named_labels, score_answers
 
 MOODS = Task(

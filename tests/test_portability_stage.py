@@ -23,7 +23,7 @@ from softprompt_registry.dod.store import DodStore
 from softprompt_registry.dod.task import Pair, Task
 from softprompt_registry.evaluation.record import EvaluationRecord
 from softprompt_registry.evaluation.text_scores import EvaluatedTask
-from softprompt_registry.portability.answers import CONDITIONS
+from softprompt_registry.portability.conditions import CONDITIONS
 from softprompt_registry.registry.artifacts import find_evaluation, find_portability
 from softprompt_registry.soft_prompts.bank import SoftPromptBank
 from softprompt_registry.soft_prompts.soft_prompt import SoftPrompt, SoftPromptRecord

@@ -88,7 +88,7 @@ def portability(
       softprompt portability 0b5c9d1e7f6a4c2b8d3e5f7a9b1c3d5e --dod tasks.sqlite --bank bank --target gpt-4.1-mini --dry-run
     """
     from softprompt_registry.config import build_config
-    from softprompt_registry.portability.answers import SOFT_PROMPT
+    from softprompt_registry.portability.conditions import SOFT_PROMPT
     from softprompt_registry.portability.measuring import PortabilityConfig
     from softprompt_registry.stages.porting import estimate_portability, measure
 
@@ -185,7 +185,7 @@ def _print_result(result: PortabilityResult, as_json: bool) -> None:
 
 
 def _print_target(found: Portability, target: str) -> None:
-    from softprompt_registry.portability.answers import SOFT_PROMPT
+    from softprompt_registry.portability.conditions import SOFT_PROMPT
 
     conditions = found.conditions(target)
     place = found.small_model

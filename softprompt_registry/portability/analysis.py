@@ -25,7 +25,7 @@ from softprompt_registry.evaluation.statistics import (
     paired_bootstrap,
 )
 from softprompt_registry.language_models.protocol import Prices
-from softprompt_registry.portability.answers import CONDITIONS, FEW_SHOT_5, FEW_SHOTS, SOFT_PROMPT, TRANSLATIONS
+from softprompt_registry.portability.conditions import CONDITIONS, FEW_SHOT_5, FEW_SHOTS, SOFT_PROMPT, TRANSLATIONS
 from softprompt_registry.portability.scoring import HEADLINE, HEADLINES, METRICS, STATES, ScoredAnswer
 from softprompt_registry.storage import check_format_version, complete_record
 

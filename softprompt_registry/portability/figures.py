@@ -6,7 +6,7 @@ from softprompt_registry.figures import PALETTE, no_formula, scatter
 from softprompt_registry.pages.formatting import signed
 from softprompt_registry.pages.svg import PageFigure
 from softprompt_registry.portability.analysis import ALL_TASKS, Measure, Portability
-from softprompt_registry.portability.answers import CONDITIONS, SOFT_PROMPT
+from softprompt_registry.portability.conditions import CONDITIONS, SOFT_PROMPT
 
 METRIC_NAMES = {
     "rouge_l": "task ROUGE-L",

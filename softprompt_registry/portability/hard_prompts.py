@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from softprompt_registry.dod.task import Task, TaskKind
 from softprompt_registry.errors import ConfigError
-from softprompt_registry.portability.answers import CONDITIONS, GROUND_TRUTH
+from softprompt_registry.portability.conditions import CONDITIONS, GROUND_TRUTH
 from softprompt_registry.verbalization.verbalizer import Verbalization
 
 LABEL_LIST = "Classify the given input into one of the following: {labels}."

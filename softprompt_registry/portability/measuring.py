@@ -17,9 +17,9 @@ from softprompt_registry.evaluation.record import EvaluationRecord
 from softprompt_registry.language_models.answer_cache import AnswerCache
 from softprompt_registry.language_models.protocol import Usage, without_folders
 from softprompt_registry.portability.analysis import Portability
-from softprompt_registry.portability.answers import CONDITIONS, SOFT_PROMPT
 from softprompt_registry.portability.asking import OnAnswer, TargetAnswers, ask_questions, ask_targets
 from softprompt_registry.portability.budget import Budget, TargetPlan
+from softprompt_registry.portability.conditions import CONDITIONS, SOFT_PROMPT
 from softprompt_registry.portability.hard_prompts import LABEL_LIST, hard_prompts
 from softprompt_registry.portability.questions import (
     QuestionsConfig,

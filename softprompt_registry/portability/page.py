@@ -13,7 +13,8 @@ from softprompt_registry.language_models.protocol import Usage
 from softprompt_registry.pages.formatting import number, plural
 from softprompt_registry.pages.page import Tone, Verdict, render_page
 from softprompt_registry.portability.analysis import ALL_TASKS, Margin, Portability
-from softprompt_registry.portability.answers import (
+from softprompt_registry.portability.answers import Answer
+from softprompt_registry.portability.conditions import (
     CONDITIONS,
     FEW_SHOT_5,
     FEW_SHOTS,
@@ -24,7 +25,6 @@ from softprompt_registry.portability.answers import (
     SOFT_PROMPT,
     TRANSLATIONS,
     VERIFIED_BEST,
-    Answer,
 )
 from softprompt_registry.portability.figures import METRIC_NAMES, measure_name, portability_figures
 from softprompt_registry.portability.shown_tasks import shown_tasks

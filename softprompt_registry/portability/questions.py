@@ -13,7 +13,8 @@ from softprompt_registry.config import settings
 from softprompt_registry.dod.task import Pair, Task, fill_template, seed_of, text_key
 from softprompt_registry.errors import DataError
 from softprompt_registry.language_models.protocol import CompletionRequest
-from softprompt_registry.portability.answers import CONDITIONS, GROUND_TRUTH, SOFT_PROMPT, Question
+from softprompt_registry.portability.answers import Question
+from softprompt_registry.portability.conditions import CONDITIONS, GROUND_TRUTH, SOFT_PROMPT
 from softprompt_registry.portability.hard_prompts import HardPrompt
 from softprompt_registry.portability.templates import PromptTemplates
 from softprompt_registry.verbalization.held_out import split_pairs

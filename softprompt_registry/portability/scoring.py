@@ -13,7 +13,8 @@ from softprompt_registry.dod.task import Task, TaskKind, text_key
 from softprompt_registry.errors import DataError
 from softprompt_registry.evaluation.metrics import rouge_l
 from softprompt_registry.language_models.replies import CONTENT_FILTER, CUT, REFUSAL
-from softprompt_registry.portability.answers import CONDITIONS, Answer
+from softprompt_registry.portability.answers import Answer
+from softprompt_registry.portability.conditions import CONDITIONS
 from softprompt_registry.text_matching import exact_match
 
 METRICS = ("rouge_l", "exact_match", "accuracy_strict", "accuracy_lenient")

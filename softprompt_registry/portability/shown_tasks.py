@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from softprompt_registry.portability.analysis import Measure, Portability
-from softprompt_registry.portability.answers import CONDITIONS, FEW_SHOT_3, FEW_SHOT_5, Answer
+from softprompt_registry.portability.answers import Answer
+from softprompt_registry.portability.conditions import CONDITIONS, FEW_SHOT_3, FEW_SHOT_5
 from softprompt_registry.portability.scoring import HEADLINES, ScoredAnswer
 
 MAX_INPUTS = 5

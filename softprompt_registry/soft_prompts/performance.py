@@ -7,8 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-
-import torch
+from typing import TYPE_CHECKING
 
 from softprompt_registry.base_models.frozen import BaseModel
 from softprompt_registry.base_models.prefixes import PrefixRows, shared_lead
@@ -16,6 +15,9 @@ from softprompt_registry.dod.task import Task
 from softprompt_registry.soft_prompts.encoding import RowEncoder
 from softprompt_registry.soft_prompts.token_budget import pieces
 from softprompt_registry.text_matching import exact_match
+
+if TYPE_CHECKING:
+    import torch
 
 LabelIds = list[list[tuple[int, list[int]]]]
 """For each trial and label, how many tokens at the end of a prompt give way to it, and its token ids."""
@@ -81,6 +83,8 @@ def generate_answers(
     label_ids: LabelIds | None = None,
 ) -> list[list[str]]:
     """Greedy answers per trial, in the order of its prompts. Label answers are cut a little past the task's longest label."""
+    import torch
+
     label_ids = label_ids or _label_ids(base_model, trials)
     num_soft = _num_soft(trials)
     answers = [[""] * len(trial.prompts) for trial in trials]
@@ -109,6 +113,8 @@ def choose_labels(
     Labels of one token each are read off one forward pass, far cheaper than a pass per label; otherwise each label is a
     row of its own, scored with its end token so that a label that begins another one stays distinct.
     """
+    import torch
+
     num_soft = _num_soft(trials)
     choices = [[""] * len(trial.prompts) if trial.task.kind == "classification" else [] for trial in trials]
     label_ids = label_ids or _label_ids(base_model, trials)
@@ -180,7 +186,7 @@ def _label_ids(base_model: BaseModel, trials: Sequence[Trial]) -> LabelIds:
     ]
 
 
-SoftOf = Callable[[Sequence[int]], torch.Tensor | PrefixRows | None]
+SoftOf = Callable[[Sequence[int]], "torch.Tensor | PrefixRows | None"]
 """From the numbers of the prompts that rows begin with to what a forward pass takes."""
 
 
@@ -192,6 +198,8 @@ def soft_rows(base_model: BaseModel, prompts: Sequence[torch.Tensor | None], tex
     Args:
         texts: token ids of all rows that will begin with these prompts.
     """
+    import torch
+
     present = [prompt for prompt in prompts if prompt is not None]
     if not present:
         return lambda owners: None

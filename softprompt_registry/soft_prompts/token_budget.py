@@ -6,8 +6,6 @@ import gc
 from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
-import torch
-
 from softprompt_registry.base_models.frozen import BaseModel
 
 ResultT = TypeVar("ResultT")
@@ -61,6 +59,8 @@ class TokenBudget:
 
 def is_out_of_memory(error: Exception) -> bool:
     """Whether a GPU or the machine had no memory left."""
+    import torch
+
     said = ("can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDA error: out of memory")
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(text in str(error) for text in said)
 
@@ -73,7 +73,6 @@ def tokens_that_fit(base_model: BaseModel, num_virtual_tokens: int, memory_share
     Args:
         memory_share: of a GPU's free memory, for several processes that begin on it together.
     """
-
     if base_model.device.type != "cuda":
         return CPU_TOKENS
     try:
@@ -86,6 +85,8 @@ def tokens_that_fit(base_model: BaseModel, num_virtual_tokens: int, memory_share
 
 
 def _measured_tokens(base_model: BaseModel, num_virtual_tokens: int, memory_share: float) -> int:
+    import torch
+
     _free_memory()
     before = torch.cuda.memory_allocated(base_model.device)
     torch.cuda.reset_peak_memory_stats(base_model.device)
@@ -100,6 +101,8 @@ def _measured_tokens(base_model: BaseModel, num_virtual_tokens: int, memory_shar
 
 
 def _free_memory() -> None:
+    import torch
+
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

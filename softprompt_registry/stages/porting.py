@@ -20,9 +20,10 @@ from softprompt_registry.dod.store import DodStore
 from softprompt_registry.errors import ConfigError
 from softprompt_registry.language_models.answer_cache import AnswerCache
 from softprompt_registry.portability.analysis import Portability
-from softprompt_registry.portability.answers import CONDITIONS, SOFT_PROMPT, Answer
+from softprompt_registry.portability.answers import Answer
 from softprompt_registry.portability.asking import OnAnswer, TargetAnswers
 from softprompt_registry.portability.budget import Estimate, estimate
+from softprompt_registry.portability.conditions import CONDITIONS, SOFT_PROMPT
 from softprompt_registry.portability.figures import portability_figures
 from softprompt_registry.portability.measuring import (
     PortabilityConfig,

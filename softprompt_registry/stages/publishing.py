@@ -11,7 +11,7 @@ from mlflow.entities import LoggedModel, LoggedModelInput, Run
 from mlflow_plugins.recording import MlflowRecorder
 from softprompt_registry.errors import RegistryError
 from softprompt_registry.evaluation.record import EvaluationRecord
-from softprompt_registry.portability.answers import CONDITIONS
+from softprompt_registry.portability.conditions import CONDITIONS
 from softprompt_registry.portability.hard_prompts import LABEL_LIST, instruction
 from softprompt_registry.registry import conventions
 from softprompt_registry.registry.artifacts import find_evaluation, find_portability
