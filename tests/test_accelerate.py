@@ -271,7 +271,7 @@ def test_one_process_needs_no_accelerate() -> None:
         "with launched_processes() as processes:\n"
         "    assert processes == ALONE and processes.is_main and processes.main_says(3) == 3\n"
         "    assert processes.totals(1.5, 2) == [1.5, 2]\n"
-        "assert 'accelerate' not in sys.modules and 'torch' not in sys.modules"
+        "assert 'accelerate' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 

@@ -48,7 +48,7 @@ class StageGroup(click.Group):
     """Lists commands in the order of the data, and turns our errors into one clean message and exit code 1."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return [name for name in ORDER if name in self.commands]
+        return sorted(self.commands, key=ORDER.index)
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
         accept_all_characters()  # before help and messages about misuse as well

@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import NonNegativeInt
 
-from softprompt_registry.config import Distinct, flatten, settings
+from softprompt_registry.config import Distinct, PositiveShare, Share, flatten, settings
 from softprompt_registry.dod.store import DodStore
 from softprompt_registry.dod.task import Task
 from softprompt_registry.errors import DataError
@@ -41,12 +41,12 @@ class AbstentionConfig:
     """How the rule is found by which a text is withheld."""
 
     min_faithfulness: float | None = None
-    """A threshold that is given, in place of one that is chosen on training tasks: that of another evaluation's rule.json."""
-    precision: float = 0.8
-    """At least this share of the texts that are given shall be good, on training tasks."""
-    num_tasks: int = 24
+    """Fixed threshold, for instance from another evaluation's rule.json. None chooses one on training tasks."""
+    precision: PositiveShare = 0.8
+    """Smallest share of good texts among those that the rule gives on training tasks."""
+    num_tasks: NonNegativeInt = 24
     """Training tasks that the rule is chosen on, at most; those that the translator held out come first."""
-    good_label_f1: float = 0.5
+    good_label_f1: Share = 0.5
     """A label list of at least this F1 is good."""
     good_cosine: float = 0.5
     """Another text of at least this cosine with its ground truth is good."""

@@ -48,8 +48,12 @@ EVALUATION_PREFIX = "evaluation."
 
 # Runs.
 STAGE_TAG = "softprompt.stage"
+STAGE_AUDIT_DOD = "audit-dod"
 STAGE_TUNE = "tune"
+STAGE_SOFT_PROMPT = "soft-prompt"
+"""Child runs of tuning, one per soft prompt."""
 STAGE_TRAIN_TRANSLATOR = "train-translator"
+STAGE_INSPECT_GRID = "inspect-grid"
 STAGE_EVALUATE = "evaluate"
 STAGE_EVALUATE_METHOD = "evaluate-method"
 """Child runs of an evaluation, one per method."""

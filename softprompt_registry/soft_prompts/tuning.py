@@ -9,7 +9,6 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 from softprompt_registry.base_models.frozen import BaseModel
@@ -137,17 +136,12 @@ def _overview(tasks: Sequence[Task]) -> tuple[list[str], list[str], list[float]]
     return names, digests, mean_characters
 
 
-SPEED_SETTINGS = ("slots", "tokens_per_forward", "compile")
-"""Settings that change a soft prompt by rounding only: work that was begun with others is taken over."""
-
-
 def _key(ref: BaseModelRef, digests: Sequence[str], config: TuningConfig, dod_digest: str | None) -> str:
     """What stored work must agree on to be taken over.
 
     The DoD's digest is part of it: a bank names the one DoD that it was tuned on, and is used with no other.
     """
-    settings = {name: value for name, value in asdict(config).items() if name not in SPEED_SETTINGS}
-    return digest_of_json([ref.fingerprint, ref.dtype, dod_digest, settings, digests])[:SHORT]
+    return digest_of_json([ref.fingerprint, ref.dtype, dod_digest, config.identity, digests])[:SHORT]
 
 
 def mean_curves(bank: SoftPromptBank) -> dict[str, list[float]]:

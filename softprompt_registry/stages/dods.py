@@ -16,6 +16,7 @@ from softprompt_registry.dod.audit_findings import Audit
 from softprompt_registry.dod.audit_page import audit_figures, write_audit_page
 from softprompt_registry.dod.store import note_in_dod
 from softprompt_registry.recording import Recorder
+from softprompt_registry.registry import conventions
 from softprompt_registry.stages.running import stage_run
 
 if TYPE_CHECKING:
@@ -82,7 +83,7 @@ def audit(
     dod_path: Path, config: AuditConfig, page: Path, *, tokenizer: PreTrainedTokenizerBase | None = None
 ) -> tuple[str, Audit]:
     """(run id, audit) of a DoD. The page goes to `page` and into the run, the findings into the DoD's metadata."""
-    with stage_run("audit-dod") as run_id:
+    with stage_run(conventions.STAGE_AUDIT_DOD) as run_id:
         recorder = MlflowRecorder()
         recorder.params("audit", flatten(config))
         found = audit_dod(dod_path, config=config, tokenizer=tokenizer, recorder=recorder)

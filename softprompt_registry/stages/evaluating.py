@@ -66,7 +66,14 @@ def evaluate(
         if work is not None:
             stack.enter_context(locked(work))
         stage = stack.enter_context(
-            dod_stage("evaluate", base_model, dod_path, context="evaluation", translator=translator_uri, bank=bank_uri)
+            dod_stage(
+                conventions.STAGE_EVALUATE,
+                base_model,
+                dod_path,
+                context="evaluation",
+                translator=translator_uri,
+                bank=bank_uri,
+            )
         )
         recorder = MlflowRecorder()
         recorder.params("evaluation", flatten(config))
@@ -104,7 +111,9 @@ def _log_methods(evaluation: Evaluation, recorder: Recorder, dataset: DodDataset
         )
     for method, metrics in values.items():
         named = {f"{conventions.EVALUATION_PREFIX}{name}": value for name, value in metrics.items()}
-        with mlflow.start_run(run_name=method, nested=True, tags={conventions.STAGE_TAG: "evaluate-method"}):
+        with mlflow.start_run(
+            run_name=method, nested=True, tags={conventions.STAGE_TAG: conventions.STAGE_EVALUATE_METHOD}
+        ):
             mlflow.log_params({"method": method})
             mlflow.log_input(dataset, context="evaluation")
             mlflow.log_metrics(named)

@@ -43,7 +43,7 @@ def read_grid(
         train_tasks: the first so many of the bank's training tasks.
         test_tasks: the same for test tasks; None takes all.
     """
-    with dod_stage("inspect-grid", base_model, dod_path, context="evaluation", bank=bank_uri) as stage:
+    with dod_stage(conventions.STAGE_INSPECT_GRID, base_model, dod_path, context="evaluation", bank=bank_uri) as stage:
         bank, store = stage.bank, stage.store
         in_bank = set(bank.tasks())
         train = [name for name in store.task_names("train") if name in in_bank][:train_tasks]

@@ -17,7 +17,7 @@ from softprompt_registry.stages.running import stage_run
 
 def register(model_uri: str, name: str, model_config: dict[str, Any] | None = None) -> registration.RegisteredVersion:
     """Register an evaluated artifact. A translator is wrapped as the servable portable prompt model first."""
-    with stage_run("register"):
+    with stage_run(conventions.STAGE_REGISTER):
         model = find_by_uri(model_uri)
         model_id = str(model.model_id)
         if model.model_type == conventions.TRANSLATOR:

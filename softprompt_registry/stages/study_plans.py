@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,6 @@ from softprompt_registry.evaluation.evaluating import EvaluationConfig, settings
 from softprompt_registry.fingerprints import digest_of_directory, digest_of_json
 from softprompt_registry.registry.artifacts import find_artifact
 from softprompt_registry.soft_prompts.bank import SoftPromptBank
-from softprompt_registry.soft_prompts.tuning import SPEED_SETTINGS
 from softprompt_registry.soft_prompts.tuning_settings import TuningConfig
 from softprompt_registry.stages.running import require_same_dod
 from softprompt_registry.stages.study_settings import StudyConfig
@@ -106,9 +105,7 @@ class StudyPlan:
         translator: Any = self.given_digest
         if point.trained_on is not None and point.translator is not None:
             translator = [point.trained_on.dod_digest, point.trained_on.bank_digest, point.translator.identity]
-        tuning = None
-        if point.tuning is not None:
-            tuning = {name: value for name, value in asdict(point.tuning).items() if name not in SPEED_SETTINGS}
+        tuning = None if point.tuning is None else point.tuning.identity
         read = [point.evaluated_on.dod_digest, point.evaluated_on.bank_digest, tuning]
         return digest_of_json(
             [self.study, base_model.fingerprint, base_model.dtype, translator, read, settings_digest(point.evaluation)]

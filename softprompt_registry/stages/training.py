@@ -35,7 +35,9 @@ def train(
 
     Where `processes` are several, this is for the main one; the others call `take_part_in_training`.
     """
-    with dod_stage("train-translator", base_model, dod_path, context="training", bank=bank_uri) as stage:
+    with dod_stage(
+        conventions.STAGE_TRAIN_TRANSLATOR, base_model, dod_path, context="training", bank=bank_uri
+    ) as stage:
         bank, store, found = stage.bank, stage.store, stage.found["bank"]
         params = lineage_params(base_model.ref, store.name, store.digest) | {"bank_digest": bank.digest}
         if found.model_id:

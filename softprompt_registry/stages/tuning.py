@@ -46,7 +46,7 @@ def tune(
         base_model: a loaded one, or an engine that tunes elsewhere.
         log_each: also make a nested run for each soft prompt, with its own curves.
     """
-    with dod_stage("tune", base_model, dod_path, context="tuning") as stage:
+    with dod_stage(conventions.STAGE_TUNE, base_model, dod_path, context="tuning") as stage:
         store, dataset = stage.store, stage.dataset
         tasks = store.stored_tasks(task_names)
         mlflow.log_dict(dataset.manifest, "dod_manifest.json")
@@ -122,7 +122,7 @@ def _log_each(bank: SoftPromptBank, run_id: str, recorder: MlflowRecorder) -> No
     with recorder.progress("log each soft prompt", len(bank)) as bar:
         for record in bank.records():
             now = int(time.time() * 1000)
-            tags = {"mlflow.parentRunId": run_id, conventions.STAGE_TAG: "soft-prompt"}
+            tags = {"mlflow.parentRunId": run_id, conventions.STAGE_TAG: conventions.STAGE_SOFT_PROMPT}
             run = client.create_run(experiment_id, run_name=record["task"], tags=tags)
             points = [Metric(name, value, now, 0) for name, value in record["metrics"].items()]
             for name, curve in CURVES.items():

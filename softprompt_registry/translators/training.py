@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import Field, PositiveInt
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 
 from softprompt_registry.base_models.frozen import BaseModel
 from softprompt_registry.base_models.layers import linear_layers
@@ -39,16 +39,16 @@ class TranslatorConfig:
 
     lora_rank: PositiveInt = 4
     """LoRA r (paper: 4)."""
-    lora_alpha: int = 8
+    lora_alpha: PositiveInt = 8
     """LoRA alpha (paper: 8)."""
-    lora_dropout: float = 0.1
+    lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
     """Dropout before the adapter (paper: 0.1)."""
     target_modules: tuple[str, ...] | None = None
     """Names of the layers that get an adapter. None takes all linear layers but the head: of a Llama `q_proj`, `k_proj`,
     `v_proj`, `o_proj`, `gate_proj`, `up_proj` and `down_proj` (paper: these seven)."""
-    learning_rate: float = 1e-4
+    learning_rate: PositiveFloat = 1e-4
     """Learning rate of AdamW (paper: 1e-4)."""
-    weight_decay: float = 0.1
+    weight_decay: NonNegativeFloat = 0.1
     """Weight decay of AdamW (paper: 0.1)."""
     schedule: Literal["constant", "cosine"] = "constant"
     """`constant`, or `cosine`: falling to zero over the epochs."""
@@ -63,7 +63,7 @@ class TranslatorConfig:
     """Longer target texts are cut there (paper: 300)."""
     shuffle_labels: bool = True
     """Name the labels in a new order each epoch: their order is arbitrary, and a translator that learns it overfits."""
-    noise: float = 0.0
+    noise: NonNegativeFloat = 0.0
     """Standard deviation of Gaussian noise on soft prompts, relative to that of all their values. Against overfitting."""
     train_share: PositiveShare = 1.0
     """Train on this share of the training tasks only, drawn by the seed (paper, section 5.1.1: 12, 25 and 50 %). A smaller

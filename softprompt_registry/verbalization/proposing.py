@@ -78,7 +78,9 @@ def make_proposers(methods: Sequence[str], sources: Sources) -> list[Proposer]:
     Raises:
         ConfigError, DataError, BaseModelMismatch: a method cannot be used on these tasks.
     """
-    return [METHODS[name].make(sources) for name in methods]
+    made = [METHODS[name].make(sources) for name in methods]
+    assert [proposer.name for proposer in made] == list(methods), "a row of METHODS has another name than its proposer"
+    return made
 
 
 def _translator(sources: Sources) -> Proposer:
