@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 ON_PATH := PATH="$(CURDIR)/$(BIN):$$PATH"
 
-.PHONY: demo test check ui vllm test-vllm clean
+.PHONY: demo test quick check ui vllm test-vllm clean
 
 demo: .venv/installed  ## the whole chain on the sample DoD, as an MLflow project (about 18 minutes on one core)
 	$(ON_PATH) mlflow run . --env-manager local --experiment-name demo
@@ -11,6 +11,9 @@ demo: .venv/installed  ## the whole chain on the sample DoD, as an MLflow projec
 # Two workers with a thread of torch each: torch's own threads gain little on models as small as the tests'.
 test: check  ## lint, types and all tests
 	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/pytest -n 2 --dist loadfile
+
+quick: check  ## lint, types and the tests that load no model and start nothing, in about a minute
+	$(BIN)/pytest -n 2 --dist loadfile --quick
 
 check: .venv/installed  ## lint and types only
 	$(BIN)/ruff check .

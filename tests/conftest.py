@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +19,25 @@ if TYPE_CHECKING:
 # Read by the libraries when they are imported: tests ask no server for anything.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
+
+
+_SLOW_PARTS = re.compile(
+    r"\b(torch|tiny_\w+|small_decoders|portable_models|logged_models|shared_folder|mlflow_store|llm_server|writing_llm|"
+    r"subprocess|multiprocessing|ray|local_ray|vllm|browser\w*|html_page|packaged)\b"
+)
+"""Names in a test file that say that its tests load a model, or start a process, a server, a browser or a store."""
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--quick", action="store_true", help="Only files that load no model and start nothing (make quick)."
+    )
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    if config.getoption("--quick") and collection_path.name.startswith("test_"):
+        return bool(_SLOW_PARTS.search(collection_path.read_text())) or None
+    return None
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
