@@ -15,6 +15,7 @@ import pytest
 
 if TYPE_CHECKING:
     from llm_server import LlmServer
+    from portable_models import PortableModel
 
 # Read by the libraries when they are imported: tests ask no server for anything.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -116,6 +117,21 @@ def tiny_folder(_tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The tiny base model (seed 0) on the disk, and the place where artifacts find their base model."""
     monkeypatch.setenv("SOFTPROMPT_BASE_MODEL", str(_tiny_folder))
     return _tiny_folder
+
+
+@pytest.fixture(scope="module")
+def portable(tmp_path_factory: pytest.TempPathFactory) -> PortableModel:
+    """A servable model on the tiny base model."""
+    from portable_models import make_portable_model
+
+    return make_portable_model(tmp_path_factory.mktemp("portable"))
+
+
+@pytest.fixture
+def base_in_environment(portable: PortableModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The place where a served model finds its base model."""
+    monkeypatch.setenv("SOFTPROMPT_BASE_MODEL", str(portable.base_folder))
+    monkeypatch.delenv("SOFTPROMPT_TARGET_MODEL", raising=False)
 
 
 @pytest.fixture

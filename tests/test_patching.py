@@ -36,6 +36,10 @@ from softprompt_registry.verbalization.verbalizer import Candidate, Verbalizatio
 NEW = 12
 
 
+plain_base = cache(tiny_base_model)
+"""The base model of `small_prompts`: two layers, float32."""
+
+
 @cache
 def shared_llama() -> BaseModel:
     return llama()
@@ -131,6 +135,7 @@ def test_rows_of_a_batch_say_what_each_says_alone(base: BaseModel, rows_per_batc
         base, states, list(expected), target_of(base), max_new_tokens=NEW, rows_per_batch=rows_per_batch
     )
     assert found == list(expected.values())
+    assert read_patched(base, states, [], target_of(base)) == []
 
 
 @pytest.mark.parametrize("build", [gpt2, gptj], ids=["positions added", "layers give tuples"])
@@ -166,21 +171,6 @@ def test_a_token_of_the_cap_is_the_last_one(base: BaseModel) -> None:
 
 
 # What patching means --------------------------------------------------------------------------------------------------
-
-
-def test_from_embeddings_to_embeddings_feeds_the_soft_tokens_in_place_of_the_placeholders(base: BaseModel) -> None:
-    soft, target = soft_prompts(base), target_of(base)
-    expected = []
-    for prompt in soft:
-        embeds = torch.cat([embed(base, target.before), prompt])[None]
-        mask = torch.ones(embeds.shape[:2], dtype=torch.long)
-        output = base.model.generate(
-            inputs_embeds=embeds, attention_mask=mask, max_new_tokens=NEW, do_sample=False, pad_token_id=1
-        )
-        expected.append(output[0].tolist())
-    rows = [PatchedRow(prompt, LayerPair(-1, -1)) for prompt in range(len(soft))]
-    found = read_patched(base, source_states(base, soft), rows, target, max_new_tokens=NEW)
-    assert found == expected and expected[0] != expected[1]
 
 
 def test_patching_a_layer_with_its_own_states_changes_nothing(base: BaseModel) -> None:
@@ -225,15 +215,9 @@ def hooks_of(base: BaseModel) -> list[Any]:
     return [hook for hook in hooks if hook.__module__ == patching.__name__]
 
 
-def test_hooks_are_gone_and_the_model_is_the_same_afterwards(base: BaseModel) -> None:
-    before = {name: tensor.clone() for name, tensor in base.model.state_dict().items()}
-    read_patched(base, source_states(base, soft_prompts(base)), [PatchedRow(0, LayerPair(0, 1))], target_of(base))
-    assert hooks_of(base) == [] and base.model.config._attn_implementation == "eager"
-    assert all(torch.equal(tensor, before[name]) for name, tensor in base.model.state_dict().items())
-
-
-def test_hooks_are_gone_after_an_error() -> None:
+def test_the_model_is_as_before_after_an_error_too() -> None:
     base = llama()
+    before = {name: tensor.clone() for name, tensor in base.model.state_dict().items()}
     states = source_states(base, soft_prompts(base))
     seen: list[int] = []
 
@@ -248,6 +232,7 @@ def test_hooks_are_gone_after_an_error() -> None:
         read_patched(base, states, rows, target_of(base))
     assert seen[-1] == 2 and len(seen) > 1  # the beginning that all share is read without hooks
     assert hooks_of(base) == [] and base.model.config._attn_implementation == "eager"
+    assert all(torch.equal(tensor, before[name]) for name, tensor in base.model.state_dict().items())
 
 
 # What is refused ------------------------------------------------------------------------------------------------------
@@ -273,10 +258,6 @@ def test_rows_that_cannot_be_read_are_refused(
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         read_patched(base, source_states(base, soft_prompts(base)), [row], target_of(base), **settings)
-
-
-def test_no_rows_are_no_work(base: BaseModel) -> None:
-    assert read_patched(base, source_states(base, soft_prompts(base)), [], target_of(base)) == []
 
 
 def test_as_many_rows_share_a_batch_as_the_memory_takes(base: BaseModel, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -329,7 +310,6 @@ def test_no_new_token_moves_what_a_patched_row_holds(base: BaseModel, monkeypatc
         ("1. say which mood it is. And", "1. say which mood it is"),
         ("  \n say it. yes", "say it"),
         ("no stop at all", "no stop at all"),
-        ("", ""),
         (" \n", ""),
         (".", "."),
     ],
@@ -367,12 +347,6 @@ def test_the_target_prompt_ends_where_the_placeholders_stand(base: BaseModel) ->
 
 
 # The proposer ---------------------------------------------------------------------------------------------------------
-
-
-@cache
-def plain_base() -> BaseModel:
-    """The base model of `small_prompts`: two layers, float32."""
-    return tiny_base_model()
 
 
 def alone(soft: torch.Tensor, kind: str, pair: LayerPair, max_new_tokens: int) -> str:

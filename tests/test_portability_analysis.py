@@ -84,13 +84,8 @@ def test_a_mean_is_over_tasks_of_means_over_answered_items() -> None:
 
 def test_empty_refused_cut_and_ambiguous_answers_are_counted_and_missing_tasks_are_not_zero() -> None:
     metrics = RESULT.metrics("big", NO_PROMPT)
-    assert (metrics["num_refused"], metrics["num_empty"], metrics["num_missing"], metrics["num_ambiguous"]) == (
-        1,
-        0,
-        2,
-        1,
-    )
-    assert (metrics["num_cut"], metrics["runaway_share"]) == (2, 0.5)
+    counts = [metrics[f"num_{name}"] for name in ("refused", "empty", "missing", "ambiguous", "cut")]
+    assert counts == [1, 0, 2, 1, 2] and metrics["runaway_share"] == 0.5
     assert metrics["num_tasks"] == 2 and RESULT.task_means("big", NO_PROMPT).keys() == {"a", "c"}
     # "fear or joy" and "joy": one common word of 3 and 1, so 2 · 1/3 · 1 / (4/3) = 0.5; two items; the mean with task a's 0.
     assert metrics["rouge_l"] == pytest.approx((0 + 0.5 / 2) / 2)
@@ -133,11 +128,8 @@ def test_a_difference_is_over_the_items_that_both_have() -> None:
     (pair,) = [c for c in RESULT.comparisons if (c.a, c.b, c.measure) == (TRANSLATED, FEW_SHOT_5, ALL_TASKS)]
     assert pair.num_items == 5
     turned = RESULT.comparison("big", FEW_SHOT_5, TRANSLATED)
-    assert turned is not None and (turned.difference, turned.low, turned.high) == (
-        -found.difference,
-        -found.high,
-        -found.low,
-    )
+    assert turned is not None
+    assert (turned.difference, turned.low, turned.high) == (-found.difference, -found.high, -found.low)
     assert (turned.wins, turned.ties, turned.losses) == (1, 0, 2)
 
 
@@ -175,12 +167,7 @@ def test_tasks_in_which_translation_beats_few_shot_come_with_their_margin() -> N
     assert half == paired_bootstrap([1.0, 0.0], [0.0, 0.0], seed=3, draws=DRAWS)
     assert (half.low, half.high, half.n) == (0.0, 1.0, 2)
     table = result.margin_table()
-    assert (table["task"][1], table["margin"][1], table["num_items"][1], table["kind"][1]) == (
-        "b",
-        1.0,
-        1,
-        "generation",
-    )
+    assert [table[name][1] for name in ("task", "margin", "num_items", "kind")] == ["b", 1.0, 1, "generation"]
 
 
 # Targets and the soft prompt ------------------------------------------------------------------------------------------
@@ -245,10 +232,8 @@ def test_cost_is_exact_and_of_priced_targets_only() -> None:
 
 def test_tokens_that_no_server_counted_are_unknown_and_not_zero() -> None:
     result = measured(answers_of(SAID, tokens=0), {"big": Prices(1.0, 1.0)})
-    assert (
-        not {"prompt_tokens", "tokens_per_answer", "tokens_saved_share", "cost"}
-        & result.metrics("big", TRANSLATED).keys()
-    )
+    unknown = {"prompt_tokens", "tokens_per_answer", "tokens_saved_share", "cost"}
+    assert not unknown & result.metrics("big", TRANSLATED).keys()
     partly = answers_of(SAID)
     partly[0] = dataclasses.replace(partly[0], prompt_tokens=0, completion_tokens=0)
     result = measured(partly, {"big": Prices(1.0, 1.0)})

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import mlflow
 import pytest
@@ -24,7 +25,7 @@ from softprompt_registry.portability.asking import TargetAnswers, ask_questions,
 from softprompt_registry.portability.budget import Budget, ConditionEstimate, TargetPlan, estimate
 from softprompt_registry.portability.questions import to_request
 from softprompt_registry.portability.targets import TargetConfig, require_different_names
-from softprompt_registry.recording import NullRecorder, ProgressBar
+from softprompt_registry.recording import NullRecorder
 
 PRICES = {"price_per_million_prompt_tokens": 1.0, "price_per_million_completion_tokens": 10.0}
 
@@ -51,6 +52,10 @@ def plan_of(config: TargetConfig, *prompts: str, condition: str = "translated") 
     ]
     requests = [to_request(one, max_tokens=config.max_tokens, stop_at_newline=False) for one in questions]
     return TargetPlan(config, questions, requests)
+
+
+def joined(one: TargetPlan, other: TargetPlan) -> TargetPlan:
+    return TargetPlan(one.config, [*one.questions, *other.questions], [*one.requests, *other.requests])
 
 
 def ask(cache: AnswerCache, *plans: TargetPlan, **settings: Any) -> list[TargetAnswers]:
@@ -100,8 +105,7 @@ def test_a_second_run_asks_nothing_and_gives_the_same_to_the_last_bit(
 
 def test_equal_requests_are_asked_and_paid_once(llm_server: LlmServer, cache: AnswerCache) -> None:
     config = target_at(llm_server, options={"max_concurrency": 4})
-    parts = [plan_of(config, "a", "b", condition=name) for name in ("no_prompt", "inspect")]
-    plan = TargetPlan(config, [*parts[0].questions, *parts[1].questions], [*parts[0].requests, *parts[1].requests])
+    plan = joined(*(plan_of(config, "a", "b", condition=name) for name in ("no_prompt", "inspect")))
     told: list[Sequence[Answer]] = []
     [result] = ask(cache, plan, on_answer=told.append)
     assert sorted(prompts_seen_by(llm_server)) == ["a", "b"]
@@ -124,13 +128,8 @@ def test_refusals_and_empty_answers_are_counted_and_kept(llm_server: LlmServer, 
     ]
     [result] = ask(cache, plan_of(target_at(llm_server), *"abcde"))
     assert texts(result.answers) == ["yes", "", "", " \n", ""]
-    assert [answer.finish_reason for answer in result.answers] == [
-        "stop",
-        "content_filter",
-        "refusal",
-        "length",
-        "content_filter",
-    ]
+    reasons = [answer.finish_reason for answer in result.answers]
+    assert reasons == ["stop", "content_filter", "refusal", "length", "content_filter"]
     assert result.missing == []
     assert result.asked == Usage(5, 28, 14, (28 + 140) / 1e6)
     ask(cache, plan_of(target_at(llm_server), *"abcde"))
@@ -152,30 +151,18 @@ def test_a_cost_is_not_known_where_the_server_does_not_count(llm_server: LlmServ
 
 
 def test_a_progress_bar_for_each_target_counts_its_requests(llm_server: LlmServer, cache: AnswerCache) -> None:
+    bars: dict[str, MagicMock] = {}
+
     class Recorder(NullRecorder):
-        def __init__(self) -> None:
-            self.bars: dict[str, list[int]] = {}
-
         def progress(self, title: str, total: int) -> Any:
-            steps = self.bars[f"{title}/{total}"] = []
-
-            class Bar:
-                def advance(self, count: int = 1, note: str = "") -> None:
-                    steps.append(count)
-
-                def __enter__(self) -> ProgressBar:
-                    return self
-
-                def __exit__(self, *error: object) -> None:
-                    return None
-
-            return Bar()
+            return bars.setdefault(f"{title}/{total}", MagicMock())
 
     recorder = Recorder()
     ask(cache, plan_of(target_at(llm_server), "a"))
     plans = plan_of(target_at(llm_server), "a", "b", "b"), plan_of(target_at(llm_server, "other", model="o"), "a")
     ask(cache, *plans, recorder=recorder)
-    assert recorder.bars == {"asking big/2": [1, 1], "asking other/1": [1]}
+    steps = {title: bar.__enter__().advance.call_count for title, bar in bars.items()}
+    assert steps == {"asking big/2": 2, "asking other/1": 1}
 
 
 # --- A server that misbehaves ---
@@ -214,11 +201,8 @@ def test_what_does_not_pass_is_listed_and_asked_again_by_the_next_run(
     [first] = ask(cache, plan, on_answer=told.append)
     assert texts(first.answers) == ["A", None, "C", None, "E", None, None, None, "I"]
     assert [answer.question.prompt for answer in first.missing] == list("bdfgh")
-    for answer, words in zip(
-        first.missing,
-        ["HTTP 500 (broken)", "not JSON", "HTTP 400 (too long)", "the connection failed", "no reply within 0.2 s"],
-        strict=True,
-    ):
+    errors = ["HTTP 500 (broken)", "not JSON", "HTTP 400 (too long)", "the connection failed", "no reply within 0.2 s"]
+    for answer, words in zip(first.missing, errors, strict=True):
         assert answer.error is not None and words in answer.error
     assert first.asked == first.total == Usage(4, 28, 12, (28 + 120) / 1e6)
     assert (first.failed, first.ended) == (5, None)
@@ -307,11 +291,7 @@ def test_an_estimate_says_what_is_missing_for_each_target_and_condition(
         plan_of(config, *prompts, condition=condition)
         for condition, prompts in (("no_prompt", (long, "known", long)), ("translated", (long, "y" * 35)))
     )
-    plan = TargetPlan(
-        config,
-        [*no_prompt.questions, *translated.questions],
-        [*no_prompt.requests, *translated.requests],
-    )
+    plan = joined(no_prompt, translated)
     free = {"price_per_million_prompt_tokens": None, "price_per_million_completion_tokens": None}
     unpriced = plan_of(target_at(llm_server, "other", model="other", max_tokens=100, **free), "a b c")
     expected = estimate([plan, unpriced], cache)
@@ -328,19 +308,15 @@ def test_an_estimate_says_what_is_missing_for_each_target_and_condition(
 @pytest.mark.parametrize(
     ("budget", "words"),
     [
-        (
-            Budget(max_tokens=131),
-            r"takes 3 requests and up to 132 \(max_tokens is 131\), expected no more.*nothing was asked",
-        ),
+        (Budget(max_tokens=131), r"takes 3 requests and up to 132 \(max_tokens is 131\).*nothing was asked"),
         (Budget(max_cost=0.000347), r"up to 0.000348 \(max_cost is 0.000347\)"),
     ],
 )
 def test_what_could_go_past_the_budget_is_not_begun(
     llm_server: LlmServer, cache: AnswerCache, budget: Budget, words: str
 ) -> None:
-    plan = plan_of(
-        target_at(llm_server), *"abc"
-    )  # 4 + 32 prompt tokens each, and at most 8 others: 132 tokens, 348 millionths
+    # 4 + 32 prompt tokens each, and at most 8 others: 132 tokens, 348 millionths
+    plan = plan_of(target_at(llm_server), *"abc")
     with pytest.raises(ConfigError, match=words):
         ask(cache, plan, budget=budget)
     assert llm_server.received == []

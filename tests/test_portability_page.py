@@ -107,10 +107,7 @@ def test_the_first_screen_says_what_translation_is_worth() -> None:
     mean = RESULT.metrics("big", TRANSLATED)["rouge_l"]
     assert found.headline.startswith(f"big: translated prompts reach task ROUGE-L {mean:.2f} (")
     words = [point for _, point in found.points]
-    assert (
-        words[0].startswith("Ahead of no prompt by +")
-        and "better in 2, equal in 0 and worse in 0 of 2 tasks" in words[0]
-    )
+    assert re.match(r"Ahead of no prompt by \+.*better in 2, equal in 0 and worse in 0 of 2 tasks", words[0])
     # 3 examples win on the free task, the translation on the moods: nothing is clear.
     assert words[1].startswith("No clear difference from 3 examples: ")
     assert words[2].startswith("No clear difference from soft prompt: 0.00")
@@ -221,38 +218,22 @@ def test_shown_inputs_are_the_first_ones_and_long_texts_are_cut() -> None:
     assert "Of each task the first 5 test inputs" in flat(Page(html).text)
 
 
-def large() -> tuple[list[Answer], dict[str, Task]]:
-    """A hundred tasks, three targets, all conditions, and texts as long as real ones."""
-    generator = np.random.default_rng(0)
-    words = [f"{number:03x}" for number in range(500)]  # too short to be stemmed, which takes the most time
-
-    def some(count: int) -> str:
-        return " ".join(generator.choice(words, count))
-
-    tasks, answers = {}, []
-    for number in range(100):
-        task = Task(f"task{number:03d}", "generation", tuple(Pair(some(120), some(10), "test") for _ in range(3)))
-        tasks[task.name] = task
-        hard = {name: some(80) for name in CONDITIONS}
-        for target in ("one", "two", "three", "small"):
-            for condition in CONDITIONS:
-                if (condition == SOFT_PROMPT) == (target == "small"):
-                    for item, pair in enumerate(task.pairs):
-                        prompt = f"{hard[condition]} {'example ' * 200} {pair.input}"
-                        question = Question(
-                            task.name, condition, target, item, pair.input, pair.output, None, prompt, hard[condition]
-                        )
-                        text = pair.output if generator.random() < 0.5 else some(25)
-                        answers.append(Answer(question, text, "stop", 100, 12))
-    return answers, tasks
-
-
 def test_a_page_of_a_hundred_tasks_twelve_conditions_and_three_targets_is_small() -> None:
-    answers, tasks = large()
-    large_page = portability_page(measured(answers, tasks), answers, title="Large")
-    assert len(articles_of(large_page)) == 100
-    assert "Of each task the first 2 test inputs" in large_page
-    assert len(large_page.encode()) < 5_000_000
+    text = " ".join(f"{number:03x}" for number in range(120))  # too short to be stemmed, which takes the most time
+    pairs = tuple(Pair(f"{item} {text}", text[:40], "test") for item in range(3))
+    tasks = {f"task{n:03d}": Task(f"task{n:03d}", "generation", pairs) for n in range(100)}
+    places = [(target, name) for target in ("one", "two", "three") for name in CONDITIONS if name != SOFT_PROMPT]
+    answers = []
+    for task in tasks:
+        for target, condition in (*places, ("small", SOFT_PROMPT)):
+            for item, pair in enumerate(pairs):
+                prompt = f"{text[:320]} {'example ' * 200} {pair.input}"
+                question = Question(task, condition, target, item, pair.input, pair.output, None, prompt, text[:320])
+                answers.append(Answer(question, text[: 100 - item], "stop", 100, 12))
+    page = portability_page(measured(answers, tasks), answers, title="Large")
+    assert len(articles_of(page)) == 100
+    assert "Of each task the first 2 test inputs" in page
+    assert len(page.encode()) < 5_000_000
 
 
 # That it believes nothing ---------------------------------------------------------------------------------------------

@@ -41,12 +41,8 @@ def large_task(labels: tuple[str, ...] = ("joy", "fear", "anger", "awe")) -> Tas
 
 def test_the_papers_prompt() -> None:
     assert TEMPLATES.fill("Rain.", hard_prompt="Name the tone.") == "Name the tone. Input: Rain.\nOutput:"
+    assert TEMPLATES.fill("Rain.") == TEMPLATES.fill("Rain.", hard_prompt="") == "Input: Rain.\nOutput:"
     assert TEMPLATES.system == "You are a helpful assistant. Follow the task exactly."
-
-
-@pytest.mark.parametrize("hard_prompt", [None, ""])
-def test_without_a_hard_prompt_its_place_and_space_go(hard_prompt: str | None) -> None:
-    assert TEMPLATES.fill("Rain.", hard_prompt=hard_prompt) == "Input: Rain.\nOutput:"
 
 
 def test_examples_stand_between_the_hard_prompt_and_the_input() -> None:
@@ -146,11 +142,6 @@ def test_a_task_with_few_training_pairs_gives_all_it_has() -> None:
         DataError, match="few-shot examples of task 'few': each of its . training pairs has an input that"
     ):
         choose_items(task, QuestionsConfig(), split_seed=0)
-
-
-def test_max_items_must_be_a_number_of_items() -> None:
-    with pytest.raises(ConfigError, match="max_items is 0, expected above 0"):
-        QuestionsConfig(max_items=0)
 
 
 # --- Questions ---

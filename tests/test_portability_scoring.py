@@ -58,15 +58,11 @@ def accuracies(text: str) -> tuple[float, float]:
 # Labels ---------------------------------------------------------------------------------------------------------------
 
 
-def test_the_label_alone_is_right_in_both_ways() -> None:
-    assert accuracies("joy") == (1.0, 1.0)
-    assert accuracies(" \n joy\n") == (1.0, 1.0)
-
-
 @pytest.mark.parametrize(
     "text", ["Joy", "joy.", "**Joy**", '"joy"', "Label: joy", "The mood is joy!", "\n\n```\njoy\n```"]
 )
 def test_form_costs_the_strict_accuracy_only(text: str) -> None:
+    assert accuracies("joy") == accuracies(" \n joy\n") == (1.0, 1.0)
     assert accuracies(text) == (0.0, 1.0)
 
 
@@ -82,12 +78,6 @@ def test_the_first_of_several_labels_is_the_answer_and_they_are_counted_as_ambig
     # Only the first line counts, and naming one label twice is naming one.
     assert not score(answered("joy\nfear")).ambiguous
     assert not score(answered("joy, joy")).ambiguous
-
-
-def test_naming_all_labels_gains_nothing_over_naming_the_first() -> None:
-    hedged = [score(answered("joy, fear", item=item)).scores["accuracy_lenient"] for item in (0, 1)]
-    constant = [score(answered("joy", item=item)).scores["accuracy_lenient"] for item in (0, 1)]
-    assert hedged == constant == [1.0, 0.0]
 
 
 @pytest.mark.parametrize(
@@ -157,6 +147,8 @@ def test_an_empty_answer_scores_zero() -> None:
         assert scored.state == "empty"
         assert scored.scores == {"rouge_l": 0, "exact_match": 0, "accuracy_strict": 0, "accuracy_lenient": 0}
     assert score(answered("", FREE)).scores == {"rouge_l": 0, "exact_match": 0}
+    within_thoughts = score(answered("", finish="length"))
+    assert (within_thoughts.state, within_thoughts.cut) == ("empty", True)
 
 
 @pytest.mark.parametrize(
@@ -233,9 +225,3 @@ def test_an_item_is_the_same_test_pair_under_every_condition() -> None:
     swapped = Question("moods", NO_PROMPT, "big", 0, "A ghost", "fear", None, "A ghost", None)
     with pytest.raises(DataError, match="found an answer about another test pair than before"):
         score_answers([answered("joy"), Answer(swapped, "fear")], TASKS)
-
-
-@pytest.mark.parametrize("task", [MOODS, FREE])
-def test_an_answer_that_was_cut_within_its_thoughts_is_empty_and_cut(task: Task) -> None:
-    scored = score(answered("", task, finish="length"))
-    assert (scored.state, scored.cut, set(scored.scores.values())) == ("empty", True, {0.0})

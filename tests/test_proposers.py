@@ -21,7 +21,6 @@ from softprompt_registry.translators.translator import Translator, TranslatorRec
 from softprompt_registry.verbalization.proposers.behaviour import (
     MAX_ANSWER_TOKENS,
     MAX_INPUT_TOKENS,
-    MAX_OUTPUTS,
     BehaviourProposer,
     instruction_to_answer,
     training_inputs,
@@ -188,59 +187,46 @@ def test_ways_of_writing_that_cannot_work_are_refused(translator: Translator) ->
         TranslatorProposer(translator).propose([stranger], VerbalizationConfig())
 
 
-def test_the_adapter_is_off_after_a_search(translator: Translator) -> None:
-    base = translator.base_model
-
-    def score() -> torch.Tensor:
-        with torch.no_grad():
-            return base.score_targets(None, [[0, 40]], [[50, 51, 1]]).log_likelihood
-
-    before = score()
-    TranslatorProposer(translator, prefills=["x"], num_beams=2).propose(
-        [random_prompt("a", 0)], VerbalizationConfig(max_new_tokens=3)
-    )
-    assert torch.equal(score(), before)
-
-
 # Label lists that repeat labels ---------------------------------------------------------------------------------------
 
 
-def prompt_that_makes_it_write(base: BaseModel, text: str) -> torch.Tensor:
-    """(K, D), tuned until the greedy text is `text`."""
-    target = [*base.tokenize(text), 1]
+def tuned_to_say(text: str, heads: Sequence[Sequence[int]] = ((0,),)) -> SoftPrompt:
+    """A soft prompt tuned until the greedy text after each head is `text`."""
+    base = tiny()
+    targets = [[*base.tokenize(text), 1]] * len(heads)
     soft = torch.nn.Parameter(0.1 * torch.randn(8, HIDDEN_SIZE, generator=torch.Generator().manual_seed(0)))
     optimizer = torch.optim.Adam([soft], lr=5e-2)
     for _ in range(400):
-        likelihood = base.score_targets(soft[None], [[0]], [target]).log_likelihood.sum()
-        if float(likelihood.detach()) > -0.1:
+        scores = base.score_targets(soft.expand(len(heads), -1, -1), heads, targets)
+        if float(scores.log_likelihood.detach().min()) > -0.1:
             break
         optimizer.zero_grad()
-        (-likelihood).backward()
+        (-scores.log_likelihood.sum()).backward()
         optimizer.step()
-    return soft.detach()
+    return soft_prompt("tuned", soft.detach())
 
 
-@cache
-def that_adds_nothing() -> Translator:
+@pytest.fixture(scope="module")
+def adds_nothing() -> Translator:
     """A new adapter changes nothing: what it writes is what the base model writes."""
     base = tiny_base_model()
     add_adapter(base, LoraConfig(r=4, target_modules=["q_proj", "v_proj"]), "new")
     return Translator(base, TranslatorRecord(base.ref, 8), "new")
 
 
-@cache
-def goes_round() -> torch.Tensor:
-    return prompt_that_makes_it_write(tiny(), "up, no, up")
+@pytest.fixture(scope="module")
+def goes_round() -> SoftPrompt:
+    return tuned_to_say("up, no, up")
 
 
-def test_a_label_list_is_given_once_and_scored_as_it_was_written() -> None:
-    base, prompt = tiny(), soft_prompt("a", goes_round())
+def test_a_label_list_is_given_once_and_scored_as_it_was_written(
+    adds_nothing: Translator, goes_round: SoftPrompt
+) -> None:
+    base, prompt = tiny(), goes_round
     written = base.tokenize("up, no, up")
     (row,) = base.generate(prompt.embeddings[None], [[0]], max_new_tokens=20)
     assert row == written, "the base model repeats a label"
-    (found,) = TranslatorProposer(that_adds_nothing(), num_beams=4).propose(
-        [prompt], VerbalizationConfig(max_new_tokens=20)
-    )
+    (found,) = TranslatorProposer(adds_nothing, num_beams=4).propose([prompt], VerbalizationConfig(max_new_tokens=20))
     assert found[0].text == "up, no"
     with torch.no_grad():
         scores = base.score_targets(prompt.embeddings[None], [[0]], [[*written, 1]])
@@ -251,18 +237,18 @@ def test_a_label_list_is_given_once_and_scored_as_it_was_written() -> None:
     assert [beam.score for beam in beams] == sorted((beam.score for beam in beams), reverse=True)  # type: ignore[type-var]
 
 
-def test_half_a_label_at_the_cap_goes_where_labels_repeat() -> None:
-    prompt = soft_prompt("a", prompt_that_makes_it_write(tiny(), "up, up, ok"))
+def test_half_a_label_at_the_cap_goes_where_labels_repeat(adds_nothing: Translator) -> None:
+    prompt = tuned_to_say("up, up, ok")
     for cap, expected in ((5, "up, u"), (6, "up"), (9, "up"), (20, "up, ok")):
-        (found,) = TranslatorProposer(that_adds_nothing()).propose([prompt], VerbalizationConfig(max_new_tokens=cap))
+        (found,) = TranslatorProposer(adds_nothing).propose([prompt], VerbalizationConfig(max_new_tokens=cap))
         assert found[0].text == expected, cap
 
 
-def test_texts_for_generation_tasks_stay_as_they_were_written() -> None:
-    prompt = soft_prompt("a", goes_round())
-    free = replace(prompt, record=replace(prompt.record, kind="generation"))
-    imported = replace(prompt, record=replace(prompt.record, kind="unknown"))
-    found = TranslatorProposer(that_adds_nothing()).propose([free, imported], VerbalizationConfig(max_new_tokens=20))
+def test_texts_for_generation_tasks_stay_as_they_were_written(adds_nothing: Translator, goes_round: SoftPrompt) -> None:
+    free, imported = (
+        replace(goes_round, record=replace(goes_round.record, kind=kind)) for kind in ("generation", "unknown")
+    )
+    found = TranslatorProposer(adds_nothing).propose([free, imported], VerbalizationConfig(max_new_tokens=20))
     assert [candidates[0].text for candidates in found] == ["up, no, up", "up, no"]
 
 
@@ -272,25 +258,9 @@ def test_texts_for_generation_tasks_stay_as_they_were_written() -> None:
 INPUTS = ["one day", "two cats", "three", "all four of them"]
 
 
-def prompt_that_always_answers(base: BaseModel, answer: str) -> SoftPrompt:
-    """Tuned until it does."""
-    heads = [[0, *base.tokenize(f"Sentence: {text} Label:")] for text in INPUTS]
-    targets = [[*base.tokenize(f" {answer}"), 1]] * len(INPUTS)
-    soft = torch.nn.Parameter(0.1 * torch.randn(8, HIDDEN_SIZE, generator=torch.Generator().manual_seed(0)))
-    optimizer = torch.optim.Adam([soft], lr=5e-2)
-    for _ in range(400):
-        scores = base.score_targets(soft.expand(len(heads), -1, -1), heads, targets)
-        if float((scores.log_likelihood.detach() / scores.num_tokens).min()) > -0.02:
-            break
-        optimizer.zero_grad()
-        (-scores.log_likelihood.sum()).backward()
-        optimizer.step()
-    return soft_prompt("tuned", soft.detach(), base)
-
-
 @pytest.fixture(scope="module")
 def always_x() -> SoftPrompt:
-    return prompt_that_always_answers(tiny(), "x")
+    return tuned_to_say(" x", [[0, *tiny().tokenize(f"Sentence: {text} Label:")] for text in INPUTS])
 
 
 def behaviour(*prompts: SoftPrompt, inputs: Sequence[str] = INPUTS) -> list[list[Candidate]]:
@@ -356,17 +326,12 @@ def _task(name: str, outputs: Sequence[str]) -> Task:
         (["", " ", "x"], "Always answer: x"),
         (["", "\n"], ""),
         ([], ""),
+        (list("abcdefghijj"), "Answer like this: j; a; b; c; d; e; f; g"),
+        (list("abcdefgha"), "Answer with one of: a, b, c, d, e, f, g, h."),
     ],
 )
 def test_answers_become_an_instruction(answers: list[str], expected: str) -> None:
     assert instruction_to_answer(answers) == expected
-
-
-def test_at_most_eight_answers_are_named() -> None:
-    letters = list("abcdefghij")
-    assert instruction_to_answer([*letters, "j"]) == "Answer like this: j; a; b; c; d; e; f; g"
-    assert instruction_to_answer([*letters[:8], "a"]) == "Answer with one of: a, b, c, d, e, f, g, h."
-    assert MAX_OUTPUTS == 8
 
 
 def test_behaviour_needs_inputs_a_template_and_its_base_model(always_x: SoftPrompt) -> None:
@@ -403,8 +368,12 @@ def free_task(name: str, count: int = 3, length: int = 1) -> Task:
     return Task(name, "generation", (*pairs, Pair("held", "back", "test")))
 
 
-def test_the_base_model_sees_training_pairs_and_goes_on(folder: str) -> None:
-    proposer = InstructionInductionProposer(tiny(), {"t": free_task("t")}, InductionConfig(prompts_folder=folder))
+@pytest.fixture
+def proposer(folder: str) -> InstructionInductionProposer:
+    return InstructionInductionProposer(tiny(), {"t": free_task("t")}, InductionConfig(prompts_folder=folder))
+
+
+def test_the_base_model_sees_training_pairs_and_goes_on(proposer: InstructionInductionProposer) -> None:
     ids = proposer.prompt_of("t", PLAIN)
     assert ids[0] == 0 and tiny().decode(ids) == (
         "Pairs:\nInput: in0\nOutput: out0\n\nInput: in1\nOutput: out1\n\nInput: in2\nOutput: out2\n\n"
@@ -438,8 +407,7 @@ def test_the_packages_own_prompt_shows_pairs_of_all_labels() -> None:
     assert text.endswith("The instruction was:") and "{pairs}" not in text
 
 
-def test_it_never_sees_the_soft_prompt(folder: str) -> None:
-    proposer = InstructionInductionProposer(tiny(), {"t": free_task("t")}, InductionConfig(prompts_folder=folder))
+def test_it_never_sees_the_soft_prompt(proposer: InstructionInductionProposer) -> None:
     found = proposer.propose([random_prompt("t", 0), random_prompt("t", 1, 7)], PLAIN)
     assert found[0] == found[1]
 
@@ -468,13 +436,13 @@ def test_the_greedy_text_comes_first_then_sampled_ones_by_seed(folder: str) -> N
     assert proposer.propose([], config) == []
 
 
-def test_the_settings_prefill_begins_the_text(folder: str) -> None:
-    proposer = InstructionInductionProposer(tiny(), {"t": free_task("t")}, InductionConfig(prompts_folder=folder))
-    (found,) = proposer.propose([random_prompt("t", 0)], replace(PLAIN, prefill="Write the"))
-    assert found[0].text.startswith("Write the")
-    (row,) = tiny().generate(None, [proposer.prompt_of("t", replace(PLAIN, prefill="Write the"))], max_new_tokens=6)
+def test_the_settings_prefill_begins_the_text(proposer: InstructionInductionProposer) -> None:
+    config = replace(PLAIN, prefill="Write the")
+    (found,) = proposer.propose([random_prompt("t", 0)], config)
+    ids = proposer.prompt_of("t", config)
+    assert tiny().decode(ids).endswith("was: Write the")
+    (row,) = tiny().generate(None, [ids], max_new_tokens=6)
     assert found[0].text == f"Write the{tiny().decode(row)}".strip().partition("\n")[0].strip()
-    assert tiny().decode(proposer.prompt_of("t", replace(PLAIN, prefill="Write the"))).endswith("was: Write the")
 
 
 def test_pairs_that_do_not_fit_are_left_out(folder: str) -> None:

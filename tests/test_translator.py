@@ -22,7 +22,7 @@ from tiny_llm import HIDDEN_SIZE, save_tiny_model, tiny_base_model
 
 from softprompt_registry.base_models.frozen import BaseModel
 from softprompt_registry.dod.task import Pair, Task
-from softprompt_registry.errors import ArtifactError, BaseModelMismatch, BusyError, ConfigError, DataError
+from softprompt_registry.errors import ArtifactError, BaseModelMismatch, BusyError, DataError
 from softprompt_registry.recording import NullRecorder
 from softprompt_registry.soft_prompts.bank import SoftPromptBank
 from softprompt_registry.soft_prompts.soft_prompt import SoftPrompt, SoftPromptRecord

@@ -15,13 +15,14 @@ import torch
 from click.testing import CliRunner, Result
 from llm_server import LlmServer
 from mlflow.pyfunc import PyFuncModel
-from portable_models import PortableModel, encoded, make_portable_model, predict
+from portable_models import PortableModel, encoded, predict
 from safetensors.torch import save as save_tensors
 from tiny_llm import HIDDEN_SIZE
 
 from mlflow_plugins.portable_prompt import NOT_ASKED
+from mlflow_plugins.serving_requests import ServingConfig
 from softprompt_registry.base_models.frozen import BaseModel
-from softprompt_registry.base_models.loading import BASE_MODEL_VARIABLE, load_base_model
+from softprompt_registry.base_models.loading import load_base_model
 from softprompt_registry.cli import main
 from softprompt_registry.dod.store import DodStore
 from softprompt_registry.dod.task import TEMPLATES, Pair, Task, fill_template
@@ -65,11 +66,6 @@ def tuned_in(base: BaseModel, template: str) -> SoftPrompt:
         optimizer.step()
     record = SoftPromptRecord("moods", "classification", base.ref, template, task_digest=MOODS.digest)
     return SoftPrompt(soft.detach(), None, record)
-
-
-@pytest.fixture(scope="module")
-def portable(tmp_path_factory: pytest.TempPathFactory) -> PortableModel:
-    return make_portable_model(tmp_path_factory.mktemp("portable"))
 
 
 @pytest.fixture(scope="module")
@@ -165,24 +161,18 @@ def test_pairs_and_inputs_are_read_from_files(tmp_path: Path) -> None:
         (b'{"input": " "}\n', "line 1 has no text under 'input' and 'output'"),
         (b'{"input": "a", "output": 3}\n', "line 1 has no text under 'output'"),
         (b'{"input": "a", "output": "b"}\n' * 3, "found 3, expected at least 4 pairs. Add some."),
+        (b"one\ntwo\n\n", "found 2, expected at least 4 inputs, one on each line"),
+        (b"\xff\xfe", "bytes that are not UTF-8"),
     ],
 )
-def test_a_file_of_pairs_that_cannot_be_used_is_refused(tmp_path: Path, content: bytes, words: str) -> None:
-    path = tmp_path / "pairs.jsonl"
+def test_a_file_that_cannot_be_used_is_refused(tmp_path: Path, content: bytes, words: str) -> None:
+    is_pairs = content.startswith(b"{")
+    path = tmp_path / "given.jsonl"
     path.write_bytes(content)
     with pytest.raises(DataError) as caught:
-        pairs_of_file(path)
-    assert str(caught.value).startswith(f"reading pairs from {str(path)!r}: ") and words in str(caught.value)
-
-
-def test_a_file_of_inputs_that_cannot_be_used_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "inputs.txt"
-    path.write_text("one\ntwo\n\n")
-    with pytest.raises(DataError, match="found 2, expected at least 4 inputs, one on each line"):
-        inputs_of_file(path)
-    path.write_bytes(b"\xff\xfe")
-    with pytest.raises(DataError, match="bytes that are not UTF-8"):
-        inputs_of_file(path)
+        (pairs_of_file if is_pairs else inputs_of_file)(path)
+    doing = f"reading {'pairs' if is_pairs else 'inputs'} from {str(path)!r}: "
+    assert str(caught.value).startswith(doing) and words in str(caught.value)
 
 
 def dod_of(path: Path, *tasks: Task) -> Path:
@@ -241,12 +231,6 @@ def test_pairs_are_of_one_task_and_their_outputs_must_be_labels(tmp_path: Path, 
 
 
 # The served model -----------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def base_in_environment(portable: PortableModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(BASE_MODEL_VARIABLE, str(portable.base_folder))
-    monkeypatch.delenv("SOFTPROMPT_TARGET_MODEL", raising=False)
 
 
 @pytest.fixture
@@ -316,22 +300,16 @@ def test_a_row_below_the_threshold_has_no_hard_prompt_but_its_candidates(
     given = predict(portable.served(min_faithfulness=-1e9), row_of(moods, TEST_PAIRS))[0]
     strict = portable.served(min_faithfulness=given["faithfulness"] + 0.01)
     lenient = portable.served(min_faithfulness=given["faithfulness"] - 0.01)
-    held_back = predict(strict, row_of(moods, TEST_PAIRS))[0]
-    assert held_back["hard_prompt"] is None and held_back["abstained"] is True and held_back["error"] is None
+    withheld = predict(strict, row_of(moods, TEST_PAIRS))[0]
+    assert withheld["hard_prompt"] is None and withheld["abstained"] is True and withheld["error"] is None
     assert (
-        held_back["reason"].startswith("the best text keeps")
-        and "8 pairs), less than the required" in held_back["reason"]
+        withheld["reason"].startswith("the best text keeps")
+        and "8 pairs), less than the required" in withheld["reason"]
     )
     unchanged = ("faithfulness", "faithfulness_interval", "evidence", "candidates")
-    assert [held_back[name] for name in unchanged] == [given[name] for name in unchanged]
+    assert [withheld[name] for name in unchanged] == [given[name] for name in unchanged]
     assert predict(lenient, row_of(moods, TEST_PAIRS))[0] == given
-
-
-def test_the_threshold_is_half_of_the_gain_unless_it_is_set() -> None:
-    from mlflow_plugins.serving_requests import ServingConfig
-
     assert ServingConfig().min_faithfulness == DEFAULT_MIN_FAITHFULNESS == 0.5
-    assert ServingConfig(min_faithfulness=0).min_faithfulness == 0
 
 
 def test_the_target_llm_is_not_asked_with_an_abstained_text(
@@ -339,15 +317,15 @@ def test_the_target_llm_is_not_asked_with_an_abstained_text(
 ) -> None:
     model = portable.served(min_faithfulness=1e9, target_model="big", target_base_url=llm_server.url)
     rows = [row_of(moods, TEST_PAIRS, inputs=["held", "back"]), row_of(moods, inputs=["asked"])]
-    held_back, asked = predict(model, *rows, answer=True)
-    assert held_back["hard_prompt"] is None
-    assert held_back["answers"] == [{"input": text, "answer": None, "error": NOT_ASKED} for text in ("held", "back")]
-    assert held_back["usage"] == {"requests": 0, "prompt_tokens": 0, "completion_tokens": 0, "cost": 0.0}
+    withheld, asked = predict(model, *rows, answer=True)
+    assert withheld["hard_prompt"] is None
+    assert withheld["answers"] == [{"input": text, "answer": None, "error": NOT_ASKED} for text in ("held", "back")]
+    assert withheld["usage"] == {"requests": 0, "prompt_tokens": 0, "completion_tokens": 0, "cost": 0.0}
     assert asked["hard_prompt"] and asked["answers"][0]["error"] is None
     assert [received.body["messages"][-1]["content"] for received in llm_server.received] == [
         f"{asked['hard_prompt']} Input: asked\nOutput:"
     ]
-    assert predict(model, rows[0], answer=True)[0] == held_back and len(llm_server.received) == 1
+    assert predict(model, rows[0], answer=True)[0] == withheld and len(llm_server.received) == 1
 
 
 def test_a_fault_in_verifying_spoils_no_other_row(model: PyFuncModel, moods: SoftPrompt) -> None:
@@ -437,7 +415,7 @@ def test_the_command_tries_texts_on_the_test_pairs_of_each_task(
         assert found.items == tuple(range(len(task.pairs_of("test"))))
 
 
-def test_the_table_shows_faithfulness_with_its_interval_and_what_is_held_back(
+def test_the_table_shows_faithfulness_with_its_interval_and_what_is_withheld(
     portable: PortableModel, folder: Path
 ) -> None:
     prompt = f"{folder}/bank#moods"
@@ -448,14 +426,10 @@ def test_the_table_shows_faithfulness_with_its_interval_and_what_is_held_back(
     assert "tried on 8 pairs; required faithfulness -1000" in given.stdout
     assert f"{row['faithfulness']:.2f} ({low:.2f} to {high:.2f})" in " ".join(given.stdout.split())
     assert " no " in given.stdout and given.stderr == ""
-    held_back = verbalize_command(portable, prompt, *pairs, "--min-faithfulness", "9")
-    assert " yes " in held_back.stdout and "the best text keeps" in " ".join(held_back.stdout.split())
-
-
-def test_the_command_takes_inputs_for_all_soft_prompts(portable: PortableModel, folder: Path) -> None:
-    rows = json.loads(
-        verbalize_command(portable, f"{folder}/bank", "--inputs", f"{folder}/inputs.txt", "--json").stdout
-    )
+    withheld = verbalize_command(portable, prompt, *pairs, "--min-faithfulness", "9")
+    assert " yes " in withheld.stdout and "the best text keeps" in " ".join(withheld.stdout.split())
+    inputs = ["--inputs", f"{folder}/inputs.txt", "--json"]
+    rows = json.loads(verbalize_command(portable, f"{folder}/bank", *inputs).stdout)
     assert [(row["evidence"], len(row["verification"]["items"])) for row in rows] == [("probe inputs", 8)] * 2
     for row in rows:
         required = row["faithfulness"] is not None and row["faithfulness"] >= DEFAULT_MIN_FAITHFULNESS
@@ -484,12 +458,10 @@ def test_lists_of_the_labels_are_among_the_candidates(portable: PortableModel, f
             2,
             "Found --dod and --pairs; texts are tried on one of them",
         ),
-        (["--labels", "from-data"], 2, "give --dod or --pairs with it"),
         (["--inputs", "inputs.txt", "--labels", "from-data"], 2, "give --dod or --pairs with it"),
         (["--min-faithfulness", "0.5"], 2, "--min-faithfulness needs something to try texts on"),
         (["--dod", "dod.sqlite", "--min-faithfulness", "nan"], 1, "min_faithfulness is nan, expected a finite number"),
         (["--dod", "none.sqlite"], 1, "none.sqlite': there is no such file"),
-        (["--pairs", "none.jsonl"], 1, "No such file or directory: '"),
         (["--inputs", "none.txt"], 1, "No such file or directory: '"),
         (["--pairs", "pairs.jsonl"], 1, "found 2 soft prompts, expected one"),
     ],
@@ -500,11 +472,6 @@ def test_misuse_of_the_command_is_said(
     files = [f"{folder}/{part}" if "." in part and part[0].isalpha() else part for part in arguments]
     result = verbalize_command(portable, f"{folder}/bank{'' if 'found 2' in words else '#moods'}", *files, code=code)
     assert words in " ".join(result.stderr.split()) and "Traceback" not in result.output
-
-
-def test_the_help_names_the_default_threshold() -> None:
-    shown = " ".join(CliRunner().invoke(main, ["verbalize", "--help"]).output.split())
-    assert f"Default: {DEFAULT_MIN_FAITHFULNESS};" in shown
 
 
 def test_command_served_model_evaluation_and_python_give_the_same_text(

@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from small_decoders import base_of
 from tiny_llm import HIDDEN_SIZE, tiny_base_model, tiny_tokenizer
 from transformers import GPT2Config, GPT2LMHeadModel, MistralConfig, MistralForCausalLM
 
 from softprompt_registry.base_models.frozen import BaseModel
-from softprompt_registry.base_models.reference import reference_of
 from softprompt_registry.dod.task import Pair, Task
 from softprompt_registry.errors import ArtifactError, BaseModelError, BaseModelMismatch, ConfigError, DataError
 from softprompt_registry.soft_prompts.soft_prompt import SoftPrompt, SoftPromptRecord
@@ -40,42 +40,29 @@ TEXTS = ["joy, fear", "Say which of the two: up or down.", "", "q"]
 CONFIG = VerifierConfig(tokens_per_forward=150, max_answer_tokens=4, draws=200)
 
 
+SIZES: dict[str, Any] = {"vocab_size": len(tiny_tokenizer()), "bos_token_id": 0, "eos_token_id": 1}
+
+
 def tiny_llama() -> BaseModel:
     base = tiny_base_model()
     base.model.double()
     return base
 
 
-def tiny_of(make: Callable[[], Any]) -> BaseModel:
-    tokenizer = tiny_tokenizer()
+def tiny_gpt2() -> BaseModel:
+    """Learned positions, and nothing computed in float32: whole calculations in float64."""
+    sizes = {**SIZES, "n_embd": HIDDEN_SIZE, "n_layer": 2, "n_head": 4, "n_positions": 512}
+    config = GPT2Config(**sizes, initializer_range=0.1, attn_implementation="eager")
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = make()
-    ref = reference_of(model, tokenizer, name="tiny", revision=None, dtype="float32")
-    return BaseModel(model.double(), tokenizer, ref)
-
-
-def tiny_gpt2() -> BaseModel:
-    """Learned positions, and nothing worked out in float32: whole calculations in float64."""
-    config = GPT2Config(
-        vocab_size=len(tiny_tokenizer()),
-        n_embd=HIDDEN_SIZE,
-        n_layer=2,
-        n_head=4,
-        n_positions=512,
-        initializer_range=0.1,
-        bos_token_id=0,
-        eos_token_id=1,
-        attn_implementation="eager",
-    )
-    return tiny_of(lambda: GPT2LMHeadModel(config))
+        return base_of(GPT2LMHeadModel(config))
 
 
 def tiny_mistral() -> BaseModel:
     """A token sees itself and 29 before it, so that its cache does not hold whole prefixes. That is shorter than the padding
     of the shortest rows, whose last columns see nothing at all; two layers of it reach back over the longest input."""
     config = MistralConfig(
-        vocab_size=len(tiny_tokenizer()),
+        **SIZES,
         hidden_size=HIDDEN_SIZE,
         intermediate_size=2 * HIDDEN_SIZE,
         num_hidden_layers=2,
@@ -84,11 +71,13 @@ def tiny_mistral() -> BaseModel:
         max_position_embeddings=512,
         sliding_window=30,
         initializer_range=0.1,
-        bos_token_id=0,
-        eos_token_id=1,
         attn_implementation="sdpa",
     )
-    return tiny_of(lambda: MistralForCausalLM(config))
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        base = base_of(MistralForCausalLM(config))
+    assert base.prefixes(torch.zeros(1, 3, HIDDEN_SIZE)) is None
+    return base
 
 
 @pytest.fixture(scope="module")
@@ -121,6 +110,13 @@ def pairs_of(base: BaseModel, soft_prompt: SoftPrompt, *, helps: bool = True) ->
             gains[letter] = scores[1] - scores[0]
         pairs.append(Pair(text, choose(gains, key=gains.__getitem__), "test"))
     return pairs
+
+
+both_kinds = pytest.mark.parametrize("evidence", ["pairs", "inputs"])
+
+
+def evidence_of(base: BaseModel, soft_prompt: SoftPrompt, kind: str) -> dict[str, Any]:
+    return {"inputs": INPUTS} if kind == "inputs" else {"pairs": pairs_of(base, soft_prompt)}
 
 
 # The plain way: whole rows, one at a time, the raw model, logits at all positions -----------------------------------------
@@ -279,7 +275,7 @@ def test_equal_texts_are_scored_once_and_listed_once(base: BaseModel) -> None:
 
 
 @pytest.mark.parametrize("bos", [None, "Ċ"], ids=["no BOS", "the line break is BOS"])
-@pytest.mark.parametrize("evidence", ["pairs", "inputs"])
+@both_kinds
 def test_a_text_that_acts_as_the_soft_prompt_keeps_its_whole_gain(bos: str | None, evidence: str) -> None:
     """Without BOS the rows are [soft tokens][text] and [candidate][line break][text]: the same, where the soft tokens are the
     embeddings of candidate and line break. With the line break as BOS they are [soft tokens][BOS][text] and
@@ -289,7 +285,7 @@ def test_a_text_that_acts_as_the_soft_prompt_keeps_its_whole_gain(bos: str | Non
     words = "up, down"
     ids = [*base.tokenize(words), *base.tokenize("\n")] if bos is None else [*base.bos, *base.tokenize(words)]
     soft_prompt = prompt_of(base, base.input_embeddings[ids])
-    given: dict[str, Any] = {"inputs": INPUTS} if evidence == "inputs" else {"pairs": pairs_of(base, soft_prompt)}
+    given = evidence_of(base, soft_prompt, evidence)
     found = Verifier(base, CONFIG).verify(soft_prompt, ["something else", words, ""], **given)
     best = found.best
     assert found.reason is None and found.gain.low > 0
@@ -438,7 +434,7 @@ def test_ten_pairs_are_enough_to_try_orders_on(base: BaseModel) -> None:
 )
 def test_the_order_is_not_tested(base: BaseModel, changes: dict[str, Any], given: str, num_virtual_tokens: int) -> None:
     soft_prompt = random_prompt(base, num_virtual_tokens)
-    data: dict[str, Any] = {"inputs": INPUTS} if given == "inputs" else {"pairs": pairs_of(base, soft_prompt)}
+    data = evidence_of(base, soft_prompt, given)
     found = Verifier(base, replace(CONFIG, **changes)).verify(soft_prompt, [], test_order=True, **data)
     assert found.order is None
 
@@ -446,12 +442,12 @@ def test_the_order_is_not_tested(base: BaseModel, changes: dict[str, Any], given
 # Without prefixes, without memory, without room -----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("evidence", ["pairs", "inputs"])
+@both_kinds
 def test_a_model_without_shareable_prefixes_gives_the_same_numbers(
     base: BaseModel, evidence: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     soft_prompt = random_prompt(base)
-    given: dict[str, Any] = {"inputs": INPUTS} if evidence == "inputs" else {"pairs": pairs_of(base, soft_prompt)}
+    given = evidence_of(base, soft_prompt, evidence)
     shared = Verifier(base, CONFIG).verify(soft_prompt, TEXTS, **given)
     monkeypatch.setattr(BaseModel, "prefixes", lambda self, soft_prompts, lead=(): None)
     whole = Verifier(base, CONFIG).verify(soft_prompt, TEXTS, **given)
@@ -461,16 +457,11 @@ def test_a_model_without_shareable_prefixes_gives_the_same_numbers(
         assert one.faithfulness == pytest.approx(other.faithfulness, rel=1e-9, abs=1e-12)
 
 
-def test_a_sliding_window_has_no_shareable_prefixes() -> None:
-    """What makes the tests on Mistral above tests of the other way."""
-    assert tiny_mistral().prefixes(torch.zeros(1, 3, HIDDEN_SIZE)) is None
-
-
-@pytest.mark.parametrize("evidence", ["pairs", "inputs"])
+@both_kinds
 def test_out_of_memory_halves_the_passes_and_changes_nothing(evidence: str, monkeypatch: pytest.MonkeyPatch) -> None:
     base = tiny_gpt2()
     soft_prompt = random_prompt(base)
-    given: dict[str, Any] = {"inputs": INPUTS} if evidence == "inputs" else {"pairs": pairs_of(base, soft_prompt)}
+    given = evidence_of(base, soft_prompt, evidence)
     expected = Verifier(base, CONFIG).verify(soft_prompt, TEXTS, **given)
     real: Callable[..., Any] = base.model.base_model.forward
     tried: list[int] = []
@@ -517,7 +508,7 @@ def test_long_inputs_are_cut_and_counted(base: BaseModel) -> None:
     assert verifier.verify(soft_prompt, ["joy"], inputs=texts).truncated_inputs == 1
 
 
-def test_what_does_not_fit_into_the_context_is_an_error(base: BaseModel) -> None:
+def test_what_cannot_be_verified_is_an_error(base: BaseModel) -> None:
     verifier = Verifier(base, CONFIG)
     soft_prompt = random_prompt(base)
     with pytest.raises(DataError, match=r"prompt 'moods' with pair 1: its text and answer have \d+ and 602 tokens"):
@@ -526,6 +517,10 @@ def test_what_does_not_fit_into_the_context_is_an_error(base: BaseModel) -> None
         verifier.verify(random_prompt(base, 505), ["joy"], inputs=["a"])
     with pytest.raises(DataError, match="with input 0: its filled template is empty"):
         verifier.verify(soft_prompt, ["joy"], inputs=[""], template="{x}")
+    with pytest.raises(ConfigError, match="neither pairs nor inputs.*Give held-out pairs of its task as `pairs`, or"):
+        verifier.verify(soft_prompt, ["joy"])
+    with pytest.raises(BaseModelMismatch, match="verifying texts for soft prompt 'moods'"):
+        verifier.verify(random_prompt(tiny_base_model()), ["joy"], inputs=INPUTS)
 
 
 # What is tried --------------------------------------------------------------------------------------------------------
@@ -557,17 +552,6 @@ def test_pairs_go_before_inputs_and_a_template_can_be_given(base: BaseModel) -> 
         verifier.verify(bare, ["joy"], pairs=pairs)
 
 
-def test_without_anything_to_try_texts_on_it_is_said_what_to_give(base: BaseModel) -> None:
-    with pytest.raises(ConfigError, match="neither pairs nor inputs.*Give held-out pairs of its task as `pairs`, or"):
-        Verifier(base, CONFIG).verify(random_prompt(base), ["joy"])
-
-
-def test_a_soft_prompt_of_another_base_model_is_refused(base: BaseModel) -> None:
-    other = tiny_base_model()
-    with pytest.raises(BaseModelMismatch, match="verifying texts for soft prompt 'moods'"):
-        Verifier(base, CONFIG).verify(random_prompt(other), ["joy"], inputs=INPUTS)
-
-
 def test_scores_that_are_no_numbers_are_an_error() -> None:
     base = tiny_base_model()
     with torch.no_grad():
@@ -579,11 +563,8 @@ def test_scores_that_are_no_numbers_are_an_error() -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"max_pairs": 0}, "max_pairs is 0, expected above 0"),
-        ({"draws": 0}, "draws is 0, expected above 0"),
         ({"level": 1.0}, "level is 1.0, expected below 1"),
         ({"orders": 18}, "orders is 18, expected 0 or at least 19"),
-        ({"tokens_per_forward": 0}, "tokens_per_forward is 0, expected above 0"),
         ({"max_pair_tokens": 15}, "max_pair_tokens=15 leaves no room for text before 8 tokens of an answer"),
     ],
 )
