@@ -62,25 +62,8 @@ def embed(base: BaseModel, ids: Sequence[int]) -> torch.Tensor:
 # The same as one pair at a time ---------------------------------------------------------------------------------------
 
 
-def llama_by_hand(base: BaseModel, embeds: torch.Tensor, target: int, places: slice, states: torch.Tensor) -> int:
-    """The next token after N embeddings (N, D), layer by layer, with states put in after layer `target`."""
-    inner = base.model.model
-    positions = torch.arange(len(embeds))[None]
-    hidden = embeds[None].clone()
-    rotary = inner.rotary_emb(hidden, position_ids=positions)
-    unseen = torch.full((len(embeds), len(embeds)), torch.finfo(hidden.dtype).min, dtype=hidden.dtype)
-    mask = unseen.triu(1)[None, None]
-    if target == -1:
-        hidden[:, places] = states
-    for number, layer in enumerate(inner.layers):
-        hidden = layer(hidden, attention_mask=mask, position_embeddings=rotary, position_ids=positions)
-        if number == target:
-            hidden[:, places] = states
-    return int(base.model.lm_head(inner.norm(hidden))[0, -1].argmax())
-
-
-def by_hook(base: BaseModel, embeds: torch.Tensor, target: int, places: slice, states: torch.Tensor) -> int:
-    """The same with a hook, for models whose layers are called in their own ways."""
+def next_token(base: BaseModel, embeds: torch.Tensor, target: int, places: slice, states: torch.Tensor) -> int:
+    """The next token after N embeddings (N, D), with states put in after layer `target`."""
     embeds = embeds.clone()
     if target == -1:
         embeds[places] = states
@@ -90,7 +73,9 @@ def by_hook(base: BaseModel, embeds: torch.Tensor, target: int, places: slice, s
         hidden[:, places] = states
         return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
-    handle = None if target == -1 else base.model.base_model.h[target].register_forward_hook(put)
+    inner = base.model.base_model
+    layers = inner.layers if hasattr(inner, "layers") else inner.h
+    handle = None if target == -1 else layers[target].register_forward_hook(put)
     try:
         return int(base.model(inputs_embeds=embeds[None], use_cache=False).logits[0, -1].argmax())
     finally:
@@ -100,7 +85,7 @@ def by_hook(base: BaseModel, embeds: torch.Tensor, target: int, places: slice, s
 
 @torch.no_grad()
 def one_pair_at_a_time(
-    base: BaseModel, soft: torch.Tensor, pair: LayerPair, target: TargetPrompt, step: Any, max_new_tokens: int = NEW
+    base: BaseModel, soft: torch.Tensor, pair: LayerPair, target: TargetPrompt, max_new_tokens: int = NEW
 ) -> list[int]:
     """The whole text again for every new token, without a cache."""
     found = base.model(inputs_embeds=soft[None], output_hidden_states=True).hidden_states
@@ -109,7 +94,7 @@ def one_pair_at_a_time(
     ids: list[int] = []
     while len(ids) < max_new_tokens:
         embeds = embed(base, [*target.before, *[target.placeholder] * len(soft), *ids])
-        token = step(base, embeds, pair.target, places, states)
+        token = next_token(base, embeds, pair.target, places, states)
         if token == base.eos_id:
             break
         ids.append(token)
@@ -120,7 +105,7 @@ def one_pair_at_a_time(
 def expected_of_llama() -> dict[PatchedRow, list[int]]:
     base = shared_llama()
     return {
-        PatchedRow(prompt, pair): one_pair_at_a_time(base, soft, pair, target_of(base), llama_by_hand)
+        PatchedRow(prompt, pair): one_pair_at_a_time(base, soft, pair, target_of(base))
         for prompt, soft in enumerate(soft_prompts(base))
         for pair in all_pairs(LAYERS)
     }
@@ -143,7 +128,7 @@ def test_models_with_other_layers_are_read_alike(build: Any) -> None:
     base = build()
     rows = [PatchedRow(prompt, pair) for prompt in (1, 0) for pair in all_pairs(base.ref.num_layers)]
     soft = soft_prompts(base)
-    expected = [one_pair_at_a_time(base, soft[row.prompt], row.pair, target_of(base), by_hook) for row in rows]
+    expected = [one_pair_at_a_time(base, soft[row.prompt], row.pair, target_of(base)) for row in rows]
     assert len({tuple(ids) for ids in expected}) > len(rows) // 2
     found = read_patched(base, source_states(base, soft), rows, target_of(base), max_new_tokens=NEW, rows_per_batch=7)
     assert found == expected

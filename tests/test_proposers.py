@@ -57,24 +57,18 @@ def translator() -> Translator:
     return tiny_translator()
 
 
-def mean_by_hand(translator: Translator, prompt: SoftPrompt, head: Sequence[int], row: Sequence[int]) -> float:
-    """Log-likelihood per token of the row and EOS after [soft tokens][head], alone in its batch."""
-    base = translator.base_model
+def mean_by_hand(
+    translator: Translator, prompt: SoftPrompt, head: Sequence[int], row: Sequence[int], cap: int | None = None
+) -> float:
+    """Log-likelihood per token of the row after [soft tokens][head], and of EOS unless the cap ended the row."""
+    target = row if len(row) == cap else [*row, 1]
     with translator.reading(), torch.no_grad():
-        scores = base.score_targets(prompt.embeddings[None], [head], [[*row, 1]])
-    return float(scores.log_likelihood[0]) / (len(row) + 1)
+        scores = translator.base_model.score_targets(prompt.embeddings[None], [head], [target])
+    return float(scores.log_likelihood[0]) / len(target)
 
 
 def test_beams_hold_the_greedy_text_or_a_likelier_one(translator: Translator) -> None:
     base, cap = translator.base_model, 5
-
-    def likelihood(prompt: SoftPrompt, row: list[int]) -> float:
-        """Per token that was written: EOS is one of them unless the cap ended the row."""
-        target = row if len(row) == cap else [*row, 1]
-        with translator.reading(), torch.no_grad():
-            found = base.score_targets(prompt.embeddings[None], [[0]], [target]).log_likelihood
-        return float(found[0]) / len(target)
-
     better = 0
     for seed in range(6):
         prompt = random_prompt(str(seed), seed)
@@ -82,9 +76,10 @@ def test_beams_hold_the_greedy_text_or_a_likelier_one(translator: Translator) ->
             (greedy,) = base.generate(prompt.embeddings[None], [[0]], max_new_tokens=cap)
             (beams,) = beam_search(base, prompt.embeddings[None], [0], num_beams=4, max_new_tokens=cap)
         assert len({tuple(row) for row in beams}) == 4
-        best = max(likelihood(prompt, row) for row in beams)
-        assert best >= likelihood(prompt, greedy) - 1e-4
-        better += best > likelihood(prompt, greedy) + 1e-3
+        best = max(mean_by_hand(translator, prompt, [0], row, cap) for row in beams)
+        plain = mean_by_hand(translator, prompt, [0], greedy, cap)
+        assert best >= plain - 1e-4
+        better += best > plain + 1e-3
     assert better, "a search that only ever finds the greedy text is none"
 
 

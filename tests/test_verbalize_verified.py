@@ -194,13 +194,10 @@ def test_a_dod_gives_test_pairs_and_labels(tmp_path: Path, moods: SoftPrompt) ->
     assert [data.pairs for data in found.tried_on] == [STORIES.pairs, TEST_PAIRS, TEST_PAIRS]
     assert {name: task.labels for name, task in found.labelled_tasks.items()} == {"moods": ("joy", "fear")}
     assert collect_evidence(prompts, dod=dod).labelled_tasks == {}
-
-
-def test_labels_are_those_that_occur_and_not_those_that_a_task_declares(tmp_path: Path, moods: SoftPrompt) -> None:
+    # Labels are those that occur, not those that a task declares.
     declared = replace(MOODS, labels=("anger", "fear", "joy"))
-    found = collect_evidence(
-        [named(moods, declared)], dod=dod_of(tmp_path / "dod.sqlite", declared), labels_from_data=True
-    )
+    dod = dod_of(tmp_path / "declared.sqlite", declared)
+    found = collect_evidence([named(moods, declared)], dod=dod, labels_from_data=True)
     assert found.labelled_tasks["moods"].labels == ("joy", "fear")
 
 
