@@ -440,32 +440,6 @@ class Metrics(NullRecorder):
         self.values.setdefault(name, []).append(value)
 
 
-def test_what_does_not_come_out_is_told_by_task(llm_server: LlmServer, dod: Path, tmp_path: Path) -> None:
-    def write(wanted: Wanted) -> str:
-        if wanted.original == VERDICT_TEXT:
-            return "" if wanted.number < 3 else good(wanted)
-        return "Shout." if wanted.number else good(wanted)
-
-    recorder = Metrics()
-    report, tasks, rewriter = paraphrase(
-        llm_server, dod, tmp_path / "out.sqlite", write, factor=4, max_tries=2, recorder=recorder
-    )
-    # Of "Shout." the first is taken, the other two are duplicates, twice.
-    assert (report.wanted, report.made, report.refused) == (8, 3, {"empty": 6, "duplicate": 4})
-    assert report.failed_by_task == {"shout": 2, "verdict": 3}
-    assert report.failed_share == 5 / 8 and recorder.values == {"failed_share": [5 / 8]}
-    assert len(rewriter.wanted) == 8 + 5
-    assert tasks["shout"].hard_prompts == (
-        *SHOUT.hard_prompts,
-        "Read the sentence. Please write it in capitals.",
-        "Shout.",
-    )
-    with DodStore.open(tmp_path / "out.sqlite") as store:
-        build = store.metadata()["build"]
-    assert build["failed_by_task"] == report.failed_by_task and build["refused"] == report.refused
-    assert (build["wanted"], build["made"]) == (8, 3)
-
-
 def test_after_an_error_only_what_is_missing_is_asked_for(llm_server: LlmServer, dod: Path, tmp_path: Path) -> None:
     whole, *_ = paraphrase(llm_server, dod, tmp_path / "whole.sqlite", factor=10)
     out = tmp_path / "out.sqlite"
