@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from pathlib import Path
+
+from softprompt_registry.dod.store import DodStore
 from softprompt_registry.dod.task import Pair, PairSplit, Task
 from softprompt_registry.soft_prompts.tuning_settings import TuningConfig
 
@@ -34,6 +38,13 @@ def free_task(name: str, train: int = 5) -> Task:
     counts: dict[PairSplit, int] = {"train": train, "validation": 1, "test": 2}
     pairs = [Pair(f"{name} {n}", f"answer {n}", split) for split, count in counts.items() for n in range(count)]
     return Task(name, "generation", tuple(pairs))
+
+
+def write_dod(path: Path, tasks: Iterable[Task]) -> Path:
+    with DodStore.create(path) as store:
+        for task in tasks:
+            store.add_task(task)
+    return path
 
 
 TASKS = [

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from html_page import Page
+from small_tasks import write_dod
 
 from softprompt_registry.dod.audit import AuditConfig, audit_dod
 from softprompt_registry.dod.audit_findings import FINDING_KINDS, SEVERITIES, Audit, Example
@@ -20,7 +21,6 @@ from softprompt_registry.dod.store import DodStore, note_in_dod
 from softprompt_registry.dod.task import Pair, Task
 from softprompt_registry.dod.vocabulary import same_root
 from softprompt_registry.errors import DataError
-from softprompt_registry.recording import NullRecorder
 
 CONFIG = AuditConfig(min_pairs_per_task=4, max_label_leak_share=0.1)
 SPLITS = ("train", "train", "train", "train", "validation", "validation", "test", "test")
@@ -38,15 +38,8 @@ SHOUT = Task("shout", "generation", pairs_about("shout", ("HEY",)), hard_prompts
 CLEAN = (CRAFTS, MEALS, SHOUT)
 
 
-def build(path: Path, tasks: Iterable[Task]) -> Path:
-    with DodStore.create(path) as store:
-        for task in tasks:
-            store.add_task(task)
-    return path
-
-
 def audit_of(folder: Path, *tasks: Task, config: AuditConfig = CONFIG, tokenizer: Any = None) -> Audit:
-    return audit_dod(build(folder / "made.dod", tasks), config=config, tokenizer=tokenizer)
+    return audit_dod(write_dod(folder / "made.dod", tasks), config=config, tokenizer=tokenizer)
 
 
 def changed(task: Task, number: int, **values: Any) -> Task:
@@ -394,20 +387,11 @@ def test_order_of_tasks_and_pairs_does_not_matter(tmp_path: Path) -> None:
     assert (tmp_path / "0.html").read_bytes() == (tmp_path / "1.html").read_bytes()
 
 
-def test_verdict_table_and_recorder(tmp_path: Path) -> None:
-    class ListRecorder(NullRecorder):
-        def __init__(self) -> None:
-            self.metrics: dict[str, float] = {}
-
-        def metric(self, name: str, value: float, step: int = 0) -> None:
-            self.metrics[name] = value
-
-    recorder = ListRecorder()
+def test_verdict_and_table(tmp_path: Path) -> None:
     tasks = (*ALONE["repeated_label_sets"][0], *ALONE["held_out_labels"][0][3:])
     tasks = tuple(changed(task, 5, input="Sample 1 of crafts") if task is SHOUT else task for task in tasks)
-    audit = audit_dod(build(tmp_path / "a.dod", tasks), config=CONFIG, recorder=recorder)
+    audit = audit_of(tmp_path, *tasks)
     assert audit.verdict == "1 error, 1 warning and 1 note in 5 tasks and 40 pairs."
-    assert recorder.metrics == {"errors": 1, "warnings": 1, "notes": 1}
     assert audit.passed(strict=False) and not audit.passed(strict=True)
     table = audit.table()
     assert table["name"] == ["arts", "crafts", "meals", "moods", "shout"]
@@ -488,7 +472,7 @@ def test_memory_holds_one_task_and_not_the_dod(tmp_path: Path) -> None:
         Task(f"t{t}", "generation", tuple(Pair(f"{t} {n} {filler}", "y") for n in range(100)), hard_prompts=("p",))
         for t in range(10)
     )
-    path = build(tmp_path / "a.dod", tasks)
+    path = write_dod(tmp_path / "a.dod", tasks)
     audit_of(tmp_path, *CLEAN)  # loads what it needs
     tracemalloc.start()
     try:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -15,7 +14,9 @@ import pytest
 from click.testing import CliRunner, Result
 from llm_server import KEY, LlmServer, Reply, chat, error_body
 from mlflow.entities import Run
+from small_tasks import write_dod
 from task_files import csv_bytes, jsonl_bytes
+from writing_llm import WritingLlm
 
 from softprompt_registry.cli import main
 from softprompt_registry.dod.paraphrase import digest_before_paraphrasing
@@ -137,43 +138,9 @@ def flat_copy(folder: Path) -> Path:
     return folder
 
 
-class Writer:
-    """Writes label sets and sentences by the JSON schema that it is asked with."""
-
-    LABELS = (("lion", "violin"), ("bread", "hammer"), ("tulip", "river"))
-    PLACES = "window bridge station school garden corner market kitchen harbour forest library theatre".split()
-    DOING = "sleeps waits sings writes reads laughs".split()
-
-    def __init__(self) -> None:
-        self.prompts: list[str] = []
-        self._sets = iter(self.LABELS)
-        sentences = (
-            f"Every morning somebody {doing} beside the {place}." for doing in self.DOING for place in self.PLACES
-        )
-        self._sentences = sentences
-        self._lock = threading.Lock()
-
-    def __call__(self, body: Mapping[str, Any]) -> Reply:
-        with self._lock:
-            schema = body["response_format"]["json_schema"]["schema"]
-            [(key, value)] = schema["properties"].items()
-            self.prompts.append(body["messages"][-1]["content"])
-            answer = (
-                list(next(self._sets)) if key == "labels" else [next(self._sentences) for _ in range(value["minItems"])]
-            )
-            return Reply(body=chat(json.dumps({key: answer})))
-
-
 def words_file(path: Path) -> Path:
     words = ("stone", "noun", 9), ("quiet", "adj", 7), ("garden", "noun", 5), ("running", "verb", 99)
     path.write_bytes(csv_bytes([{"word": word, "pos": pos, "count": str(count)} for word, pos, count in words]))
-    return path
-
-
-def by_hand(path: Path, *tasks: Task) -> Path:
-    with DodStore.create(path) as store:
-        for task in tasks:
-            store.add_task(task)
     return path
 
 
@@ -278,7 +245,7 @@ def test_classification(tmp_path: Path, mlflow_store: str, llm_server: LlmServer
     config, out = tmp_path / "settings.yaml", tmp_path / "c.sqlite"
     config.write_text(CLASSIFICATION)
     words = words_file(tmp_path / "words.csv")
-    llm_server.reply_to_body = writer = Writer()
+    llm_server.reply_to_body = writer = WritingLlm()
     arguments = ("build-dod", "classification", "--out", out, "--config", config, "--words", words, "-s", "num_tasks=2")
     generator = ("--model", "writer", "--base-url", llm_server.url)
     printed = run(*arguments, *generator, "--unrelated-labels").stdout
@@ -291,11 +258,12 @@ def test_classification(tmp_path: Path, mlflow_store: str, llm_server: LlmServer
         r"asked 6 requests in \d+ s: 42 prompt tokens, 18 completion tokens; what was answered before was not asked again",
         printed.splitlines()[1],
     )
-    assert sorted(task.labels for task in tasks) == sorted(Writer.LABELS[:2])
+    assert [len(task.labels) for task in tasks] == [2, 2]
     assert {task.split for task in tasks} == {"train"}
-    assert sum("a different field of life" in prompt for prompt in writer.prompts) == 2
+    label_sets = [request for request in writer.requests if "a different field of life" in request]
+    assert len(label_sets) == 2
     # Three of the words, "running" not being one: it is a verb.
-    assert all(word in prompt for prompt in writer.prompts[:1] for word in ("stone", "quiet", "garden"))
+    assert all(word in request for request in label_sets for word in ("stone", "quiet", "garden"))
 
     left = left_run("build-dod-classification", "build_dod_classification", out, context="built")
     params = {key.removeprefix("build_dod_classification."): value for key, value in left.data.params.items()}
@@ -348,7 +316,7 @@ def rewrite(body: Mapping[str, Any]) -> Reply:
 
 
 def test_paraphrase(tmp_path: Path, mlflow_store: str, tiny_folder: Path, llm_server: LlmServer) -> None:
-    dod, out = by_hand(tmp_path / "tasks.sqlite", CRAFTS, SHOUT), tmp_path / "x4.sqlite"
+    dod, out = write_dod(tmp_path / "tasks.sqlite", [CRAFTS, SHOUT]), tmp_path / "x4.sqlite"
     llm_server.reply_to_body = rewrite
     generator = ("--model", "writer", "--base-url", llm_server.url)
     arguments = ("paraphrase-dod", dod, "--out", out, "--factor", 4, *generator, "-s", "condense_over=1000")
@@ -379,7 +347,7 @@ FIGURES = {"pairs_per_task.png", "label_balance.png", "label_in_inputs.png", "pa
 
 def test_audit_of_a_leak(tmp_path: Path, mlflow_store: str, tiny_folder: Path) -> None:
     leaking = Task("leaking", "classification", (*PAIRS, Pair("sample 0", "weaving", "test")), labels=CRAFTS.labels)
-    dod = by_hand(tmp_path / "leak.sqlite", leaking)
+    dod = write_dod(tmp_path / "leak.sqlite", [leaking])
     with DodStore.open(dod) as store:
         digest = store.digest
     page = tmp_path / "leak.sqlite.audit.html"
@@ -432,7 +400,7 @@ def prepared(name: str, folder: Path, url: str) -> list[object]:
             *settings,
             *generator,
         ],
-        "paraphrase": lambda: ["paraphrase-dod", by_hand(folder / "in.sqlite", SHOUT), *generator],
+        "paraphrase": lambda: ["paraphrase-dod", write_dod(folder / "in.sqlite", [SHOUT]), *generator],
     }
     return small[name]()
 
@@ -500,7 +468,7 @@ def test_misuse_is_said_in_one_message(
 
 def test_an_audit_that_fails(tmp_path: Path, mlflow_store: str, tiny_folder: Path) -> None:
     assert "there is no such file" in one_message(run("audit-dod", tmp_path / "no.sqlite", code=1))
-    empty = by_hand(tmp_path / "empty.sqlite")
+    empty = write_dod(tmp_path / "empty.sqlite", [])
     assert "found no tasks" in one_message(run("audit-dod", empty, code=1))
     assert "balance is 2, expected 1 or less" in one_message(
         run("audit-dod", empty, "-s", "min_label_balance=2", code=1)
@@ -516,7 +484,7 @@ def test_the_key_is_written_down_nowhere(
 ) -> None:
     """Not even where the server repeats it in an error."""
     refused = Reply(status=401, body=error_body(f"Incorrect API key provided: {KEY}"))
-    good = Writer() if name == "classification" else rewrite
+    good = WritingLlm() if name == "classification" else rewrite
     llm_server.reply_to_body = (lambda body: refused) if fails else good
     out = tmp_path / "out" / "new.sqlite"
     result = run(*prepared(name, tmp_path, llm_server.url), "--out", out, code=int(fails))
@@ -565,10 +533,8 @@ def test_a_dod_of_1000_tasks_is_logged_in_a_handful_of_calls(
     seen: list[list[str]] = []
     for num_tasks in (3, 1000):
         path = tmp_path / f"{num_tasks}.sqlite"
-        with DodStore.create(path) as store:
-            for number in range(num_tasks):
-                pair = (Pair(f"text {number}", "music"),)
-                store.add_task(Task(f"task{number:05d}", "classification", pair, labels=labels))
+        pairs = (Pair(f"text {number}", "music") for number in range(num_tasks))
+        write_dod(path, (Task(f"task{n:05d}", "classification", (pair,), labels) for n, pair in enumerate(pairs)))
         with mlflow.start_run() as active:
             calls.clear()
             manifest = log_dod(path, context="built")

@@ -14,8 +14,7 @@ import mlflow
 import pandas as pd
 import pytest
 import torch
-from peft import LoraConfig, TaskType
-from small_prompts import translated
+from small_prompts import K, make, tiny_translator, translated
 from tiny_llm import save_tiny_model, tiny_base_model
 
 from mlflow_plugins import flavor_parts
@@ -26,19 +25,13 @@ from softprompt_registry import __version__
 from softprompt_registry.base_models.frozen import BaseModel
 from softprompt_registry.base_models.loading import load_base_model, load_base_model_for
 from softprompt_registry.base_models.reference import BaseModelRef
-from softprompt_registry.dod.task import TEMPLATES, fill_template
+from softprompt_registry.dod.task import fill_template
 from softprompt_registry.errors import ArtifactError, BaseModelMismatch, ConfigError, DataError, RegistryError
 from softprompt_registry.fingerprints import digest_of_directory, digest_of_file
 from softprompt_registry.soft_prompts.bank import SoftPromptBank
-from softprompt_registry.soft_prompts.soft_prompt import SoftPrompt, SoftPromptRecord
-from softprompt_registry.translators.translator import (
-    Translator,
-    TranslatorRecord,
-    adapter_parameters,
-    add_adapter,
-)
+from softprompt_registry.soft_prompts.soft_prompt import SoftPrompt
+from softprompt_registry.translators.translator import Translator, TranslatorRecord
 
-K = 4
 TEXT = "a warm and funny film"
 
 
@@ -48,18 +41,8 @@ def base_model() -> BaseModel:
 
 
 @pytest.fixture(scope="module")
-def soft_prompts(base_model: BaseModel) -> list[SoftPrompt]:
-    generator = torch.Generator().manual_seed(3)
-    return [
-        SoftPrompt(
-            torch.randn(K, base_model.ref.hidden_size, generator=generator),
-            torch.zeros(K, base_model.ref.hidden_size),
-            SoftPromptRecord(
-                task=task, kind="classification", base_model=base_model.ref, template=TEMPLATES["classification"]
-            ),
-        )
-        for task in ("mood", "topic", "length")
-    ]
+def soft_prompts() -> list[SoftPrompt]:
+    return [make(task, seed) for seed, task in enumerate(("mood", "topic", "length"))]
 
 
 @pytest.fixture
@@ -70,13 +53,9 @@ def bank(soft_prompts: list[SoftPrompt], tmp_path: Path) -> SoftPromptBank:
 @pytest.fixture(scope="module")
 def translator_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     base_model = tiny_base_model()
-    config = LoraConfig(task_type=TaskType.CAUSAL_LM, r=2, lora_alpha=4, target_modules=["q_proj", "v_proj"])
-    add_adapter(base_model, config, "random")
-    generator = torch.Generator().manual_seed(5)
-    for parameter in adapter_parameters(base_model, "random").values():
-        parameter.data.copy_(torch.randn(parameter.shape, generator=generator))
+    tiny_translator(base_model)
     folder = tmp_path_factory.mktemp("made") / "translator"
-    Translator(base_model, TranslatorRecord(base_model.ref, K, train_tasks=("mood",)), "random").save(folder)
+    Translator(base_model, TranslatorRecord(base_model.ref, K, train_tasks=("mood",)), "made").save(folder)
     return folder
 
 

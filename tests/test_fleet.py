@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PromptTuningConfig, TaskType, get_peft_model
-from small_tasks import CONFIG, TASKS, make_task
+from small_tasks import CONFIG, TASKS, make_task, write_dod
 from tiny_llm import tiny_base_model
 
 from softprompt_registry.base_models.frozen import BaseModel
@@ -202,11 +202,7 @@ def test_tasks_are_drawn_when_they_are_needed(base: BaseModel) -> None:
 
 
 def test_a_dod_gives_its_tasks_one_at_a_time(base: BaseModel, tmp_path: Path) -> None:
-    path = tmp_path / "dod.sqlite"
-    with DodStore.create(path) as store:
-        for task in TASKS:
-            store.add_task(task)
-    with DodStore.open(path) as store:
+    with DodStore.open(write_dod(tmp_path / "dod.sqlite", TASKS)) as store:
         stored = store.stored_tasks(["c", "free", "a"])
         assert [task.name for task in stored] == ["c", "free", "a"]
         assert (len(stored), stored[-1], list(stored[:2])) == (3, TASKS[1], [TASKS[2], TASKS[3]])

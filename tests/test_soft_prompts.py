@@ -43,6 +43,12 @@ def test_the_id_is_of_the_numbers_and_the_base_model_alone() -> None:
     assert make(base_model=replace(tiny_ref(), name="renamed")).id == soft_prompt.id
 
 
+def with_one(bad: float) -> torch.Tensor:
+    embeddings = numbers()
+    embeddings[3, 17] = bad
+    return embeddings
+
+
 @pytest.mark.parametrize(
     ("embeddings", "message"),
     [
@@ -55,8 +61,8 @@ def test_the_id_is_of_the_numbers_and_the_base_model_alone() -> None:
         (torch.zeros(0, HIDDEN_SIZE), "shape (0, 64); expected (K, D) with K >= 1"),
         (torch.zeros(K, HIDDEN_SIZE, dtype=torch.float64), "are torch.float64, expected torch.float32"),
         (torch.zeros(K, HIDDEN_SIZE, dtype=torch.int64), "are torch.int64, expected torch.float32"),
-        (torch.full((K, HIDDEN_SIZE), float("nan")), "hold NaN or infinity, expected finite numbers"),
-        (torch.full((K, HIDDEN_SIZE), float("-inf")), "hold NaN or infinity, expected finite numbers"),
+        (with_one(float("nan")), "hold NaN or infinity, expected finite numbers"),
+        (with_one(float("-inf")), "hold NaN or infinity, expected finite numbers"),
     ],
 )
 def test_numbers_that_cannot_be_a_soft_prompt_are_refused(embeddings: torch.Tensor, message: str) -> None:
@@ -67,14 +73,6 @@ def test_numbers_that_cannot_be_a_soft_prompt_are_refused(embeddings: torch.Tens
     with pytest.raises(ArtifactError) as caught:
         soft_prompt_from_bytes(payload, tiny_ref())
     assert "reading the soft prompt payload" in str(caught.value) and message in str(caught.value)
-
-
-def test_one_bad_number_among_many_is_found() -> None:
-    for bad in ("nan", "inf"):
-        embeddings = numbers()
-        embeddings[3, 17] = float(bad)
-        with pytest.raises(ArtifactError, match="NaN or infinity"):
-            SoftPrompt(embeddings, None, make().record)
 
 
 def test_initial_embeddings_of_another_shape_are_refused() -> None:
@@ -133,12 +131,6 @@ def test_a_failed_save_leaves_the_old_soft_prompt(tmp_path: Path) -> None:
         raise KeyboardInterrupt
     assert_same(SoftPrompt.load(folder), make())
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
-
-
-def test_no_file_carries_a_path(tmp_path: Path) -> None:
-    make().save(tmp_path / "a")
-    for path in (tmp_path / "a").iterdir():
-        assert str(tmp_path).encode() not in path.read_bytes()
 
 
 # Payloads -------------------------------------------------------------------------------------------------------------

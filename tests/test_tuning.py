@@ -20,8 +20,6 @@ import small_tasks
 import torch
 from small_tasks import make_task
 from tiny_llm import save_tiny_model, tiny_base_model
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from softprompt_registry.base_models.frozen import BaseModel
 from softprompt_registry.base_models.loading import load_base_model
@@ -231,15 +229,6 @@ def test_a_start_is_made_of_vocabulary_embeddings_shared_or_own(base: BaseModel)
 # Pairs as tokens ------------------------------------------------------------------------------------------------------
 
 
-def test_the_end_token_is_the_last_target(base: BaseModel) -> None:
-    pair, cut = RowEncoder.of_new_prompts(base).pair("Sentence: {x} Label:", Pair("so {x} it is", "joy"), 200)
-    assert not cut
-    assert pair.prompt[0] == 0 and base.decode(pair.prompt) == "Sentence: so {x} it is Label:"
-    assert pair.target[-1] == base.eos_id and base.eos_id not in pair.target[:-1]
-    assert base.decode(pair.target) == " joy"
-    assert 0 not in pair.prompt[1:] + pair.target
-
-
 @pytest.mark.parametrize("template", ["Sentence: {x} Label:", "Input: {x}\nOutput:", "{x} ->", "Say:{x}"])
 def test_a_long_input_gives_way_and_its_target_never_does(base: BaseModel, template: str) -> None:
     """What is left of the input stands in the template just as a whole one does (a space was once doubled there)."""
@@ -345,44 +334,6 @@ def test_the_chosen_label_has_the_highest_likelihood_with_its_end(base: BaseMode
     for tokens_per_forward in (1, 5, 100):
         assert choose_labels(base, trials[1:], tokens_per_forward) == expected[1:]
     assert expected != without_end and len({label for row in expected for label in row}) > 1
-
-
-def word_base_model() -> BaseModel:
-    """A tiny model whose tokenizer has " yes" and " no" as one token each."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    merges = [("Ġ", "y"), ("Ġy", "e"), ("Ġye", "s"), ("Ġ", "n"), ("Ġn", "o")]
-    words = ["<bos>", "<eos>", *alphabet, *("".join(pair) for pair in merges)]
-    inner = Tokenizer(models.BPE(vocab={word: index for index, word in enumerate(words)}, merges=merges))
-    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    inner.decoder = decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<bos>", eos_token="<eos>")
-    with torch.random.fork_rng():
-        torch.manual_seed(3)
-        config = LlamaConfig(
-            vocab_size=len(words),
-            hidden_size=32,
-            intermediate_size=32,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            num_key_value_heads=2,
-            initializer_range=0.1,
-        )
-        model = LlamaForCausalLM(config)
-    return BaseModel(model, tokenizer, reference_of(model, tokenizer, name="words", revision=None, dtype="float32"))
-
-
-def test_labels_of_one_token_are_read_off_one_position() -> None:
-    base = word_base_model()
-    assert [len(base.tokenize(f" {label}")) for label in ("yes", "no")] == [1, 1]
-    task = Task("t", "classification", (Pair("x", "yes"),), ("yes", "no"))
-    prompts = [[0, *base.tokenize(text)] for text in ("x", "yy", "a longer one", "?", "zzz", "12")]
-    soft = torch.randn(4, 32, generator=torch.Generator().manual_seed(0))
-    for own in (None, soft):
-        expected = [
-            max(("yes", "no"), key=lambda label: label_log_likelihood(base, own, p, base.tokenize(f" {label}")))  # noqa: B023
-            for p in prompts
-        ]
-        assert choose_labels(base, [Trial(task, own, prompts, [""] * 6)], 4) == [expected]
 
 
 def test_scores_are_shares_of_the_pairs(base: BaseModel) -> None:
