@@ -149,7 +149,7 @@ def test_a_stopped_driver_goes_on_where_it_was(tiny: str, expected: SoftPromptBa
         if done == 3:
             raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt), RayEngine(tiny, "float32", RayConfig(workers=1)) as engine:
+    with pytest.raises(KeyboardInterrupt), RayEngine(tiny, "float32", RayConfig(workers=2)) as engine:
         tune_soft_prompts(engine, MANY, CONFIG, tmp_path / "bank", recorder=Telling(stop))
     again = Telling(lambda done: None)
     with RayEngine(tiny, "float32", RayConfig(workers=1)) as engine:
@@ -215,7 +215,7 @@ def test_the_command(tiny: str, tmp_path: Path) -> None:
         f"--set={key}={getattr(CONFIG, key)}" for key in ("num_virtual_tokens", "epochs", "batch_size", "slots")
     ]
     command = [sys.executable, "-m", "softprompt_registry.cli", "tune", "--dod", "dod.sqlite", "--out", "bank"]
-    command += ["--base-model", tiny, "--engine", "ray", "--workers", "1", "--log-each", "--json", *settings]
+    command += ["--base-model", tiny, "--engine", "ray", "--workers", "2", "--log-each", "--json", *settings]
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("MLFLOW_", "RAY_"))}
     environment["MLFLOW_TRACKING_URI"] = f"sqlite:///{tmp_path}/mlflow.db"
     environment["RAY_AUTH_MODE"] = "disabled"  # else Ray leaves a token in the home folder
