@@ -158,6 +158,21 @@ def test_a_token_of_the_cap_is_the_last_one(base: BaseModel) -> None:
 # What patching means --------------------------------------------------------------------------------------------------
 
 
+def test_from_embeddings_to_embeddings_feeds_the_soft_tokens_in_place_of_the_placeholders(base: BaseModel) -> None:
+    soft, target = soft_prompts(base), target_of(base)
+    expected = []
+    for prompt in soft:
+        embeds = torch.cat([embed(base, target.before), prompt])[None]
+        mask = torch.ones(embeds.shape[:2], dtype=torch.long)
+        output = base.model.generate(
+            inputs_embeds=embeds, attention_mask=mask, max_new_tokens=NEW, do_sample=False, pad_token_id=1
+        )
+        expected.append(output[0].tolist())
+    rows = [PatchedRow(prompt, LayerPair(-1, -1)) for prompt in range(len(soft))]
+    found = read_patched(base, source_states(base, soft), rows, target, max_new_tokens=NEW)
+    assert found == expected and expected[0] != expected[1]
+
+
 def test_patching_a_layer_with_its_own_states_changes_nothing(base: BaseModel) -> None:
     target = target_of(base)
     ids = torch.tensor([[*target.before, *[target.placeholder] * K]])
